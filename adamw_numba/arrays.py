@@ -1,0 +1,327 @@
+"""What an array is: its library, dtype, layout in memory; every check on an array that a user hands over.
+
+Nothing here imports an array library other than NumPy: a library that made one of the arrays is already imported.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import array_api_compat
+import numpy as np
+
+Array = Any
+
+COMPUTE = {
+    "float16": "float32",
+    "bfloat16": "float32",
+    "float32": "float32",
+    "float64": "float64",
+    "complex64": "float32",
+    "complex128": "float64",
+}
+SLOT = COMPUTE | {"complex64": "complex64", "complex128": "complex128"}
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "complex64": 8, "complex128": 16}
+
+
+class Layout(NamedTuple):
+    """Where an array lies on the host: address and strides in bytes."""
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+
+
+def is_array(value: object) -> bool:
+    """Whether a value is an array of any library (a NumPy scalar is one of no dimensions)."""
+    return isinstance(value, np.generic) or array_api_compat.is_array_api_obj(value)
+
+
+def library(array: Array) -> str:
+    """``numpy`` and ``torch`` (on the CPU) go to the compiled kernels, ``array_api`` to whole-array operations."""
+    if isinstance(array, (np.ndarray, np.generic)):
+        return "numpy"
+    if array_api_compat.is_torch_array(array) and array.device.type == "cpu":
+        return "torch"
+    return "array_api"
+
+
+def namespace(array: Array) -> Any:
+    """The Array-API namespace of one array."""
+    return array_api_compat.array_namespace(array)
+
+
+def library_name(array: Array) -> str:
+    """The name of the library that made an array, for messages."""
+    for name in ("numpy", "torch", "jax", "cupy", "dask"):
+        if getattr(array_api_compat, f"is_{name}_array")(array):
+            return name
+    return type(array).__module__.partition(".")[0]
+
+
+def device(array: Array) -> str:
+    """The device of an array, as text; of an array that is being traced, its library's word for that."""
+    return str(array_api_compat.device(array))
+
+
+def dtype_name(array: Array) -> str:
+    """The name of an array's dtype, the same for every library: ``float32``, ``bfloat16``, ..."""
+    name = getattr(array.dtype, "name", None)
+    return name if isinstance(name, str) else str(array.dtype).rpartition(".")[2]
+
+
+def byte_count(array: Array) -> int:
+    """The bytes of an array's elements."""
+    size = ITEMSIZE | {"int64": 8, "int32": 4}
+    return int(size[dtype_name(array)] * math.prod(array.shape))
+
+
+def is_mutable(array: Array) -> bool:
+    """Whether an array's elements can be assigned to; JAX's and Dask's cannot."""
+    writeable = array_api_compat.is_writeable_array(array) and not array_api_compat.is_dask_array(array)
+    return bool(writeable) or library(array) == "numpy"
+
+
+def host_layout(array: Array) -> Layout:
+    """Read the layout of a NumPy array or of a torch tensor on the CPU."""
+    if isinstance(array, np.ndarray):
+        return Layout(array.ctypes.data, array.shape, array.strides, array.dtype.name)
+    size = array.element_size()
+    strides = tuple(stride * size for stride in array.stride())
+    return Layout(array.data_ptr(), tuple(array.shape), strides, dtype_name(array))
+
+
+def address(array: Array) -> int:
+    """Where a NumPy array or a torch tensor on the CPU lies now."""
+    return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data_ptr())
+
+
+def signature(array: Array) -> object:
+    """All that a verdict on an array rests on, other than its address; None where that cannot be read quickly."""
+    if isinstance(array, np.ndarray):
+        return type(array), array.dtype, array.shape, array.strides, array.flags.aligned, array.flags.writeable
+    if not array_api_compat.is_torch_array(array):
+        return None
+    try:
+        lazy = array.is_conj() or array.is_neg()
+        return type(array), array.dtype, array.device, array.shape, array.stride(), lazy, array.is_leaf
+    except RuntimeError:  # a sparse tensor has no strides
+        return None
+
+
+def extent(layout: Layout) -> tuple[int, int]:
+    """The first byte of an array and the one after its last; the same twice for an empty one."""
+    if 0 in layout.shape:
+        return layout.address, layout.address
+    reach = [stride * (size - 1) for size, stride in zip(layout.shape, layout.strides, strict=True)]
+    low = layout.address + sum(min(0, r) for r in reach)
+    return low, layout.address + sum(max(0, r) for r in reach) + ITEMSIZE[layout.dtype]
+
+
+def share_memory(one: Layout, other: Layout) -> bool:
+    """Whether two arrays have a byte in common: exact, or True where that is too hard to tell."""
+    (low, high), (other_low, other_high) = extent(one), extent(other)
+    if low >= other_high or other_low >= high or low == high or other_low == other_high:
+        return False
+    try:
+        return bool(np.shares_memory(_shadow(one), _shadow(other), max_work=100_000))  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _shadow(layout: Layout) -> np.ndarray[Any, Any]:
+    """An array over the same bytes, of any library: compared, never read."""
+    interface = {
+        "data": (layout.address, True),
+        "shape": layout.shape,
+        "strides": layout.strides,
+        "typestr": f"|V{ITEMSIZE[layout.dtype]}",
+        "version": 3,
+    }
+    return np.asarray(SimpleNamespace(__array_interface__=interface))
+
+
+def check_variable(name: str, array: Array) -> None:
+    """Refuse what cannot be trained in place or could be read wrongly; errors name the variable."""
+    kind = library(array)
+    if kind == "numpy":
+        _check_ndarray(f"variable {name!r}", array)
+        if isinstance(array, np.generic):
+            raise TypeError(
+                f"variable {name!r} is the NumPy scalar {array!r}, which cannot be updated in place; "
+                "expected an array, for example `np.asarray(value)`"
+            )
+        if not array.flags.writeable:
+            raise ValueError(f"variable {name!r} is read-only; expected an array whose `flags.writeable` is True")
+        if not array.flags.aligned:
+            raise ValueError(f"variable {name!r} is not aligned in memory; expected an aligned array: pass a copy")
+    elif array_api_compat.is_torch_array(array):
+        _check_tensor(f"variable {name!r}", array)
+        if array.requires_grad and not array.is_leaf:
+            raise ValueError(f"variable {name!r} is not a leaf of the autograd graph; expected a leaf tensor")
+        if array.is_conj() or array.is_neg():
+            raise ValueError(f"variable {name!r} is a lazy conjugate or negative; pass `resolve_conj().resolve_neg()`")
+    _check_dtype(f"variable {name!r}", array)
+    if kind != "array_api" and _overlaps_itself(host_layout(array)):
+        raise ValueError(
+            f"variable {name!r} holds several elements at one address (shape {tuple(array.shape)}, strides "
+            f"{host_layout(array).strides} bytes); expected an array that is not broadcast: pass a copy"
+        )
+
+
+def check_gradient(name: str, gradient: Array, variable: Array) -> None:
+    """Refuse a gradient that does not belong to its variable; errors name the variable."""
+    what = f"the gradient of {name!r}"
+    if not is_array(gradient):
+        raise TypeError(f"{what} is {gradient!r} of type {type(gradient).__name__}; expected an array or None")
+    if library(gradient) != library(variable) or library_name(gradient) != library_name(variable):
+        raise TypeError(
+            f"{what} is an array of {library_name(gradient)} on {device(gradient)}; expected one of "
+            f"{library_name(variable)} on {device(variable)}, like its variable"
+        )
+    if isinstance(gradient, np.ndarray):
+        _check_ndarray(what, gradient)
+    elif array_api_compat.is_torch_array(gradient):
+        _check_tensor(what, gradient)
+    if tuple(gradient.shape) != tuple(variable.shape):
+        raise ValueError(f"{what} has shape {tuple(gradient.shape)}; expected {tuple(variable.shape)}, its variable's")
+    _check_dtype(what, gradient)
+    if is_complex(gradient) and not is_complex(variable):
+        raise TypeError(f"{what} has dtype {dtype_name(gradient)}; expected a real one for {dtype_name(variable)}")
+    if device(gradient) != device(variable):
+        raise TypeError(f"{what} is on device {device(gradient)}; expected {device(variable)}, its variable's")
+
+
+def is_complex(array: Array) -> bool:
+    """Whether an array's dtype is complex."""
+    return dtype_name(array).startswith("complex")
+
+
+def read_directly(gradient: Array, variable: Array) -> bool:
+    """Whether the kernels of a host variable read this gradient where it lies; others are cast into a scratch copy."""
+    if isinstance(gradient, np.ndarray):
+        plain = bool(gradient.flags.aligned)
+    else:
+        plain = not isinstance(gradient, np.generic) and not gradient.is_conj() and not gradient.is_neg()
+    return plain and dtype_name(gradient) in (dtype_name(variable), SLOT[dtype_name(variable)])
+
+
+def zeros_like(array: Array, dtype: str) -> Array:
+    """Zeros of an array's library, shape, memory order and device, in another dtype."""
+    if isinstance(array, np.ndarray):
+        return np.zeros_like(array, dtype=dtype, order="K", subok=False)
+    xp = namespace(array)
+    if array_api_compat.is_torch_array(array):
+        return xp.zeros_like(array.detach(), dtype=getattr(xp, dtype))
+    return xp.zeros(array.shape, dtype=getattr(xp, dtype), device=array_api_compat.device(array))
+
+
+def write(array: Array, value: Array) -> None:
+    """Assign every element of a mutable array; torch is told of the change.
+
+    Raises
+    ------
+    TypeError
+        If the array is immutable.
+    ValueError
+        If the shapes differ.
+    """
+    if not is_mutable(array):
+        raise TypeError(f"arrays of {library_name(array)} are immutable; use `stateless_apply` and its return values")
+    value = value if is_array(value) else np.asarray(value)
+    if tuple(value.shape) != tuple(array.shape):
+        raise ValueError(f"value has shape {tuple(value.shape)}; expected {tuple(array.shape)}")
+    if library_name(value) != library_name(array):
+        value = to_numpy(value)
+    if array_api_compat.is_torch_array(array):
+        array.detach().copy_(value.detach() if library_name(value) == "torch" else namespace(array).asarray(value))
+        if has_version(array):
+            note_writes([array])
+    elif array_api_compat.is_numpy_array(array):
+        array[...] = value
+    else:
+        xp = namespace(array)
+        array[...] = xp.astype(xp.asarray(value, device=array_api_compat.device(array)), array.dtype)
+
+
+def like(array: Array, value: Array) -> Array:
+    """A copy of a value as an array of the library, dtype, layout and device of another array."""
+    if not is_mutable(array):
+        xp = namespace(array)
+        return xp.astype(xp.asarray(value if namespace(value) is xp else to_numpy(value)), array.dtype)
+    result = zeros_like(array, dtype_name(array))
+    write(result, value)
+    return result
+
+
+def cast(scratch: Array, value: Array) -> None:
+    """Fill a scratch array on the host with a value of another dtype or layout; what is too large becomes infinite."""
+    if isinstance(scratch, np.ndarray):
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.copyto(scratch, value, casting="unsafe")
+    else:
+        scratch.copy_(value.detach())
+
+
+def to_numpy(array: Array) -> np.ndarray[Any, Any]:
+    """A NumPy copy of an array of any library; torch's bfloat16 becomes float32, which holds it exactly."""
+    if array_api_compat.is_torch_array(array):
+        array = array.detach().cpu()
+        array = array.float() if dtype_name(array) == "bfloat16" else array
+        return np.array(array.resolve_conj().resolve_neg().numpy())
+    if hasattr(array, "get") and not isinstance(array, np.ndarray):
+        array = array.get()
+    return np.array(array)
+
+
+def note_writes(tensors: Sequence[Array]) -> None:
+    """Tell torch's autograd that tensors are about to change in place, so that stale graphs are still noticed."""
+    if tensors:
+        sys.modules["torch"].autograd.graph.increment_version(tensors)
+
+
+def has_version(array: Array) -> bool:
+    """Whether torch counts the versions of a tensor (not of one made in inference mode)."""
+    return array_api_compat.is_torch_array(array) and not array.is_inference()
+
+
+def _check_ndarray(what: str, array: Array) -> None:
+    if isinstance(array, np.ndarray) and type(array) not in (np.ndarray, np.memmap):
+        raise TypeError(
+            f"{what} is a {type(array).__module__}.{type(array).__name__}; expected a plain numpy.ndarray (or "
+            "numpy.memmap): pass `numpy.asarray(array)`, having dealt with what the subclass adds"
+        )
+
+
+def _check_tensor(what: str, array: Array) -> None:
+    tensor = sys.modules["torch"].Tensor
+    if type(array).__torch_dispatch__ is not tensor.__torch_dispatch__:
+        raise TypeError(f"{what} is a {type(array).__name__}, which keeps its elements elsewhere; expected a tensor")
+    if str(array.layout) != "torch.strided":
+        raise TypeError(f"{what} has layout {array.layout}; expected a dense tensor: pass `to_dense()`")
+    if array.device.type == "meta":
+        raise TypeError(f"{what} is on device meta, where nothing is stored; expected a tensor with data")
+
+
+def _check_dtype(what: str, array: Array) -> None:
+    name = dtype_name(array)
+    if name not in COMPUTE:
+        raise TypeError(f"{what} has dtype {name}; expected one of {', '.join(COMPUTE)}")
+    if isinstance(array, np.ndarray) and not array.dtype.isnative:
+        raise TypeError(f"{what} has byte order {array.dtype.str!r}; expected the machine's own byte order")
+
+
+def _overlaps_itself(layout: Layout) -> bool:
+    """True unless each axis steps over all that the axes with smaller strides span."""
+    if 0 in layout.shape:
+        return False
+    axes = sorted((abs(stride), size) for size, stride in zip(layout.shape, layout.strides, strict=True) if size > 1)
+    span = ITEMSIZE[layout.dtype]
+    for stride, size in axes:
+        if stride < span:
+            return True
+        span += stride * (size - 1)
+    return False

@@ -1,0 +1,49 @@
+"""Hyperparameters and the step number become the few numbers a kernel needs: in float64, cast once, where used."""
+
+import math
+from typing import Any
+
+from .update import Coefficients
+
+
+def coefficients(
+    hyper: Any, updates: Any, learning_rate: Any, weight_decay: Any, unscale: Any, clip: Any, xp: Any = math
+) -> Coefficients:
+    """The coefficients of the update after `updates` others, before anything that differs from array to array.
+
+    Parameters
+    ----------
+    hyper : AdamW
+        Anything with its hyperparameters as attributes.
+    updates : int or scalar array
+        Updates so far; micro-steps are not counted.
+    learning_rate, weight_decay, unscale, clip : float or scalar array
+        This step's rates, the inverse of the loss scale, and the factor of a global clip (1 when off).
+    xp : namespace
+        Where ``sqrt``, ``expm1`` and ``where`` come from: `math`, or the namespace of a traced `updates`.
+    """
+    micro_steps = hyper.gradient_accumulation_steps
+    correction_1 = -xp.expm1((updates + 1) * _log(hyper.beta_1))
+    correction_2 = -xp.expm1((updates + 1) * _log(hyper.beta_2))
+    rate = 1 - hyper.ema_momentum
+    first = (1.0 if updates == 0 else rate) if xp is math else xp.where(updates == 0, 1.0, rate)
+    return Coefficients(
+        alpha=learning_rate * xp.sqrt(correction_2) / correction_1,
+        decay=learning_rate * weight_decay,
+        beta_1c=1 - hyper.beta_1,
+        beta_2c=1 - hyper.beta_2,
+        epsilon=hyper.epsilon,
+        unscale=unscale,
+        scale=clip / micro_steps if micro_steps else clip * unscale,
+        limit=hyper.clipvalue or math.inf,
+        average_c=first,
+    )
+
+
+def clip_factor(norm: Any, limit: float, maximum: Any = max) -> Any:
+    """What a global clip multiplies every gradient with; NaN where the norm is not finite, as in Keras."""
+    return limit / maximum(norm, limit) + (norm - norm)
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta else -math.inf

@@ -1,0 +1,154 @@
+"""The table of hyperparameters: what each may be, checked the same in the constructor and on assignment."""
+
+import inspect
+import math
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any
+
+_BOOLEAN: Any = bool  # which mypy takes for no number
+Check = Callable[[str, Any], Any]
+
+
+class Hyperparameter:
+    """An attribute that is checked whenever it is set; reading it costs no more than any other attribute.
+
+    Parameters
+    ----------
+    check : callable
+        ``check(name, value)`` returns the value to keep, or raises.
+    frozen : bool
+        Whether it is fixed once the optimizer is built: the arrays of the state depend on it.
+    """
+
+    def __init__(self, check: Check, frozen: bool = False) -> None:
+        self.check = check
+        self.frozen = frozen
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        value = self.check(self.name, value)
+        if self.frozen and instance.__dict__.get("built") and value != instance.__dict__[self.name]:
+            raise ValueError(
+                f"`{self.name}` cannot change once the optimizer is built, since its state depends on it. "
+                f"Received: {self.name}={value!r}; it is {instance.__dict__[self.name]!r}"
+            )
+        if self.name in CLIPS and value is not None:
+            others = {name: instance.__dict__.get(name) for name in CLIPS if name != self.name}
+            if any(other is not None for other in others.values()):
+                raise ValueError(
+                    "Only one of `clipnorm`, `clipvalue` and `global_clipnorm` can be set. "
+                    f"Received: {self.name}={value}, while {others}"
+                )
+        instance.__dict__[self.name] = value
+        if self.check is rate:
+            instance.__dict__[f"_{self.name}_rate"] = Rate(self.name, value) if callable(value) else None
+
+
+CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
+
+
+class Rate:
+    """A learning rate or weight decay that is called at each step: with the step, if it has a parameter for it."""
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.name = name
+        self.function = function
+        self.takes_step = _takes_step(function)
+
+    def __call__(self, step: Any) -> Any:
+        """The rate at a step: a checked float, or whatever comes back for a traced step."""
+        value = self.function(step) if self.takes_step else self.function()
+        if not isinstance(step, int):
+            return value
+        number = float(value)
+        if not 0 <= number < math.inf:
+            raise ValueError(f"`{self.name}` returned {value!r} at step {step}; expected a finite float >= 0")
+        return number
+
+
+def _takes_step(function: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return True
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return any(p.kind in positional and p.default is p.empty for p in parameters)
+
+
+def is_real(value: Any) -> bool:
+    """Whether a value is a real number (of Python or NumPy), NaN and infinity included, booleans not."""
+    return isinstance(value, Real) and not isinstance(value, _BOOLEAN)
+
+
+def rate(name: str, value: Any) -> Any:
+    """A number that is finite and not negative, or something to be called at each step."""
+    if callable(value) and not isinstance(value, type):
+        return value
+    if getattr(value, "shape", None) == () and not isinstance(value, Real):
+        value = value.item()
+    if is_real(value) and 0 <= value < math.inf:
+        return float(value)
+    raise ValueError(
+        f"Argument `{name}` must be a float >= 0, or an instance of LearningRateSchedule, or a callable (that takes "
+        f"the current step, or nothing, and returns such a float). Received instead: {name}={value!r}"
+    )
+
+
+def real(expected: str, test: Callable[[Any], bool], optional: bool = False) -> Check:
+    """A check for a real number; errors say what was expected."""
+
+    def check(name: str, value: Any) -> Any:
+        if optional and value is None:
+            return None
+        if is_real(value) and test(value):
+            return float(value)
+        raise ValueError(f"`{name}` must be {expected}. Received: {name}={value!r}")
+
+    return check
+
+
+def integer(least: int) -> Check:
+    """A check for None or an integer that is large enough."""
+
+    def check(name: str, value: Any) -> Any:
+        if value is None:
+            return None
+        if isinstance(value, Integral) and not isinstance(value, _BOOLEAN) and int(value) >= least:
+            return int(value)
+        raise ValueError(f"`{name}` must be an integer >= {least} or None. Received: {name}={value!r}")
+
+    return check
+
+
+def flag(name: str, value: Any) -> bool:
+    """A check for a boolean."""
+    if isinstance(value, bool):
+        return value
+    raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}")
+
+
+def choice(*choices: str) -> Check:
+    """A check for one of a few words."""
+
+    def check(name: str, value: Any) -> str:
+        if isinstance(value, str) and value in choices:
+            return value
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}. Received: {name}={value!r}")
+
+    return check
+
+
+def text(name: str, value: Any) -> str:
+    """A check for a name that is not empty."""
+    if isinstance(value, str) and value:
+        return value
+    raise ValueError(f"`{name}` must be a string that is not empty. Received: {name}={value!r}")
+
+
+beta = real("a float in [0, 1)", lambda value: 0 <= value < 1)
+positive = real("a finite float > 0", lambda value: 0 < value < math.inf)
+optional_positive = real("a finite float > 0, or None", lambda value: 0 < value < math.inf, optional=True)
+fraction = real("in the range [0, 1]", lambda value: 0 <= value <= 1)

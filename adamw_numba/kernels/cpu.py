@@ -1,0 +1,382 @@
+"""The CPU target: `update` bound by `numba.cfunc`, over a table of addresses, in one compiled call per step.
+
+A kernel is a C function ``void(block, part, parts)`` that does one of several equal shares of the work. `block` is the
+address of a row of addresses (`Block`), so that a call costs the same for one array and for a thousand, and so that
+`run_serial` and `run_parallel` are compiled once for all kernels. A 16-bit element is an integer to Numba: ``int16`` is
+float16, ``uint16`` is bfloat16.
+"""
+
+import math
+from functools import cache
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, cfunc, njit, prange, types
+from numba.extending import intrinsic, overload
+from numpy.lib.stride_tricks import as_strided
+
+from ..update import Coefficients, accumulate, blend, make_update
+
+LANES = 256  # independent sums of squares in a chunk, whatever the machine's vectors
+LIKE = {"float32": np.float32(0), "float64": np.float64(0), "float16": np.int16(0), "bfloat16": np.uint16(0)}
+
+# Rows of the table of addresses: one column per variable; a gradient at address 0 does not exist.
+P, G, M, V, TOP, AVERAGE, TOTAL, MASTER = range(8)
+# Columns of the work list: one row per chunk; positions and steps in bytes.
+ARRAY, START, COUNT, P_AT, G_AT, S_AT, P_STEP, G_STEP, S_STEP = range(9)
+# The block: addresses and sizes.
+WORK, CHUNKS, TABLE, ARRAYS, FACTORS, NUMBERS, PARTIALS, SUMS = range(8)
+# The numbers of a step: nine coefficients, whether to overwrite with the average, the scale of the squares.
+OVERWRITE, SQUARE_SCALE = 9, 10
+# Rows of the factors: per variable, on the decay and on the clip.
+DECAY, CLIP = range(2)
+
+_OPTIONS = {"error_model": "numpy", "fastmath": {"contract"}}
+
+
+def _cached(decorator, *signature, **options):
+    """A Numba decorator with its disk cache, or without where no folder can be written."""
+
+    def decorate(function):
+        try:
+            return decorator(*signature, cache=True, **_OPTIONS, **options)(function)
+        except RuntimeError:
+            return decorator(*signature, **_OPTIONS, **options)(function)
+
+    return decorate
+
+
+_jit = _cached(njit)
+_kernel = _cached(cfunc, types.void(types.intp, types.intp, types.intp))
+_update = _jit(make_update(math.sqrt, np.maximum, np.minimum))
+_accumulate = _jit(accumulate)
+_blend = _jit(blend)
+
+
+@intrinsic
+def _pointer(typingctx, address, like):
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like)(types.intp, like), codegen
+
+
+@intrinsic
+def _half_to_float(typingctx, bits):
+    def codegen(context, builder, signature, args):
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.int16), codegen
+
+
+@intrinsic
+def _float_to_half(typingctx, value):
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return types.int16(types.float32), codegen
+
+
+def _widen(x):
+    """The number that a stored element stands for."""
+    raise NotImplementedError
+
+
+@overload(_widen, inline="always")
+def _overload_widen(x):
+    if x == types.uint16:
+        return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
+    if x == types.int16:
+        return lambda x: _half_to_float(x)
+    return lambda x: x
+
+
+def _narrow(x, like):
+    """The stored element nearest to a number, ties to even."""
+    raise NotImplementedError
+
+
+@_jit
+def _float_to_bfloat(x):
+    bits = np.float32(x).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    quiet = (bits >> np.uint32(16)) | np.uint32(0x40)
+    return np.uint16(quiet if x != x else rounded)
+
+
+@overload(_narrow, inline="always")
+def _overload_narrow(x, like):
+    if like == types.uint16:
+        return lambda x, like: _float_to_bfloat(x)
+    if like == types.int16:
+        return lambda x, like: _float_to_half(x)
+    return lambda x, like: x
+
+
+@_jit
+def _at(x, i):
+    return None if x is None else x[i]
+
+
+@_jit
+def _put(x, i, value):
+    if x is not None:
+        x[i] = value
+
+
+@_jit
+def _value(p, master, i):
+    """A variable's number: its float32 master, unless its owner has written the variable since."""
+    if master is None:
+        return _widen(p[i])
+    return master[i] if _narrow(master[i], p[i]) == p[i] else _widen(p[i])
+
+
+@_jit
+def _row(address, count, step, like, strided):
+    if strided is None:
+        return carray(_pointer(address, like), count)
+    return as_strided(carray(_pointer(address, like), 1), (count,), (step,))
+
+
+@_jit
+def _slot(exists, address, count, step, like, strided):
+    if exists is None:
+        return None
+    return _row(address, count, step, like, strided)
+
+
+@_jit
+def _update_chunk(p, g, m, v, top, average, total, master, limit, c):
+    for i in range(p.size):
+        value, mi, vi, highest, mean = _update(
+            _value(p, master, i), _widen(g[i]), m[i], v[i], _at(top, i), _at(average, i), _at(total, i), limit, c
+        )
+        p[i] = _narrow(value, p[i])
+        m[i] = mi
+        v[i] = vi
+        _put(top, i, highest)
+        _put(average, i, mean)
+        _put(master, i, value)
+    if total is not None:
+        for i in range(p.size):
+            total[i] = 0
+
+
+@_jit
+def _blend_chunk(p, average, master, c):
+    if average is not None:
+        for i in range(p.size):
+            average[i] = _blend(average[i], _value(p, master, i), c)
+
+
+@_jit
+def _overwrite_chunk(p, average, master):
+    if average is not None:
+        for i in range(p.size):
+            p[i] = _narrow(average[i], p[i])
+            _put(master, i, average[i])
+
+
+@_jit
+def _share(block, part, parts):
+    """The work list, and which of its chunks are one part's: about as many elements as any other's."""
+    chunks = block[CHUNKS]
+    work = carray(_pointer(block[WORK], np.int64(0)), (chunks, 9))
+    if parts == 1:
+        return work, 0, chunks
+    total = work[chunks - 1, START] + work[chunks - 1, COUNT]
+    starts = work[:, START]
+    return work, np.searchsorted(starts, total * part // parts), np.searchsorted(starts, total * (part + 1) // parts)
+
+
+@_jit
+def _numbers(block):
+    return carray(_pointer(block[NUMBERS], 0.0), 11)
+
+
+@_jit
+def _coefficients(block, a, like):
+    c = _numbers(block)
+    factors = carray(_pointer(block[FACTORS], 0.0), (2, block[ARRAYS]))
+    cast = type(like)
+    return Coefficients(
+        cast(c[0]),
+        cast(c[1] * factors[DECAY, a]),
+        cast(c[2]),
+        cast(c[3]),
+        cast(c[4]),
+        cast(c[5]),
+        cast(c[6] * factors[CLIP, a]),
+        cast(c[7]),
+        cast(c[8]),
+    )
+
+
+@_jit
+def _table(block):
+    return carray(_pointer(block[TABLE], np.int64(0)), (8, block[ARRAYS]))
+
+
+@_jit
+def _update_share(address, part, parts, p_like, g_like, like, top, average, total, master, limit, strided):
+    block = carray(_pointer(address, np.int64(0)), 8)
+    work, first, last = _share(block, part, parts)
+    table = _table(block)
+    overwrite = _numbers(block)[OVERWRITE] != 0
+    for w in range(first, last):
+        a, n, at, step = work[w, ARRAY], work[w, COUNT], work[w, S_AT], work[w, S_STEP]
+        c = _coefficients(block, a, like)
+        p = _row(table[P, a] + work[w, P_AT], n, work[w, P_STEP], p_like, strided)
+        averages = _slot(average, table[AVERAGE, a] + at, n, step, like, strided)
+        masters = _slot(master, table[MASTER, a] + at, n, step, like, strided)
+        if table[G, a] != 0:
+            _update_chunk(
+                p,
+                _row(table[G, a] + work[w, G_AT], n, work[w, G_STEP], g_like, strided),
+                _row(table[M, a] + at, n, step, like, strided),
+                _row(table[V, a] + at, n, step, like, strided),
+                _slot(top, table[TOP, a] + at, n, step, like, strided),
+                averages,
+                _slot(total, table[TOTAL, a] + at, n, step, like, strided),
+                masters,
+                None if limit is None else c.limit,
+                c,
+            )
+        else:
+            _blend_chunk(p, averages, masters, c)
+        if overwrite:
+            _overwrite_chunk(p, averages, masters)
+
+
+@_jit
+def _accumulate_share(address, part, parts, g_like, like, strided):
+    block = carray(_pointer(address, np.int64(0)), 8)
+    work, first, last = _share(block, part, parts)
+    table = _table(block)
+    for w in range(first, last):
+        a, n = work[w, ARRAY], work[w, COUNT]
+        if table[G, a] != 0:
+            c = _coefficients(block, a, like)
+            g = _row(table[G, a] + work[w, G_AT], n, work[w, G_STEP], g_like, strided)
+            total = _row(table[TOTAL, a] + work[w, S_AT], n, work[w, S_STEP], like, strided)
+            for i in range(n):
+                total[i] = _accumulate(total[i], _widen(g[i]), c)
+
+
+@_jit
+def _square(g, total, i, c, scale):
+    x = _widen(g[i]) if total is None else _accumulate(total[i], _widen(g[i]), c)
+    return np.float64(x) * scale * (np.float64(x) * scale)
+
+
+@_jit
+def _sum_squares(g, total, c, scale, sums):
+    """Element i goes to lane i mod LANES, then lanes are added in a fixed tree."""
+    sums[:] = 0
+    whole = g.size - g.size % LANES
+    for start in range(0, whole, LANES):
+        for lane in range(LANES):
+            sums[lane] += _square(g, total, start + lane, c, scale)
+    for lane in range(g.size - whole):
+        sums[lane] += _square(g, total, whole + lane, c, scale)
+    width = LANES
+    while width > 1:
+        width //= 2
+        for lane in range(width):
+            sums[lane] += sums[width + lane]
+    return sums[0]
+
+
+@_jit
+def _square_share(address, part, parts, g_like, like, total, strided):
+    block = carray(_pointer(address, np.int64(0)), 8)
+    work, first, last = _share(block, part, parts)
+    table = _table(block)
+    partials = carray(_pointer(block[PARTIALS], 0.0), block[CHUNKS])
+    sums = carray(_pointer(block[SUMS] + part * 8 * LANES, 0.0), LANES)
+    scale = _numbers(block)[SQUARE_SCALE]
+    for w in range(first, last):
+        a, n = work[w, ARRAY], work[w, COUNT]
+        partials[w] = 0
+        if table[G, a] != 0:
+            c = _coefficients(block, a, like)
+            g = _row(table[G, a] + work[w, G_AT], n, work[w, G_STEP], g_like, strided)
+            totals = _slot(total, table[TOTAL, a] + work[w, S_AT], n, work[w, S_STEP], like, strided)
+            partials[w] = _sum_squares(g, totals, c, scale, sums)
+
+
+@cache
+def update_kernel(p_type, g_type, compute, top, average, total, master, limit, strided):
+    """The kernel that updates variables stored as `p_type`; each option is None or True."""
+    p_like, g_like, like = LIKE[p_type], LIKE[g_type], LIKE[compute]
+
+    @_kernel
+    def update_kernel(block, part, parts):
+        _update_share(block, part, parts, p_like, g_like, like, top, average, total, master, limit, strided)
+
+    return update_kernel
+
+
+@cache
+def accumulate_kernel(g_type, compute, strided):
+    """The kernel that adds gradients to their accumulators."""
+    g_like, like = LIKE[g_type], LIKE[compute]
+
+    @_kernel
+    def accumulate_kernel(block, part, parts):
+        _accumulate_share(block, part, parts, g_like, like, strided)
+
+    return accumulate_kernel
+
+
+@cache
+def square_kernel(g_type, compute, total, strided):
+    """The kernel that writes each chunk's sum of squared gradients."""
+    g_like, like = LIKE[g_type], LIKE[compute]
+
+    @_kernel
+    def square_kernel(block, part, parts):
+        _square_share(block, part, parts, g_like, like, total, strided)
+
+    return square_kernel
+
+
+@intrinsic
+def _call(typingctx, address, block, part, parts):
+    def codegen(context, builder, signature, args):
+        word = ir.IntType(64)
+        function = builder.inttoptr(args[0], ir.FunctionType(ir.VoidType(), [word] * 3).as_pointer())
+        builder.call(function, args[1:])
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp, types.intp), codegen
+
+
+@_cached(njit, nogil=True)
+def run_serial(address, block):
+    """Call a kernel for all of its work."""
+    _call(address, block, 0, 1)
+
+
+@_cached(njit, nogil=True, parallel=True)
+def run_parallel(address, block, threads):
+    """Call a kernel once for each thread's share of its work."""
+    for part in prange(threads):
+        _call(address, block, np.intp(part), threads)
+
+
+@_jit
+def gather_squares(work, partials, squares):
+    """Add the chunks of each variable in order."""
+    for w in range(work.shape[0]):
+        squares[work[w, ARRAY]] += partials[w]
+
+
+@_jit
+def add_in_order(values):
+    """A sum whose rounding does not depend on the machine."""
+    total = 0.0
+    for value in values:
+        total += value
+    return total

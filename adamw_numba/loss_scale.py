@@ -1,0 +1,278 @@
+"""`LossScaleOptimizer`: Keras's dynamic loss scaling around an `AdamW`."""
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Self
+
+import numpy as np
+
+from . import hyperparameters as hp
+from .arrays import Array
+from .containers import Container
+from .optimizer import AdamW, LastStep
+from .state import Place, State, load, replace, save
+from .stateless import lazy_namespace, select_number
+from .step import Call
+
+_INNER_ONLY = {
+    "weight_decay": None,
+    "clipnorm": None,
+    "global_clipnorm": None,
+    "clipvalue": None,
+    "use_ema": False,
+    "ema_momentum": 0.99,
+    "ema_overwrite_frequency": None,
+    "loss_scale_factor": None,
+    "gradient_accumulation_steps": None,
+}
+
+
+class LossScaleOptimizer:
+    """Scale the loss as high as gradients stay finite: doubled now and then, halved (and the step skipped) if not.
+
+    Parameters
+    ----------
+    inner_optimizer : AdamW
+        Takes the unscaled gradients, in the same pass over memory; its own ``loss_scale_factor`` is set to None.
+    initial_scale : float, default 2**15
+    dynamic_growth_steps : int, default 2000
+        The scale doubles after so many finite steps in a row.
+    name : str
+    minimum_scale, maximum_scale : float, optional
+        Bounds of the scale, which Keras lacks: there it can become infinite or 0.
+    **kwargs
+        ``dynamic=True`` and the defaults of what belongs to the inner optimizer are accepted, as in Keras.
+
+    Raises
+    ------
+    TypeError
+        If ``inner_optimizer`` is no AdamW.
+    ValueError
+        If another argument is unknown or out of range.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> weights = np.ones(2)
+    >>> optimizer = LossScaleOptimizer(AdamW(0.1), initial_scale=4.0)
+    >>> optimizer.build([weights])
+    >>> optimizer.apply([np.array([np.inf, 1.0])])
+    >>> weights, float(optimizer.scale_loss(1.0)), optimizer.skipped_steps
+    (array([1., 1.]), 2.0, 1)
+    """
+
+    name: str = hp.Hyperparameter(hp.text)  # type: ignore[assignment]
+    initial_scale: float = hp.Hyperparameter(hp.positive)  # type: ignore[assignment]
+    dynamic_growth_steps: int = hp.Hyperparameter(hp.integer(1))  # type: ignore[assignment]
+    minimum_scale: float | None = hp.Hyperparameter(hp.optional_positive)  # type: ignore[assignment]
+    maximum_scale: float | None = hp.Hyperparameter(hp.optional_positive)  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        inner_optimizer: AdamW,
+        initial_scale: float = 2.0**15,
+        dynamic_growth_steps: int = 2000,
+        name: str = "loss_scale_optimizer",
+        *,
+        minimum_scale: float | None = None,
+        maximum_scale: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(inner_optimizer, AdamW):
+            raise TypeError(f"`inner_optimizer` must be an AdamW. Received: inner_optimizer={inner_optimizer!r}")
+        _check_kwargs(kwargs)
+        self.name, self.initial_scale = name, initial_scale
+        self.minimum_scale, self.maximum_scale = minimum_scale, maximum_scale
+        if dynamic_growth_steps is None:
+            raise ValueError("`dynamic_growth_steps` must be an integer >= 1. Received: dynamic_growth_steps=None")
+        self.dynamic_growth_steps = dynamic_growth_steps
+        if (minimum_scale or 0) > (maximum_scale or np.inf):
+            raise ValueError(
+                f"`minimum_scale` must not exceed `maximum_scale`. Received: {minimum_scale}, {maximum_scale}"
+            )
+        self.inner_optimizer = inner_optimizer
+        inner_optimizer.loss_scale_factor = None
+        self._state = State()
+        # Two that Keras has and does not use keep the positions of its saved state.
+        self._state.scalars["learning_rate"] = np.zeros(())
+        self._counter = self._state.add("step_counter", np.zeros((), np.int64), late=False)
+        self._scale = self._state.add("dynamic_scale", np.array(self._bounded(self.initial_scale)), late=False)
+
+    def __repr__(self) -> str:
+        return f"LossScaleOptimizer({self.inner_optimizer!r}, dynamic_scale={self.dynamic_scale})"
+
+    @property
+    def dynamic_scale(self) -> float:
+        """The scale of the next step."""
+        return float(self._scale)
+
+    @property
+    def built(self) -> bool:
+        """Whether the inner optimizer is built."""
+        return self.inner_optimizer.built
+
+    @property
+    def learning_rate(self) -> float:
+        """The inner optimizer's learning rate."""
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value: Any) -> None:
+        self.inner_optimizer.learning_rate = value
+
+    @property
+    def iterations(self) -> int:
+        """The inner optimizer's updates so far; skipped steps do not count."""
+        return self.inner_optimizer.iterations
+
+    @property
+    def last_step(self) -> LastStep | None:
+        """What the last call of `apply` did; see `AdamW.last_step`."""
+        return self.inner_optimizer.last_step
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps have been left out because a gradient was not finite."""
+        return self.inner_optimizer.skipped_steps
+
+    @property
+    def averages(self) -> list[Array]:
+        """The inner optimizer's averages."""
+        return self.inner_optimizer.averages
+
+    @property
+    def variables(self) -> list[Array]:
+        """Four scalars (iteration and learning rate, unused; step counter; dynamic scale), then the inner state."""
+        return [own[key] for _, own, key in self._places()]
+
+    @property
+    def variable_names(self) -> list[str]:
+        """The names of `variables`."""
+        return [name for name, _, _ in self._places()]
+
+    def _places(self) -> list[Place]:
+        return self._state.places() + self.inner_optimizer._state.places()
+
+    def build(self, var_list: Container) -> None:
+        """Build the inner optimizer: see `AdamW.build`."""
+        self.inner_optimizer.build(var_list)
+
+    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Iterable[str] | None = None) -> None:
+        """Leave variables out of weight decay: see `AdamW.exclude_from_weight_decay`."""
+        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+
+    def scale_loss(self, loss: Any) -> Any:
+        """The loss times the current scale: differentiate this one."""
+        return loss * self.dynamic_scale
+
+    def apply(self, grads: Container, trainable_variables: Container | None = None) -> None:
+        """Take one step with scaled gradients, or skip it and halve the scale if one of them is not finite.
+
+        The inner optimizer, the counter and the scale change together or not at all; see `AdamW.apply`.
+        """
+        inner = self.inner_optimizer
+        with inner._lock:
+            built, gradients = inner._match(grads, trainable_variables)
+            if gradients:
+                inner._step(built, gradients, self.dynamic_scale, "skip", self._after)
+
+    def apply_gradients(self, grads_and_vars: Iterable[tuple[Array | None, Array]]) -> int:
+        """Take one step with ``(gradient, variable)`` pairs: see `AdamW.apply_gradients`."""
+        pairs = list(grads_and_vars)
+        self.apply([g for g, _ in pairs], [v for _, v in pairs])
+        return int(self.inner_optimizer._state.scalars["iteration"])
+
+    def stateless_apply(
+        self, optimizer_variables: Sequence[Array], grads: Container, trainable_variables: Container
+    ) -> tuple[Container, list[Array]]:
+        """One step as a pure function, the scale included: see `AdamW.stateless_apply`."""
+        inner, state = self.inner_optimizer, list(optimizer_variables)
+        if len(state) != len(self.variables):
+            raise ValueError(f"`optimizer_variables` holds {len(state)} arrays; expected {len(self.variables)}")
+        xp = lazy_namespace(state)
+        counter, scale, before = state[2:5] if xp else (int(state[2]), float(state[3]), int(state[4]))
+        variables, new = inner._stateless(state[4:], grads, trainable_variables, scale, "skip")
+        finite = new[0] != before if xp or lazy_namespace(new[:1]) else bool(int(new[0]) != before)
+        counter, scale = self._next(finite, counter, scale)
+        own = [counter, scale] if lazy_namespace([counter]) else [np.asarray(counter), np.asarray(scale)]
+        return variables, [*state[:2], *own, *new]
+
+    def finalize_variable_values(self, var_list: Container) -> None:
+        """Put the inner optimizer's averages into variables."""
+        self.inner_optimizer.finalize_variable_values(var_list)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """A block in which the variables hold their averages: see `AdamW.averaged`."""
+        return self.inner_optimizer.averaged()
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments, ready for JSON: Keras's keys, and the bounds where they are set."""
+        inner = {
+            "module": "keras.optimizers",
+            "class_name": "AdamW",
+            "config": self.inner_optimizer.get_config(),
+            "registered_name": None,
+        }
+        bounds = {"minimum_scale": self.minimum_scale, "maximum_scale": self.maximum_scale}
+        return {
+            "name": self.name,
+            "inner_optimizer": inner,
+            "initial_scale": self.initial_scale,
+            "dynamic_growth_steps": self.dynamic_growth_steps,
+            **{key: value for key, value in bounds.items() if value is not None},
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Self:
+        """An optimizer from a config of ours or of Keras; the config is left as it is."""
+        config = dict(config)
+        inner = config.pop("inner_optimizer")
+        if str(inner.get("class_name")).lower() != "adamw":
+            raise ValueError(f"`inner_optimizer` is a {inner.get('class_name')!r}; expected 'AdamW'")
+        return cls(AdamW.from_config(inner["config"], custom_objects), **config)
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Give every array of `variables` another value: see `AdamW.set_weights`."""
+        self.inner_optimizer._require_built("set_weights")
+        replace(self._places(), list(weights), "weights")
+
+    def save_own_variables(self, store: Any) -> None:
+        """Put a NumPy copy of every array of `variables` into a mapping: see `AdamW.save_own_variables`."""
+        save(self._places(), store)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Take every array of `variables` from a mapping: see `AdamW.load_own_variables`."""
+        self.inner_optimizer._require_built("load_own_variables")
+        load(self._places(), store)
+
+    def _bounded(self, scale: Any) -> Any:
+        lowest, highest = self.minimum_scale, self.maximum_scale
+        scale = scale if lowest is None else select_number(scale < lowest, scale * 0 + lowest, scale)
+        return scale if highest is None else select_number(scale > highest, scale * 0 + highest, scale)
+
+    def _next(self, finite: Any, counter: Any, scale: Any) -> tuple[Any, Any]:
+        """Counter and scale after a step; `finite` is a bool, or a scalar array under a trace."""
+        full = counter == self.dynamic_growth_steps - 1
+        grown = select_number(full, self._bounded(scale * 2), scale)
+        count = select_number(full, counter * 0, counter + 1)
+        return select_number(finite, count, counter * 0), select_number(finite, grown, self._bounded(scale * 0.5))
+
+    def _after(self, applied: bool) -> list[Call]:
+        counter, scale = self._next(applied, self._counter.item(), self._scale.item())
+        return [(operator.setitem, self._counter, (), counter), (operator.setitem, self._scale, (), scale)]
+
+
+def _check_kwargs(kwargs: dict[str, Any]) -> None:
+    if not kwargs.pop("dynamic", True):
+        raise ValueError(
+            "LossScaleOptimizer no longer supports `dynamic=False`. Instead, simply set `loss_scale_factor` directly "
+            "on the `inner_optimizer`."
+        )
+    for name, default in _INNER_ONLY.items():
+        if kwargs.pop(name, default) != default:
+            raise ValueError(
+                f"LossScaleOptimizer does not support `{name}`. Instead, set `{name}` on the `inner_optimizer`."
+            )
+    if kwargs:
+        raise ValueError(f"LossScaleOptimizer does not support arguments: `{'`, `'.join(kwargs)}`.")

@@ -1,0 +1,723 @@
+"""`AdamW`: the surface of `keras.optimizers.AdamW` over plain arrays."""
+
+import math
+import operator
+import re
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from . import arrays, schedules, stateless, step
+from . import hyperparameters as hp
+from .arrays import Array
+from .containers import Container, flatten, in_order, materialized, rebuild
+from .state import State, load, new_slots, replace, save
+from .step import Built, Call
+
+
+class LastStep(NamedTuple):
+    """What the last call of `AdamW.apply` did.
+
+    Attributes
+    ----------
+    gradient_norm : float or None
+        Norm of the mean unscaled gradient of all variables before clipping, where an option needed it.
+    applied : bool
+        False if the step was skipped because of a gradient that is not finite.
+    learning_rate : float
+    """
+
+    gradient_norm: float | None
+    applied: bool
+    learning_rate: float
+
+
+def _checked(check: hp.Check, frozen: bool = False) -> Any:
+    return hp.Hyperparameter(check, frozen)
+
+
+class AdamW:
+    """AdamW over plain arrays, updated in place in one fused pass: the constructor and methods of Keras 3.
+
+    Parameters
+    ----------
+    learning_rate : float, LearningRateSchedule or callable, default 0.001
+        A callable takes the step (the number of `apply` calls so far), or nothing.
+    weight_decay : float, LearningRateSchedule or callable, default 0.004
+        Decoupled (Loshchilov & Hutter 2019), and multiplied by the learning rate.
+    beta_1, beta_2 : float, default 0.9 and 0.999
+        Decay rates of the first and second moment, in [0, 1).
+    epsilon : float, default 1e-7
+        The "epsilon hat" of Kingma & Ba (2015): added to the square root of the raw second moment.
+    amsgrad : bool, default False
+        Divide by the largest raw second moment so far (Reddi et al. 2018).
+    clipnorm, clipvalue, global_clipnorm : float, optional
+        Clip each gradient to this norm, each element to this magnitude, or all gradients together to this norm. Only
+        one may be set.
+    use_ema : bool, default False
+        Keep an exponential moving average of the variables: see `averages` and `averaged`.
+    ema_momentum : float, default 0.99
+    ema_overwrite_frequency : int, optional
+        Copy the averages into the variables after every so many updates.
+    loss_scale_factor : float, optional
+        Gradients are divided by it: see `scale_loss`.
+    gradient_accumulation_steps : int, optional
+        Update once in so many calls of `apply`, with the mean of their gradients.
+    name : str, default "adamw"
+    nonfinite : {"propagate", "skip", "raise"}
+        What a NaN or an infinity in a gradient does: go through, as in Keras; have the step skipped and counted in
+        `skipped_steps`; or raise FloatingPointError. Decided before anything is written, at the cost of one more read
+        of the gradients.
+    threads : int, optional
+        The most threads to use; by default as many as Numba does. Results do not depend on it.
+    master_weights : bool, default True
+        Keep a float32 copy of every 16-bit variable, without which small updates are lost.
+    **kwargs
+        Nothing else is known; ``decay`` is ignored with a warning, as in Keras.
+
+    Raises
+    ------
+    ValueError
+        If an argument is unknown, out of range, or in conflict with another.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> weights = np.ones(3)
+    >>> optimizer = AdamW(learning_rate=0.1)
+    >>> optimizer.build([weights])
+    >>> optimizer.apply([np.array([1.0, -1.0, 0.0])])
+    >>> weights.round(4)
+    array([0.8996, 1.0996, 0.9996])
+    """
+
+    # In the order of Keras's config, then what Keras lacks.
+    name: str = _checked(hp.text)
+    weight_decay: Any = _checked(hp.rate)
+    clipnorm: float | None = _checked(hp.optional_positive)
+    global_clipnorm: float | None = _checked(hp.optional_positive)
+    clipvalue: float | None = _checked(hp.optional_positive)
+    use_ema: bool = _checked(hp.flag, frozen=True)
+    ema_momentum: float = _checked(hp.fraction)
+    ema_overwrite_frequency: int | None = _checked(hp.integer(1))
+    loss_scale_factor: float | None = _checked(hp.optional_positive)
+    gradient_accumulation_steps: int | None = _checked(hp.integer(2), frozen=True)
+    beta_1: float = _checked(hp.beta)
+    beta_2: float = _checked(hp.beta)
+    epsilon: float = _checked(hp.positive)
+    amsgrad: bool = _checked(hp.flag, frozen=True)
+    nonfinite: str = _checked(hp.choice("propagate", "skip", "raise"))
+    threads: int | None = _checked(hp.integer(1))
+    master_weights: bool = _checked(hp.flag, frozen=True)
+
+    def __init__(
+        self,
+        learning_rate: Any = 0.001,
+        weight_decay: Any = 0.004,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-7,
+        amsgrad: bool = False,
+        clipnorm: float | None = None,
+        clipvalue: float | None = None,
+        global_clipnorm: float | None = None,
+        use_ema: bool = False,
+        ema_momentum: float = 0.99,
+        ema_overwrite_frequency: int | None = None,
+        loss_scale_factor: float | None = None,
+        gradient_accumulation_steps: int | None = None,
+        name: str = "adamw",
+        *,
+        nonfinite: str = "propagate",
+        threads: int | None = None,
+        master_weights: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        given = locals()
+        if kwargs.pop("decay", None) is not None:
+            warnings.warn("Argument `decay` is no longer supported and will be ignored.", stacklevel=2)
+        if kwargs:
+            raise ValueError(f"Argument(s) not recognized: {kwargs}")
+        for key in _CHECKED:
+            setattr(self, key, given[key])
+        self.built = False
+        self._state = State()
+        self._learning_rate: hp.Rate | None = None
+        self.learning_rate = learning_rate
+        self._exclusions: tuple[list[Array], list[str]] = ([], [])
+        self._built: Built | None = None
+        self._last: list[Any] = [None, 0]  # the last step, the number of skipped steps
+        self._swapped = False
+        self._lock = threading.RLock()
+
+    # What it is
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next step. Setting takes a float, a schedule or a callable, at any time."""
+        if self._learning_rate is not None:
+            return float(self._learning_rate(self._state.scalars["iteration"].item()))
+        return float(self._state.scalars["learning_rate"])
+
+    @learning_rate.setter
+    def learning_rate(self, value: Any) -> None:
+        value = hp.rate("learning_rate", value)
+        scalars = self._state.scalars
+        if callable(value):
+            self._learning_rate = hp.Rate("learning_rate", value)
+            scalars.pop("learning_rate", None)
+        else:
+            scalars.setdefault("learning_rate", np.zeros(()))[...] = value
+            self._learning_rate = None
+
+    @property
+    def iterations(self) -> int:
+        """Updates so far: calls of `apply`, divided by ``gradient_accumulation_steps``."""
+        return int(self._state.scalars["iteration"]) // (self.gradient_accumulation_steps or 1)
+
+    @property
+    def variables(self) -> list[Array]:
+        """The arrays of the state, live, in Keras's order; float32 masters of 16-bit variables follow it."""
+        return [own[key] for _, own, key in self._state.places()]
+
+    @property
+    def variable_names(self) -> list[str]:
+        """The names of `variables`: ``iteration``, ``learning_rate``, ``momentum/<name>``, ..."""
+        return [name for name, _, _ in self._state.places()]
+
+    @property
+    def state(self) -> dict[str, Array]:
+        """The arrays of the state, live, by name."""
+        return {name: own[key] for name, own, key in self._state.places()}
+
+    @property
+    def averages(self) -> list[Array]:
+        """The moving averages of the variables, live, in the order of `build`; empty without ``use_ema``."""
+        return [own["average"] for own in self._state.slots if "average" in own]
+
+    @property
+    def last_step(self) -> LastStep | None:
+        """What the last call of `apply` did; None before the first."""
+        last: LastStep | None = self._last[0]
+        return last
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps ``nonfinite="skip"`` has left out."""
+        return int(self._last[1])
+
+    def __repr__(self) -> str:
+        if self._built is None:
+            return f"{type(self).__name__}(name={self.name!r}, built=False)"
+        variables = self._built.variables
+        dtypes = ", ".join(dict.fromkeys(map(arrays.dtype_name, variables)))
+        devices = ", ".join(dict.fromkeys(map(arrays.device, variables)))
+        return (
+            f"{type(self).__name__}(name={self.name!r}, arrays={len(variables)}, "
+            f"parameters={sum(math.prod(v.shape) for v in variables)}, dtypes={dtypes!r}, devices={devices!r}, "
+            f"step={self.iterations}, state_bytes={sum(map(arrays.byte_count, self.variables))})"
+        )
+
+    # Setting up
+
+    def build(self, variables: Container) -> None:
+        """Allocate the state for the variables to train.
+
+        Parameters
+        ----------
+        variables : array, list of arrays, list of ``(name, array)`` pairs, or nested dict or list of arrays
+            Arrays of floats or complex numbers, of any Array-API library, that do not overlap. NumPy arrays and torch
+            tensors on the CPU are updated where they lie by compiled code.
+
+        Raises
+        ------
+        TypeError
+            If one is no array, or an array of a kind or dtype that cannot be trained.
+        ValueError
+            If there are none, one is read-only, two share memory, two have one name, or other variables were built.
+        """
+        with self._lock:
+            self._build(*flatten(variables))
+
+    def _build(self, names: list[str], variables: list[Array]) -> Built:
+        if self._built is not None:
+            self._indices(self._built, variables)
+            if len(variables) != len(self._built.variables):
+                raise ValueError(
+                    f"this optimizer was built with {len(self._built.variables)} variables. Received: {len(variables)}; "
+                    "make a new optimizer for other variables"
+                )
+            return self._built
+        if not variables:
+            raise ValueError("`variables` is empty; expected at least one array")
+        for name, variable in zip(names, variables, strict=True):
+            arrays.check_variable(name, variable)
+        options = {
+            "average": self.use_ema,
+            "gradient_accumulator": self.gradient_accumulation_steps,
+            "velocity_hat": self.amsgrad,
+        }
+        keys = ["momentum", "velocity", *(key for key, wanted in options.items() if wanted)]
+        slots = [new_slots(variable, keys, self.master_weights) for variable in variables]
+        excluded = frozenset(n for n, v in zip(names, variables, strict=True) if self._is_excluded(n, v))
+        built = step.build(names, variables, slots, excluded)
+        self.__dict__.update(_built=built, built=True)
+        self._state.names, self._state.slots = names, slots
+        return built
+
+    def exclude_from_weight_decay(
+        self, var_list: Iterable[Array] | None = None, var_names: Iterable[str] | None = None
+    ) -> None:
+        """Leave variables out of weight decay; a second call replaces the first.
+
+        Parameters
+        ----------
+        var_list : list of arrays, optional
+            The very arrays that will be built.
+        var_names : list of str, optional
+            Regular expressions, searched for (`re.search`) in the whole path of a variable and in its last component.
+
+        Raises
+        ------
+        ValueError
+            If the optimizer is built already (Keras documents this and does not do it), or a pattern is not valid.
+        """
+        if self.built:
+            raise ValueError("`exclude_from_weight_decay()` can only be configured before the optimizer is built.")
+        if isinstance(var_names, str) or not all(isinstance(name, str) for name in var_names or ()):
+            raise TypeError(f"`var_names` must be a list of strings. Received: var_names={var_names!r}")
+        patterns = list(var_names or ())
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"`var_names` holds {pattern!r}, which is no regular expression: {error}") from None
+        listed = [] if var_list is None else flatten(var_list, "var_list")[1]
+        self._exclusions = (listed, patterns)
+
+    def _is_excluded(self, name: str, variable: Array) -> bool:
+        listed, patterns = self._exclusions
+        names = (name, name.rpartition("/")[2])
+        return any(array is variable for array in listed) or any(re.search(p, n) for p in patterns for n in names)
+
+    def add_variable(
+        self,
+        shape: Sequence[int],
+        initializer: Any = "zeros",
+        dtype: Any = None,
+        aggregation: str | None = "none",
+        layout: Any = None,
+        name: str | None = None,
+    ) -> Array:
+        """Add a NumPy array to the state: it is saved and restored with `variables`, and never touched otherwise.
+
+        Parameters
+        ----------
+        shape : tuple of int
+        initializer : {"zeros", "ones"} or callable
+            A callable takes the shape and ``dtype=``.
+        dtype : dtype, default float32
+        aggregation, layout
+            Accepted as in Keras, without effect: there are no replicas here.
+        name : str, optional
+
+        Returns
+        -------
+        numpy.ndarray
+        """
+        return self._add(
+            np.zeros(_shape(shape), np.float32 if dtype is None else dtype), initializer, name or "variable"
+        )
+
+    def add_variable_from_reference(
+        self, reference_variable: Array, name: str | None = None, initializer: Any = "zeros"
+    ) -> Array:
+        """Add an array of a variable's library, shape, dtype, layout and device to the state.
+
+        Parameters
+        ----------
+        reference_variable : array
+        name : str, optional
+            The array is called ``<variable>_<name>``, ``var`` by default.
+        initializer : {"zeros", "ones"} or callable
+
+        Returns
+        -------
+        array
+        """
+        known = self._built.variables if self._built else []
+        index = next((i for i, variable in enumerate(known) if variable is reference_variable), None)
+        prefix = "" if index is None or self._built is None else f"{self._built.names[index]}_"
+        array = arrays.zeros_like(reference_variable, arrays.dtype_name(reference_variable))
+        return self._add(array, initializer, f"{prefix}{name or 'var'}")
+
+    def _add(self, array: Array, initializer: Any, name: str) -> Array:
+        if "/" in name:
+            raise ValueError(f"`name` must not hold a '/'. Received: name={name!r}")
+        if callable(initializer):
+            arrays.write(array, initializer(tuple(array.shape), dtype=array.dtype))
+        elif initializer in ("zeros", "ones"):
+            arrays.write(array, np.full(tuple(array.shape), initializer == "ones", np.float32))
+        else:
+            raise ValueError(f"`initializer` must be 'zeros', 'ones' or a callable. Received: {initializer!r}")
+        return self._state.add(name, array, late=self.built)
+
+    # Stepping
+
+    def apply(self, grads: Container, trainable_variables: Container | None = None) -> None:
+        """Take one step: update the variables in place; all of them or, on any error or interrupt, none.
+
+        Parameters
+        ----------
+        grads : list of arrays and None, or a container like the one of `build`
+            Gradients of the variables' shapes; a variable without one (None) is left alone, but for its average. They
+            are only read: in place where they have the variable's dtype, or float32 for a 16-bit variable; other
+            floats are cast first.
+        trainable_variables : container, optional
+            Builds the optimizer at the first call; later, the variables that the gradients belong to.
+
+        Raises
+        ------
+        TypeError
+            If a gradient is of another library, device or kind than its variable.
+        ValueError
+            If a count or a shape differs, no variable has a gradient, or one shares memory with a variable or the state.
+        FloatingPointError
+            With ``nonfinite="raise"``, if a gradient is not finite.
+
+        Warns
+        -----
+        UserWarning
+            If some gradients are None.
+        """
+        with self._lock:
+            built, gradients = self._match(grads, trainable_variables)
+            if gradients:
+                self._step(built, gradients, self.loss_scale_factor or 1.0, self.nonfinite)
+
+    def apply_gradients(self, grads_and_vars: Iterable[tuple[Array | None, Array]]) -> int:
+        """Take one step with ``(gradient, variable)`` pairs, as `zip` makes them.
+
+        Returns
+        -------
+        int
+            Calls of `apply` so far.
+        """
+        pairs = list(grads_and_vars)
+        if not pairs:
+            raise ValueError("`grads_and_vars` is empty; expected at least one (gradient, variable) pair")
+        gradients, variables = zip(*pairs, strict=True)
+        self.apply(list(gradients), list(variables))
+        return int(self._state.scalars["iteration"])
+
+    def update_step(self, gradient: Array, variable: Array, learning_rate: float) -> None:
+        """Adam alone for one variable: no clip, decay, average or accumulation, and no count of steps.
+
+        Parameters
+        ----------
+        gradient, variable : array
+            The variable must be one of those built.
+        learning_rate : float
+        """
+        with self._lock:
+            built = self._require_built("update_step")
+            rate = hp.Rate("learning_rate", lambda: learning_rate)(0)
+            (index,) = self._indices(built, [variable])
+            step.commit(step.prepare_one(self, built, gradient, index, self.iterations, rate), [])
+
+    def stateless_apply(
+        self, optimizer_variables: Sequence[Array], grads: Container, trainable_variables: Container
+    ) -> tuple[Container, list[Array]]:
+        """One step as a pure function: for immutable arrays, and inside `jax.jit`.
+
+        Parameters
+        ----------
+        optimizer_variables : list of arrays
+            The state, in the order of `variables`.
+        grads, trainable_variables : container
+            In the order, or with the names, of `build`.
+
+        Returns
+        -------
+        trainable_variables : container
+            New arrays, in a container of the same shape.
+        optimizer_variables : list of arrays
+            The new state.
+
+        Raises
+        ------
+        ValueError
+            If the optimizer is not built, or a count or a shape differs, or under a trace with ``nonfinite="raise"``.
+
+        Notes
+        -----
+        Neither the arguments nor the optimizer change: a skipped step shows in the iteration (the first variable)
+        alone. `set_weights` puts a state back into the optimizer.
+        """
+        factor = self.loss_scale_factor or 1.0
+        return self._stateless(optimizer_variables, grads, trainable_variables, factor, self.nonfinite)
+
+    def _stateless(
+        self, state: Sequence[Array], grads: Container, variables: Container, loss_scale: Any, nonfinite: str
+    ) -> tuple[Container, list[Array]]:
+        built, container = self._require_built("stateless_apply"), materialized(variables)
+        names, leaves = flatten(container, "trainable_variables")
+        gradient_names, gradients = flatten(grads, "grads")
+        order = in_order(built.names, list(range(len(names))), names, "trainable_variables")
+        if not gradients:
+            return rebuild(container, leaves), list(state)
+        gradients = in_order(gradient_names, gradients, built.names, "grads")
+        if all(g is None for g in gradients):
+            raise ValueError("No gradients provided for any variable.")
+        leaves = in_order(names, leaves, built.names, "trainable_variables")
+        leaves, new_state = stateless.apply(
+            self, built, self.variable_names, state, gradients, leaves, loss_scale, nonfinite
+        )
+        return rebuild(container, [leaves[i] for i in order]), new_state
+
+    def scale_loss(self, loss: Any) -> Any:
+        """The loss times ``loss_scale_factor``, whose gradients `apply` divides by it again."""
+        return loss if self.loss_scale_factor is None else loss * self.loss_scale_factor
+
+    def _step(
+        self,
+        built: Built,
+        gradients: Sequence[Array | None],
+        loss_scale: float,
+        nonfinite: str,
+        more: Callable[[bool], list[Call]] | None = None,
+    ) -> None:
+        iteration = self._state.scalars["iteration"]
+        number = iteration.item()
+        rates = self._rates(number)
+        prepared = step.prepare(self, built, gradients, number, rates, loss_scale, nonfinite)
+        calls: list[Call] = [(operator.setitem, self._last, 0, LastStep(prepared.norm, prepared.applied, rates[0]))]
+        if prepared.applied:
+            calls.append((operator.setitem, iteration, (), number + 1))
+        else:
+            calls.append((operator.setitem, self._last, 1, self._last[1] + 1))
+        step.commit(prepared, calls + more(prepared.applied) if more else calls)
+
+    def _rates(self, number: Any, learning_rate: Any = None) -> tuple[Any, Any]:
+        """Learning rate and weight decay at a step; the learning rate as given where it is a number."""
+        if self._learning_rate is not None:
+            learning_rate = self._learning_rate(number)
+        elif learning_rate is None:
+            learning_rate = self._state.scalars["learning_rate"].item()
+        decay = self.__dict__["_weight_decay_rate"]
+        return learning_rate, self.weight_decay if decay is None else decay(number)
+
+    def _match(self, grads: Container, variables: Container | None) -> tuple[Any, Sequence[Array | None]]:
+        """The gradients in the order of the variables; an empty list for no gradients at all."""
+        if self._swapped:
+            raise RuntimeError("the variables hold their averages inside `averaged()`; expected a step after the block")
+        built = self._built
+        if built is not None and variables is None and type(grads) is list and len(grads) == len(built.names):
+            if not set(map(type, grads)) & _NESTED:
+                return built, grads
+        names, leaves = flatten(grads, "grads")
+        if not leaves:
+            return built, []
+        if variables is not None:
+            targets, known = flatten(variables)
+            built = self._built or self._build(targets, known)
+            indices = self._indices(built, known)
+        elif built is not None:
+            targets, indices = built.names, list(range(len(built.names)))
+        else:
+            raise ValueError(
+                "When passing `grads` without `variables`, the optimizer must already be built on a list of variables. "
+                "Call `optimizer.build(trainable_variables)` first."
+            )
+        gradients: list[Array | None] = [None] * len(built.names)
+        for index, leaf in zip(indices, in_order(names, leaves, targets, "grads"), strict=True):
+            gradients[index] = leaf
+        missing = [built.names[i] for i in sorted(indices) if gradients[i] is None]
+        if len(missing) == len(leaves):
+            raise ValueError("No gradients provided for any variable.")
+        if missing:
+            warnings.warn(f"Gradients do not exist for variables {missing}: they are not updated.", stacklevel=3)
+        return built, gradients
+
+    def _indices(self, built: Built, variables: Sequence[Array]) -> list[int]:
+        where = {id(variable): i for i, variable in enumerate(built.variables)}
+        for k, variable in enumerate(variables):
+            if id(variable) not in where:
+                raise ValueError(
+                    f"Unknown variable: number {k} of {len(variables)}, of shape {tuple(np.shape(variable))}. This "
+                    "optimizer can only be called for the variables it was originally built with. When working with a "
+                    "new set of variables, you should recreate a new optimizer instance."
+                )
+        indices = [where[id(variable)] for variable in variables]
+        if len(set(indices)) < len(indices):
+            raise ValueError("`trainable_variables` holds an array more than once; expected every array once")
+        return indices
+
+    def _require_built(self, what: str) -> Built:
+        if self._built is None:
+            raise ValueError(f"`{what}` needs an optimizer that is built. Call `optimizer.build(variables)` first.")
+        return self._built
+
+    # Averages
+
+    def _averages_of(self, what: str) -> Built:
+        built = self._require_built(what)
+        if not self.use_ema:
+            raise ValueError(f"`{what}` needs averages. Received: use_ema=False; expected AdamW(use_ema=True)")
+        return built
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside the block the variables hold their averages; after it they are, bit for bit, what they were.
+
+        Raises
+        ------
+        ValueError
+            Without ``use_ema``, or before `build`.
+        RuntimeError
+            From `apply` inside the block, or from a second block inside it.
+        """
+        with self._lock:
+            built = self._averages_of("averaged")
+            if self._swapped:
+                raise RuntimeError("`averaged()` is active already; expected no such block inside another")
+            kept = [arrays.like(variable, variable) for variable in built.variables]
+            self._swapped = True
+            try:
+                self.finalize_variable_values(built.variables)
+                yield
+            finally:
+                for variable, value in zip(built.variables, kept, strict=True):
+                    arrays.write(variable, value)
+                self._swapped = False
+
+    def finalize_variable_values(self, var_list: Container) -> None:
+        """Put the averages into variables for good; without ``use_ema`` nothing happens.
+
+        Parameters
+        ----------
+        var_list : container of the variables built, or of some of them
+        """
+        built = self._built
+        if not self.use_ema or built is None:
+            return
+        variables = flatten(var_list, "var_list")[1]
+        for variable, index in zip(variables, self._indices(built, variables), strict=True):
+            arrays.write(variable, built.slots[index]["average"])
+
+    # Assigning
+
+    def assign(self, variable: Array, value: Any) -> None:
+        """Set the elements of an array, of the model or of the state; the shapes must be equal."""
+        arrays.write(variable, value)
+
+    def assign_add(self, variable: Array, value: Any) -> None:
+        """Add to the elements of an array."""
+        arrays.write(variable, variable + value)
+
+    def assign_sub(self, variable: Array, value: Any) -> None:
+        """Subtract from the elements of an array."""
+        arrays.write(variable, variable - value)
+
+    # Saving
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments, ready for JSON: Keras's keys, and what Keras lacks where it is not the default."""
+        rate: Any = self._learning_rate
+        config = {"name": self.name, "learning_rate": self.learning_rate if rate is None else _described(rate.function)}
+        for key in _CHECKED[1:]:
+            value = getattr(self, key)
+            if key not in _EXTRAS or value != _EXTRAS[key]:
+                config[key] = _described(value) if callable(value) else value
+        return config
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Self:
+        """An optimizer from a config of ours or of Keras; the config is left as it is.
+
+        Parameters
+        ----------
+        config : dict
+        custom_objects : dict, optional
+            Your own schedule classes and functions, by name.
+
+        Raises
+        ------
+        ValueError
+            If an argument is unknown or out of range, or a class or function is neither Keras's nor given.
+        """
+        config = dict(config)
+        for key in ("learning_rate", "weight_decay"):
+            if isinstance(config.get(key), Mapping):
+                config[key] = schedules.deserialize(config[key], custom_objects)
+        return cls(**config)
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Give every array of `variables` another value: all of them, or on an error none.
+
+        Raises
+        ------
+        ValueError
+            If the optimizer is not built, or the count, a shape or a kind of dtype differs.
+        """
+        with self._lock:
+            self._require_built("set_weights")
+            replace(self._state.places(), list(weights), "weights")
+
+    def save_own_variables(self, store: Any) -> None:
+        """Put a NumPy copy of every array of `variables` into a mapping, under ``"0"``, ``"1"``, ... as Keras does."""
+        with self._lock:
+            save(self._state.places(), store)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Take every array of `variables` from a mapping that `save_own_variables`, of ours or of Keras, has filled.
+
+        Raises
+        ------
+        ValueError
+            If the optimizer is not built, or the keys, a shape or a kind of dtype differ.
+        """
+        with self._lock:
+            self._require_built("load_own_variables")
+            load(self._state.places(), store)
+
+    def __getstate__(self) -> dict[str, Any]:
+        built = self._built and self._built._replace(plan=None, tensors=[])
+        return {key: value for key, value in vars(self).items() if key != "_lock"} | {"_built": built}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
+        if self._built is not None:
+            excluded = frozenset(
+                n for n, decayed in zip(self._built.names, self._built.decayed, strict=True) if not decayed
+            )
+            self._built = step.build(self._built.names, self._built.variables, self._built.slots, excluded)
+            self._state.names, self._state.slots = self._built.names, self._built.slots
+
+
+_CHECKED = [key for key, value in vars(AdamW).items() if isinstance(value, hp.Hyperparameter)]
+_EXTRAS = {"nonfinite": "propagate", "threads": None, "master_weights": True}
+_NESTED = {dict, list, tuple, type(None)}
+
+
+def _shape(shape: Any) -> tuple[int, ...]:
+    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    if not all(isinstance(size, (int, np.integer)) and size >= 0 for size in sizes):
+        raise ValueError(f"`shape` must hold integers >= 0. Received: shape={shape!r}")
+    return sizes
+
+
+def _described(rate: Any) -> dict[str, Any]:
+    """The JSON form of a schedule, or of a plain function as Keras writes it."""
+    if hasattr(rate, "get_config"):
+        return schedules.serialize(rate)
+    return {
+        "module": "builtins",
+        "class_name": "function",
+        "config": getattr(rate, "__name__", type(rate).__name__),
+        "registered_name": "function",
+    }

@@ -1,0 +1,351 @@
+"""Many arrays become one table of addresses and one work list: built once, refreshed at each step."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import arrays
+from .arrays import Array, Layout
+from .kernels import cpu, headers
+from .kernels.threads import MOST_THREADS, thread_count
+from .update import Coefficients
+
+CHUNK = 16_384  # elements
+RESCUE = 2.0**-600  # brings the square of any finite float64 into range
+
+Call = tuple[Any, ...]
+Flag = bool | None  # True or None: None is what Numba compiles away
+Matrix = np.ndarray[Any, Any]
+_FAST_TYPES = {np.ndarray, np.memmap, type(None)}
+_ROWS = {
+    "momentum": cpu.M,
+    "velocity": cpu.V,
+    "velocity_hat": cpu.TOP,
+    "average": cpu.AVERAGE,
+    "gradient_accumulator": cpu.TOTAL,
+    "master": cpu.MASTER,
+}
+
+
+class Group(NamedTuple):
+    """The chunks that one kernel walks: variables and gradients stored alike."""
+
+    p_type: str
+    g_type: str
+    compute: str
+    strided: bool | None
+    master: bool | None
+    work: Matrix
+    partials: Matrix
+    block: Matrix
+    block_address: int
+    elements: int
+
+
+class Verdict(NamedTuple):
+    """What a full check of an array found; it holds as long as the array's signature does."""
+
+    signature: object
+    layout: Layout
+    low: int  # the extent, relative to the address
+    high: int
+    direct: bool
+
+    def record(self, flags: int) -> list[int]:
+        """The same, for `headers.read`; of a NumPy array."""
+        signature: Any = self.signature
+        return headers.record(flags, self.layout, signature[1], self.low, self.high)
+
+
+class Plan:
+    """The arrays of one optimizer that lie on the host, as the compiled kernels see them.
+
+    Parameters
+    ----------
+    names : list of str
+    variables : list of arrays
+        NumPy arrays and torch tensors on the CPU; None for a variable that lies elsewhere, which the plan skips.
+    slots : list of dict
+        The state of each variable, by the names of `_ROWS`: arrays of one layout.
+
+    Attributes
+    ----------
+    factors : array of float64, shape (2, n)
+        What each variable multiplies the decay and the scale of its gradient with.
+    threads : int or None
+        The most threads to use; None for Numba's own number.
+    """
+
+    def __init__(self, names: Sequence[str], variables: Sequence[Array], slots: Sequence[dict[str, Array]]) -> None:
+        self.names, self.variables, self.slots = names, variables, slots
+        self.threads: int | None = None
+        self.host = [i for i, variable in enumerate(variables) if variable is not None]
+        self.table = np.zeros((8, len(names)), np.int64)
+        self.factors = np.ones((2, len(names)))
+        self.numbers = np.zeros(11)
+        self.groups: list[Group] = []
+        self._sums = np.zeros((MOST_THREADS, cpu.LANES))
+        self._verdicts: dict[tuple[str, int], Verdict] = {}
+        self._scratch: dict[int, Array] = {}
+        self._arrangement: list[tuple[Layout, Layout]] = []
+        self._owned: list[tuple[int, int, str, Layout]] = []
+        self._ranges = np.zeros((2, 0), np.int64)
+        self._headers: tuple[Matrix, Matrix] | None = None
+        self._objects = np.array([id(variable) for variable in variables], np.int64)
+        self._slot_layouts = {i: arrays.host_layout(slots[i]["momentum"]) for i in self.host}
+        for i in self.host:
+            for name, slot in slots[i].items():
+                self.table[_ROWS[name], i] = arrays.address(slot)
+        self.refresh([None] * len(names))
+
+    def refresh(self, gradients: Sequence[Array | None]) -> None:
+        """Read the address of every array, and check whatever has changed since the last step.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a gradient does not fit its variable or shares memory with what a step writes, or a variable has become
+            another kind of array. Nothing that the user owns has been written.
+        """
+        if self._headers is not None and set(map(type, gradients)) <= _FAST_TYPES:
+            objects = np.fromiter(map(id, gradients), np.int64, len(gradients))
+            if headers.read(self._objects, objects, id(None), *self._headers, *self._ranges, self.table):
+                return
+        self._headers = None
+        layouts = [self._variable_layout(i) for i in self.host]
+        moved = any(layout.address != self.table[cpu.P, i] for i, layout in zip(self.host, layouts, strict=True))
+        if moved:
+            self._claim(layouts)
+        pairs = [(layouts[k], self._gradient_layout(i, gradients[i])) for k, i in enumerate(self.host)]
+        arrangement = [(p._replace(address=0), g._replace(address=0)) for p, g in pairs]
+        if arrangement != self._arrangement:
+            self._arrangement = []
+            self.groups = list(self._arrange(arrangement))
+            self._arrangement = arrangement
+        for i, (p, g) in zip(self.host, pairs, strict=True):
+            self.table[cpu.P, i], self.table[cpu.G, i] = p.address, g.address
+        self._headers = self._remember()
+
+    def update_calls(
+        self, c: Coefficients, top: Flag, average: Flag, total: Flag, limit: Flag, overwrite: bool
+    ) -> list[Call]:
+        """The calls that update every variable which has a gradient, and move the averages of the others."""
+        self.set_numbers(c, overwrite)
+        return self._calls(
+            lambda g: cpu.update_kernel(g.p_type, g.g_type, g.compute, top, average, total, g.master, limit, g.strided)
+        )
+
+    def accumulate_calls(self, c: Coefficients) -> list[Call]:
+        """The calls that add every gradient to its accumulator."""
+        self.set_numbers(c, False)
+        return self._calls(lambda g: cpu.accumulate_kernel(g.g_type, g.compute, g.strided))
+
+    def set_numbers(self, c: Coefficients, overwrite: bool) -> None:
+        """Put the numbers of this step where the kernels read them."""
+        self.numbers[:] = (*c, overwrite, 1.0)
+
+    def _calls(self, kernel: Callable[[Group], Any]) -> list[Call]:
+        """What to call, with no Python in between, to run a kernel over every group; what is new is compiled here."""
+        result: list[Call] = []
+        for group in self.groups:
+            address, threads = kernel(group).address, thread_count(group.elements, self.threads)
+            if threads == 1:
+                result.append((cpu.run_serial, address, group.block_address))
+            else:
+                result.append((cpu.run_parallel, address, group.block_address, threads))
+        return result
+
+    def norms(self, total: bool | None, elsewhere: dict[int, float]) -> tuple[Matrix, float]:
+        """The norm of each variable's gradient (with what it has accumulated, if `total`), and of all together.
+
+        float64 sums of chunks, added in order. `elsewhere` holds the norms of variables that are not on the host. A
+        norm is finite if every element is, even where a float64 square is not.
+        """
+        squares = self._squares(total, 1.0, elsewhere)
+        norms, norm = np.sqrt(squares), float(np.sqrt(cpu.add_in_order(squares)))
+        if not np.isfinite(norm) and any(group.compute == "float64" for group in self.groups) | bool(elsewhere):
+            rescued = np.sqrt(self._squares(total, RESCUE, elsewhere)) / RESCUE
+            norms = np.where(np.isfinite(norms), norms, rescued)
+            peak = norms.max()
+            norm = float(peak * np.sqrt(cpu.add_in_order((norms / peak) ** 2)) if np.isfinite(peak) else peak)
+        return norms, norm
+
+    def _squares(self, total: bool | None, scale: float, elsewhere: dict[int, float]) -> Matrix:
+        squares = np.zeros(len(self.names))
+        self.numbers[cpu.SQUARE_SCALE] = scale
+        for function, *arguments in self._calls(lambda g: cpu.square_kernel(g.g_type, g.compute, total, g.strided)):
+            function(*arguments)
+        for group in self.groups:
+            cpu.gather_squares(group.work, group.partials, squares)
+        with np.errstate(over="ignore"):
+            for i, norm in elsewhere.items():
+                squares[i] = np.square(np.float64(norm) * scale)
+        return squares
+
+    def _variable_layout(self, i: int) -> Layout:
+        variable, seen = self.variables[i], self._verdicts.get(("variable", i))
+        signature = arrays.signature(variable)
+        if seen is None or seen.signature != signature:
+            arrays.check_variable(self.names[i], variable)
+            layout = arrays.host_layout(variable)
+            known = self._slot_layouts[i]
+            if layout.shape != known.shape or (seen is not None and layout.dtype != seen.layout.dtype):
+                raise ValueError(
+                    f"variable {self.names[i]!r} has become an array of shape {layout.shape} and dtype {layout.dtype}; "
+                    f"expected shape {known.shape} and dtype {seen.layout.dtype if seen else layout.dtype}, as built"
+                )
+            seen = self._verdicts["variable", i] = _verdict(signature, layout, True)
+        return seen.layout._replace(address=arrays.address(variable))
+
+    def _gradient_layout(self, i: int, gradient: Array | None) -> Layout:
+        """Where a kernel reads a gradient; at address 0, laid out like the last one, where there is none."""
+        seen = self._verdicts.get(("gradient", i))
+        if gradient is None:
+            return self._direct_layout(i, seen)._replace(address=0)
+        signature = arrays.signature(gradient) if arrays.library(gradient) != "array_api" else None
+        if seen is None or signature is None or seen.signature != signature:
+            arrays.check_gradient(self.names[i], gradient, self.variables[i])
+            direct = arrays.read_directly(gradient, self.variables[i])
+            layout = arrays.host_layout(np.asarray(gradient) if isinstance(gradient, np.generic) else gradient)
+            seen = self._verdicts["gradient", i] = _verdict(signature, layout, direct)
+        if not isinstance(gradient, np.generic):
+            self._check_apart(i, arrays.address(gradient), seen)
+        if seen.direct:
+            return seen.layout._replace(address=arrays.address(gradient))
+        if i not in self._scratch:
+            dtype = arrays.SLOT[arrays.dtype_name(self.variables[i])]
+            self._scratch[i] = arrays.zeros_like(self.variables[i], dtype)
+        arrays.cast(self._scratch[i], gradient)
+        return arrays.host_layout(self._scratch[i])
+
+    def _direct_layout(self, i: int, seen: Verdict | None) -> Layout:
+        if seen is not None and seen.direct:
+            return seen.layout
+        return arrays.host_layout(self._scratch[i]) if i in self._scratch else self._slot_layouts[i]
+
+    def _claim(self, layouts: Sequence[Layout]) -> None:
+        """Note the ranges of memory that a step writes; refuse variables that overlap."""
+        owned = [
+            (*arrays.extent(layout), f"variable {self.names[i]!r}", layout)
+            for i, layout in zip(self.host, layouts, strict=True)
+        ]
+        for k, one in enumerate(owned := sorted(owned, key=lambda entry: entry[:2])):
+            for other in owned[k + 1 :]:
+                if other[0] >= one[1]:
+                    break
+                if arrays.share_memory(one[3], other[3]):
+                    raise ValueError(f"{one[2]} and {other[2]} share memory; expected arrays that do not overlap")
+        for i in self.host:
+            for name, slot in self.slots[i].items():
+                layout = arrays.host_layout(slot)
+                owned.append((*arrays.extent(layout), f"the {name} of {self.names[i]!r}", layout))
+        ranges: list[list[int]] = []
+        for low, high, _, _ in sorted(owned, key=lambda entry: entry[:2]):
+            if ranges and low < ranges[-1][1]:
+                ranges[-1][1] = max(ranges[-1][1], high)
+            elif low < high:
+                ranges.append([low, high])
+        self._owned, self._ranges = owned, np.array(ranges, np.int64).reshape(-1, 2).T.copy()
+
+    def _check_apart(self, i: int, address: int, seen: Verdict) -> None:
+        """Refuse a gradient that shares memory with what a step writes."""
+        lows, highs = self._ranges
+        nearest = int(np.searchsorted(highs, address + seen.low, side="right"))
+        if nearest == lows.size or lows[nearest] >= address + seen.high or seen.low == seen.high:
+            return
+        layout = seen.layout._replace(address=address)
+        for low, high, what, other in self._owned:
+            if low < address + seen.high and address + seen.low < high and arrays.share_memory(layout, other):
+                raise ValueError(f"the gradient of {self.names[i]!r} shares memory with {what}; expected a copy")
+
+    def _arrange(self, arrangement: Sequence[tuple[Layout, Layout]]) -> Iterator[Group]:
+        rows: dict[tuple[str, str, bool | None], list[Matrix]] = {}
+        for i, (p, g) in zip(self.host, arrangement, strict=True):
+            types = _real(p.dtype), _real(g.dtype)
+            for work in _chunks(i, p, g, self._slot_layouts[i]):
+                sizes = [arrays.ITEMSIZE[types[0]], arrays.ITEMSIZE[types[1]], arrays.ITEMSIZE[arrays.COMPUTE[p.dtype]]]
+                strided = None if (work[0, cpu.P_STEP :] == sizes).all() else True
+                rows.setdefault((*types, strided), []).append(work)
+        for (p_type, g_type, strided), works in rows.items():
+            work = np.concatenate(works)
+            ends = np.cumsum(work[:, cpu.COUNT])
+            work[1:, cpu.START] = ends[:-1]
+            partials, block = np.zeros(len(work)), np.zeros(8, np.int64)
+            own = {
+                cpu.WORK: work,
+                cpu.TABLE: self.table,
+                cpu.FACTORS: self.factors,
+                cpu.NUMBERS: self.numbers,
+                cpu.PARTIALS: partials,
+                cpu.SUMS: self._sums,
+            }
+            for entry, array in own.items():
+                block[entry] = array.ctypes.data
+            block[cpu.CHUNKS], block[cpu.ARRAYS] = len(work), len(self.names)
+            master = True if "master" in self.slots[work[0, cpu.ARRAY]] else None
+            compute = arrays.COMPUTE[p_type]
+            yield Group(
+                p_type, g_type, compute, strided, master, work, partials, block, block.ctypes.data, int(ends[-1])
+            )
+
+    def _remember(self) -> tuple[Matrix, Matrix] | None:
+        """What `headers.read` compares the next step's arrays with; None where it cannot read them all."""
+        records = []
+        for role, flags in (("variable", headers.ALIGNED | headers.WRITEABLE), ("gradient", headers.ALIGNED)):
+            for i, variable in enumerate(self.variables):
+                seen = self._verdicts.get((role, i))
+                if type(variable) not in _FAST_TYPES or variable is None or (seen and not seen.direct):
+                    return None
+                records.append(seen.record(flags) if seen else [0])
+        starts = np.cumsum([0] + [len(record) for record in records])
+        return np.concatenate([np.array(record, np.int64) for record in records]), starts
+
+
+def _verdict(signature: object, layout: Layout, direct: bool) -> Verdict:
+    low, high = arrays.extent(layout)
+    return Verdict(signature, layout, low - layout.address, high - layout.address, direct)
+
+
+def _real(dtype: str) -> str:
+    return arrays.COMPUTE[dtype] if dtype.startswith("complex") else dtype
+
+
+def _chunks(i: int, p: Layout, g: Layout, slot: Layout) -> Iterator[Matrix]:
+    """The work of one variable: runs along one axis, cut into chunks whose size depends on nothing but the shape."""
+    operands = [_axes(layout) for layout in (p, g, slot)]
+    shape = operands[0][0]
+    if 0 in shape:
+        return
+    axes = sorted(
+        ((size, strides) for size, *strides in zip(shape, *(o[1] for o in operands), strict=True) if size > 1),
+        key=lambda axis: -abs(axis[1][2]),
+    )
+    sizes = [arrays.ITEMSIZE[_real(layout.dtype)] for layout in (p, g, slot)]
+    merged: list[tuple[int, list[int]]] = []
+    for size, strides in axes:
+        if merged and all(outer == inner * size for outer, inner in zip(merged[-1][1], strides, strict=True)):
+            merged[-1] = merged[-1][0] * size, strides
+        else:
+            merged.append((size, strides))
+    if not merged:
+        merged.append((1, sizes))
+    inner = max(range(len(merged)), key=lambda k: (merged[k][1] == sizes and merged[k][0] >= 64, merged[k][0]))
+    count, steps = merged.pop(inner)
+    offsets = np.zeros((1, 3), np.int64)
+    for size, strides in merged:
+        offsets = (offsets[:, None, :] + np.arange(size)[None, :, None] * np.array(strides)).reshape(-1, 3)
+    starts = np.arange(0, count, CHUNK)
+    work = np.zeros((len(offsets), len(starts), 9), np.int64)
+    work[:, :, cpu.ARRAY] = i
+    work[:, :, cpu.COUNT] = np.minimum(count - starts, CHUNK)
+    work[:, :, cpu.P_AT : cpu.S_AT + 1] = offsets[:, None, :] + starts[None, :, None] * np.array(steps)
+    work[:, :, cpu.P_STEP :] = steps
+    yield work.reshape(-1, 9)
+
+
+def _axes(layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides in real numbers: a complex array has one more axis, of its real and imaginary parts."""
+    if not layout.dtype.startswith("complex"):
+        return layout.shape, layout.strides
+    return (*layout.shape, 2), (*layout.strides, arrays.ITEMSIZE[layout.dtype] // 2)

@@ -1,0 +1,413 @@
+"""The six learning-rate schedules of Keras 3, in float64 on the host and in the array's namespace under a trace."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+
+from .arrays import namespace
+from .hyperparameters import is_real
+
+_HOST = SimpleNamespace(
+    where=lambda condition, yes, no: yes if condition else no,
+    minimum=min,
+    maximum=max,
+    floor=math.floor,
+    ceil=math.ceil,
+    cos=math.cos,
+    log=math.log,
+)
+
+
+class LearningRateSchedule:
+    """A learning rate (or weight decay) that depends on the step: the base class, as in Keras.
+
+    A subclass defines ``__call__(step)`` and, to be saved in a config, ``get_config()``. The step is the number of
+    calls of ``apply`` so far (micro-steps, where gradients are accumulated).
+    """
+
+    def __call__(self, step: Any) -> Any:
+        """The learning rate at a step: a float for a Python or NumPy integer, else a scalar of the step's library."""
+        raise NotImplementedError(f"{type(self).__name__} must define `__call__(step)`")
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments, ready for JSON."""
+        raise NotImplementedError(f"{type(self).__name__} must define `get_config()` to be saved")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "LearningRateSchedule":
+        """The schedule that a config describes."""
+        return cls(**config)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Schedule(LearningRateSchedule):
+    """A schedule that is its arguments, checked once, and one formula in a namespace."""
+
+    positive: ClassVar[tuple[str, ...]] = ("decay_steps",)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in ("float", "float | None") and not _is_number(value, field.type == "float | None"):
+                raise ValueError(f"Argument `{field.name}` must be a finite number. Received: {field.name}={value!r}")
+        for name in self.positive:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"Argument `{name}` must be > 0. Received: {name}={getattr(self, name)}")
+
+    def __call__(self, step: Any) -> Any:
+        if isinstance(step, (int, float, np.generic, np.ndarray)):
+            return float(self._rate(_HOST, float(step)))
+        xp = namespace(step)
+        default = xp.__array_namespace_info__().default_dtypes()["real floating"]
+        return self._rate(xp, xp.astype(step, default))
+
+    def _rate(self, xp: Any, step: Any) -> Any:
+        raise NotImplementedError
+
+    def get_config(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def _is_number(value: Any, optional: bool) -> bool:
+    if value is None:
+        return optional
+    return is_real(value) and math.isfinite(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExponentialDecay(_Schedule):
+    """``initial_learning_rate * decay_rate ** (step / decay_steps)``; whole powers only with ``staircase``.
+
+    Parameters
+    ----------
+    initial_learning_rate : float
+    decay_steps : float
+        Must be positive.
+    decay_rate : float
+    staircase : bool
+    name : str
+
+    Raises
+    ------
+    ValueError
+        If ``decay_steps`` is not positive, or a number is not finite.
+
+    Examples
+    --------
+    >>> ExponentialDecay(0.1, decay_steps=10, decay_rate=0.5)(20)
+    0.025
+    """
+
+    initial_learning_rate: "float"
+    decay_steps: "float"
+    decay_rate: "float"
+    staircase: bool = False
+    name: str = "ExponentialDecay"
+
+    def _rate(self, xp: Any, step: Any) -> Any:
+        power = step / self.decay_steps
+        return self.initial_learning_rate * self.decay_rate ** (xp.floor(power) if self.staircase else power)
+
+
+@dataclasses.dataclass(frozen=True)
+class PiecewiseConstantDecay(_Schedule):
+    """``values[i]`` for ``boundaries[i-1] < step <= boundaries[i]``.
+
+    Parameters
+    ----------
+    boundaries : list of float
+        Strictly increasing steps.
+    values : list of float
+        One more than there are boundaries.
+    name : str
+
+    Raises
+    ------
+    ValueError
+        If the lengths do not fit, the boundaries do not increase, or a number is not finite.
+
+    Examples
+    --------
+    >>> PiecewiseConstantDecay([10, 20], [1.0, 0.5, 0.1])(20)
+    0.5
+    """
+
+    positive: ClassVar[tuple[str, ...]] = ()
+
+    boundaries: Sequence[float]
+    values: Sequence[float]
+    name: str = "PiecewiseConstant"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "boundaries", tuple(self.boundaries))
+        object.__setattr__(self, "values", tuple(self.values))
+        if len(self.boundaries) != len(self.values) - 1:
+            raise ValueError(
+                "The length of boundaries should be 1 less than the length of values. "
+                f"Received: boundaries={self.boundaries} of length {len(self.boundaries)}, and values={self.values} "
+                f"of length {len(self.values)}."
+            )
+        for value in (*self.boundaries, *self.values):
+            if not _is_number(value, optional=False):
+                raise ValueError(f"Boundaries and values must be finite numbers. Received: {value!r}")
+        if any(after <= before for before, after in zip(self.boundaries, self.boundaries[1:], strict=False)):
+            raise ValueError(f"Boundaries must increase strictly. Received: boundaries={self.boundaries}")
+
+    def _rate(self, xp: Any, step: Any) -> Any:
+        rate = step * 0.0 + self.values[0]
+        for boundary, value in zip(self.boundaries, self.values[1:], strict=True):
+            rate = xp.where(step > boundary, value, rate)
+        return rate
+
+    def get_config(self) -> dict[str, Any]:
+        return {"boundaries": list(self.boundaries), "values": list(self.values), "name": self.name}
+
+
+@dataclasses.dataclass(frozen=True)
+class PolynomialDecay(_Schedule):
+    """``(initial - end) * (1 - step / decay_steps) ** power + end``, with the step held at ``decay_steps``.
+
+    Parameters
+    ----------
+    initial_learning_rate : float
+    decay_steps : float
+        Must be positive.
+    end_learning_rate : float
+    power : float
+    cycle : bool
+        Stretch the decay to the next multiple of ``decay_steps`` instead of holding the step.
+    name : str
+
+    Raises
+    ------
+    ValueError
+        If ``decay_steps`` is not positive, or a number is not finite.
+
+    Examples
+    --------
+    >>> PolynomialDecay(0.1, decay_steps=10, end_learning_rate=0.0)(5)
+    0.05
+    """
+
+    initial_learning_rate: "float"
+    decay_steps: "float"
+    end_learning_rate: "float" = 0.0001
+    power: "float" = 1.0
+    cycle: bool = False
+    name: str = "PolynomialDecay"
+
+    def _rate(self, xp: Any, step: Any) -> Any:
+        length: Any = self.decay_steps
+        if self.cycle:
+            length = length * xp.where(step == 0, 1.0, xp.ceil(step / length))
+        else:
+            step = xp.where(step < length, step, length)
+        start, end = self.initial_learning_rate, self.end_learning_rate
+        return (start - end) * (1 - step / length) ** self.power + end
+
+
+@dataclasses.dataclass(frozen=True)
+class InverseTimeDecay(_Schedule):
+    """``initial_learning_rate / (1 + decay_rate * step / decay_steps)``; whole steps only with ``staircase``.
+
+    Parameters
+    ----------
+    initial_learning_rate : float
+    decay_steps : float
+        Must be positive.
+    decay_rate : float
+    staircase : bool
+    name : str
+
+    Raises
+    ------
+    ValueError
+        If ``decay_steps`` is not positive, or a number is not finite.
+
+    Examples
+    --------
+    >>> InverseTimeDecay(0.1, decay_steps=1, decay_rate=0.5)(2)
+    0.05
+    """
+
+    initial_learning_rate: "float"
+    decay_steps: "float"
+    decay_rate: "float"
+    staircase: bool = False
+    name: str = "InverseTimeDecay"
+
+    def _rate(self, xp: Any, step: Any) -> Any:
+        time = step / self.decay_steps
+        return self.initial_learning_rate / (1 + self.decay_rate * (xp.floor(time) if self.staircase else time))
+
+
+@dataclasses.dataclass(frozen=True)
+class CosineDecay(_Schedule):
+    """Half a cosine down to ``alpha`` times the peak, after an optional linear warm-up (Loshchilov & Hutter 2017).
+
+    Parameters
+    ----------
+    initial_learning_rate : float
+        The peak; with ``warmup_target``, where the warm-up starts.
+    decay_steps : float
+        Steps of the decay, counted after the warm-up; must be positive.
+    alpha : float
+        The last learning rate as a fraction of the peak.
+    name : str
+    warmup_target : float or None
+        The peak that the warm-up leads to; without it there is no warm-up.
+    warmup_steps : float
+
+    Raises
+    ------
+    ValueError
+        If ``decay_steps`` is not positive, or a number is not finite.
+
+    Examples
+    --------
+    >>> CosineDecay(0.0, decay_steps=10, warmup_target=0.1, warmup_steps=5)(5)
+    0.1
+    """
+
+    initial_learning_rate: "float"
+    decay_steps: "float"
+    alpha: "float" = 0.0
+    name: str = "CosineDecay"
+    warmup_target: "float | None" = None
+    warmup_steps: "float" = 0
+
+    def _rate(self, xp: Any, step: Any) -> Any:
+        start, peak, warmup = self.initial_learning_rate, self.warmup_target, self.warmup_steps
+        if peak is None:
+            return start * self._fraction(xp, step)
+        rising = start + (peak - start) * step / (warmup or 1)
+        return xp.where(step < warmup, rising, peak * self._fraction(xp, step - warmup))
+
+    def _fraction(self, xp: Any, step: Any) -> Any:
+        done = xp.where(step < self.decay_steps, step, self.decay_steps) / self.decay_steps
+        return (1 - self.alpha) * 0.5 * (1 + xp.cos(math.pi * done)) + self.alpha
+
+
+@dataclasses.dataclass(frozen=True)
+class CosineDecayRestarts(_Schedule):
+    """Cosine decay that restarts, each time longer and lower: SGDR (Loshchilov & Hutter 2017).
+
+    Parameters
+    ----------
+    initial_learning_rate : float
+    first_decay_steps : float
+        Steps of the first decay; must be positive.
+    t_mul : float
+        Each period is this many times as long as the one before; must be positive.
+    m_mul : float
+        Each restart begins at this fraction of the one before.
+    alpha : float
+        The last learning rate of a period as a fraction of ``initial_learning_rate``.
+    name : str
+
+    Raises
+    ------
+    ValueError
+        If ``first_decay_steps`` or ``t_mul`` is not positive, or a number is not finite.
+
+    Notes
+    -----
+    With ``t_mul`` below 1 the periods have a finite sum; after it the rate stays at its lowest (Keras returns NaN).
+
+    Examples
+    --------
+    >>> CosineDecayRestarts(0.1, first_decay_steps=10)(10)
+    0.1
+    """
+
+    positive: ClassVar[tuple[str, ...]] = ("first_decay_steps", "t_mul")
+
+    initial_learning_rate: "float"
+    first_decay_steps: "float"
+    t_mul: "float" = 2.0
+    m_mul: "float" = 1.0
+    alpha: "float" = 0.0
+    name: str = "SGDRDecay"
+
+    def _rate(self, xp: Any, step: Any) -> Any:
+        time = step / self.first_decay_steps
+        restarts = self._restarts(xp, time)
+        done = (time - self._start(restarts)) / self.t_mul**restarts
+        done = xp.where(done < 1.0, done, 1.0)
+        cosine = 0.5 * self.m_mul**restarts * (1 + xp.cos(math.pi * done))
+        return self.initial_learning_rate * ((1 - self.alpha) * cosine + self.alpha)
+
+    def _start(self, restarts: Any) -> Any:
+        return restarts if self.t_mul == 1 else (1 - self.t_mul**restarts) / (1 - self.t_mul)
+
+    def _restarts(self, xp: Any, time: Any) -> Any:
+        if self.t_mul == 1:
+            return xp.floor(time)
+        left = 1 - time * (1 - self.t_mul)
+        guess = xp.floor(xp.log(xp.where(left > 1e-30, left, 1e-30)) / math.log(self.t_mul))
+        # The logarithm can be one off at an exact boundary.
+        guess = xp.where(time >= self._start(guess + 1), guess + 1, guess)
+        return xp.where(time < self._start(guess), guess - 1, guess)
+
+
+_SCHEDULES: dict[str, type[LearningRateSchedule]] = {
+    cls.__name__: cls
+    for cls in (
+        ExponentialDecay,
+        PiecewiseConstantDecay,
+        PolynomialDecay,
+        InverseTimeDecay,
+        CosineDecay,
+        CosineDecayRestarts,
+    )
+}
+
+
+def serialize(learning_rate_schedule: Any) -> dict[str, Any]:
+    """The JSON form of a schedule, as `keras.optimizers.schedules.serialize` writes it.
+
+    Parameters
+    ----------
+    learning_rate_schedule : LearningRateSchedule or a schedule of Keras
+
+    Returns
+    -------
+    dict
+        ``module``, ``class_name``, ``config`` and ``registered_name``.
+    """
+    name = type(learning_rate_schedule).__name__
+    return {
+        "module": "keras.optimizers.schedules" if name in _SCHEDULES else None,
+        "class_name": name,
+        "config": learning_rate_schedule.get_config(),
+        "registered_name": None if name in _SCHEDULES else name,
+    }
+
+
+def deserialize(config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> LearningRateSchedule:
+    """The schedule that a dict of `serialize`, or of Keras, describes.
+
+    Parameters
+    ----------
+    config : dict
+        With ``class_name`` and ``config``.
+    custom_objects : dict, optional
+        Classes of your own, by name; no other class is ever looked up.
+
+    Raises
+    ------
+    ValueError
+        If the class is neither one of Keras's six nor in ``custom_objects``.
+    """
+    name = str(config.get("class_name"))
+    known = _SCHEDULES | dict(custom_objects or {})
+    if name not in known:
+        raise ValueError(f"Unknown schedule class_name={name!r}; expected one of {', '.join(known)}")
+    cls: Any = known[name]
+    schedule: LearningRateSchedule = (getattr(cls, "from_config", None) or (lambda c: cls(**c)))(config["config"])
+    return schedule

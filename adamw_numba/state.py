@@ -1,0 +1,111 @@
+"""The arrays of an optimizer's state: named, live, and in the positions that Keras gives them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from . import arrays
+from .arrays import Array
+
+Slots = dict[str, Array]
+Place = tuple[str, dict[str, Array], str]
+
+
+class State:
+    """The counter, the learning rate and the slots of every variable, as plain arrays.
+
+    Attributes
+    ----------
+    scalars : dict
+        ``iteration`` (int64, calls of `apply`) and, while it is a number, ``learning_rate`` (float64); 0-d.
+    slots : list of dict
+        For each variable ``momentum`` and ``velocity``, and what the options ask for: ``velocity_hat``, ``average``,
+        ``gradient_accumulator``, ``master``. float32 for a 16-bit variable, else of its dtype; laid out like it.
+    """
+
+    def __init__(self) -> None:
+        self.scalars: dict[str, Array] = {"iteration": np.zeros((), np.int64)}
+        self.names: list[str] = []
+        self.slots: list[Slots] = []
+        self.added: tuple[dict[str, Array], dict[str, Array]] = ({}, {})  # before and after `build`
+
+    def places(self) -> list[Place]:
+        """Name, dict and key of every array, in Keras's order; masters, which Keras lacks, follow its own."""
+        scalars = [(key, self.scalars, key) for key in ("iteration", "learning_rate") if key in self.scalars]
+        before, after = ([(name, added, name) for name in added] for added in self.added)
+        slots: list[Place] = []
+        for group in (["average"], ["gradient_accumulator"], ["momentum", "velocity"], ["velocity_hat"], ["master"]):
+            for name, own in zip(self.names, self.slots, strict=True):
+                slots += [(f"{key}/{name}", own, key) for key in group if key in own]
+        return [*scalars, *before, *slots, *after]
+
+    def add(self, name: str, array: Array, late: bool) -> Array:
+        """Another array to be saved and restored with the rest; Keras keeps it where it was in time."""
+        if any(name in added for added in self.added):
+            raise ValueError(f"`name` must be new. Received: name={name!r}, which is taken")
+        self.added[late][name] = array
+        return array
+
+
+def replace(places: Sequence[Place], values: Sequence[Any], what: str) -> None:
+    """Give every array another value; nothing is written unless all of them fit.
+
+    Raises
+    ------
+    ValueError
+        If the count, a shape or a kind of dtype differs; the message says which.
+    """
+    if len(values) != len(places):
+        raise ValueError(f"{what} holds {len(values)} arrays; expected {len(places)}: {[p[0] for p in places]}")
+    ready = []
+    for (name, own, key), value in zip(places, values, strict=True):
+        value = value if arrays.is_array(value) else np.asarray(value)
+        if tuple(value.shape) != tuple(own[key].shape):
+            raise ValueError(f"{what}: {name!r} has shape {tuple(value.shape)}; expected {tuple(own[key].shape)}")
+        if _kind(value) != _kind(own[key]):
+            raise ValueError(
+                f"{what}: {name!r} has dtype {arrays.dtype_name(value)}; expected {arrays.dtype_name(own[key])}"
+            )
+        ready.append((own, key, arrays.like(own[key], value)))
+    for own, key, value in ready:
+        if arrays.is_mutable(own[key]):
+            arrays.write(own[key], value)
+        else:
+            own[key] = value
+
+
+def save(places: Sequence[Place], store: Any) -> None:
+    """Put a NumPy copy of every array into a mapping, under ``"0"``, ``"1"``, ..."""
+    for index, (_, own, key) in enumerate(places):
+        store[str(index)] = arrays.to_numpy(own[key])
+
+
+def load(places: Sequence[Place], store: Any) -> None:
+    """Take every array from a mapping that `save`, or Keras, has filled.
+
+    Raises
+    ------
+    ValueError
+        If the keys, a shape or a kind of dtype differ.
+    """
+    keys, expected = sorted(store.keys()), [str(index) for index in range(len(places))]
+    if keys != sorted(expected):
+        raise ValueError(
+            f"`store` holds the keys {keys}; expected '0' to {expected[-1]!r} for {[p[0] for p in places]}"
+        )
+    replace(places, [np.asarray(store[key]) for key in expected], "store")
+
+
+def new_slots(variable: Array, keys: Sequence[str], master: bool) -> Slots:
+    """Zeros for one variable, and the variable itself as the master of a 16-bit one."""
+    dtype = arrays.SLOT[arrays.dtype_name(variable)]
+    slots = {key: arrays.zeros_like(variable, dtype) for key in keys}
+    if master and arrays.dtype_name(variable) in ("float16", "bfloat16"):
+        slots["master"] = arrays.like(arrays.zeros_like(variable, dtype), variable)
+    return slots
+
+
+def _kind(array: Array) -> str:
+    name = arrays.dtype_name(array).rstrip("0123456789")
+    return {"bfloat": "float", "uint": "int"}.get(name, name)

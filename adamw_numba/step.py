@@ -1,0 +1,228 @@
+"""One step: prepare everything, with all that can fail; then commit it, whole."""
+
+import math
+import operator
+from collections import deque
+from collections.abc import Iterable, Sequence
+from itertools import starmap
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import arrays
+from .arrays import Array
+from .coefficients import clip_factor, coefficients
+from .kernels import array_api
+from .update import Coefficients
+
+Call = tuple[Any, ...]
+Write = tuple[Array, Array]
+
+
+class Built(NamedTuple):
+    """What an optimizer has been built on: its variables in order, and their state."""
+
+    names: list[str]
+    variables: list[Array]
+    slots: list[dict[str, Array]]
+    decayed: list[bool]
+    plan: Any  # of the variables on the host; None if there are none
+    elsewhere: list[int]  # the other variables
+    tensors: list[tuple[int, Array]]  # the variables whose versions torch counts
+
+
+class Prepared(NamedTuple):
+    """A step that is ready to be committed."""
+
+    touched: list[Array]  # tensors whose versions torch counts
+    writes: list[Write]
+    calls: list[Call]
+    norm: float | None
+    applied: bool
+
+
+def build(names: list[str], variables: list[Array], slots: list[dict[str, Array]], excluded: frozenset[str]) -> Built:
+    """Check that variables do not overlap, and lay out the work of a step.
+
+    Raises
+    ------
+    ValueError
+        If two variables share memory.
+    """
+    elsewhere = [i for i, variable in enumerate(variables) if arrays.library(variable) == "array_api"]
+    for i in elsewhere:
+        if any(variables[j] is variables[i] for j in elsewhere if j < i):
+            raise ValueError(f"variable {names[i]!r} is given twice; expected every array once")
+    decayed = [name not in excluded for name in names]
+    plan = None
+    if len(elsewhere) < len(names):
+        from .plan import Plan  # compiled code, imported at first use
+
+        plan = Plan(names, [None if i in elsewhere else v for i, v in enumerate(variables)], slots)
+        plan.factors[0] = decayed
+    tensors = [(i, variable) for i, variable in enumerate(variables) if arrays.has_version(variable)]
+    return Built(names, variables, slots, decayed, plan, elsewhere, tensors)
+
+
+def prepare(
+    hyper: Any,
+    built: Built,
+    gradients: Sequence[Array | None],
+    iteration: int,
+    rates: tuple[float, float],
+    loss_scale: float,
+    nonfinite: str,
+) -> Prepared:
+    """Check the gradients and work out the whole step, without writing anything that the user owns.
+
+    Parameters
+    ----------
+    hyper : AdamW
+        Anything with its hyperparameters as attributes.
+    gradients : list of arrays and None, in the order of the variables
+    iteration : int
+        Calls of `apply` so far.
+    rates : pair of float
+        Learning rate and weight decay.
+    loss_scale : float
+        What gradients are divided by.
+    nonfinite : {"propagate", "skip", "raise"}
+    """
+    _refresh(built, gradients, hyper.threads)
+    micro_steps = hyper.gradient_accumulation_steps
+    is_update = not micro_steps or (iteration + 1) % micro_steps == 0
+    updates = iteration // (micro_steps or 1)
+    c = coefficients(hyper, updates, *rates, 1 / loss_scale, 1.0)
+    norm, clips = None, None
+    if nonfinite != "propagate" or (is_update and (hyper.clipnorm or hyper.global_clipnorm)):
+        factor = 1 / micro_steps if micro_steps else 1 / loss_scale
+        norms, norm = _norms(built, gradients, c, factor, bool(micro_steps))
+        if nonfinite != "propagate" and not math.isfinite(norm):
+            _refuse(built, norms, nonfinite)
+            return Prepared([], [], [], norm, False)
+        if hyper.global_clipnorm:
+            c = c._replace(scale=c.scale * clip_factor(norm, hyper.global_clipnorm))
+        elif hyper.clipnorm:
+            clips = hyper.clipnorm / np.maximum(norms, hyper.clipnorm)
+    if not is_update:
+        return Prepared([], *_accumulations(built, gradients, c), norm, True)
+    overwrite = hyper.use_ema and bool(hyper.ema_overwrite_frequency)
+    overwrite = overwrite and (updates + 1) % hyper.ema_overwrite_frequency == 0
+    touched = [tensor for i, tensor in built.tensors if overwrite or gradients[i] is not None]
+    return Prepared(touched, *_updates(hyper, built, gradients, c, clips, overwrite), norm, True)
+
+
+def prepare_one(hyper: Any, built: Built, gradient: Array, i: int, updates: int, learning_rate: float) -> Prepared:
+    """Adam alone, for one variable: no clip, decay, average or accumulator."""
+    gradients = [gradient if k == i else None for k in range(len(built.names))]
+    _refresh(built, gradients, hyper.threads)
+    c = coefficients(hyper, updates, learning_rate, 0.0, 1.0, 1.0)
+    touched = [tensor for k, tensor in built.tensors if k == i]
+    updates_of_one = _updates(hyper, built, gradients, c._replace(scale=1.0), None, False, adam_alone=True)
+    return Prepared(touched, *updates_of_one, None, True)
+
+
+def commit(prepared: Prepared, calls: Iterable[Call]) -> None:
+    """Make a prepared step happen, all of it or nothing, together with `calls` on the optimizer's own counters.
+
+    Compiled calls run with no Python bytecode between them, so no interrupt can come in between. Whole-array writes
+    come first and can be repeated: an interrupt among them is kept until the step is complete.
+    """
+    arrays.note_writes(prepared.touched)
+    calls = [*prepared.calls, *calls]
+    if not prepared.writes:
+        deque(starmap(operator.call, calls), maxlen=0)
+        return
+    done: list[bool] = []
+    calls.append((done.append, True))
+    try:
+        _write(prepared.writes)
+        deque(starmap(operator.call, calls), maxlen=0)
+    except BaseException:
+        if not done:
+            _write(prepared.writes)
+            deque(starmap(operator.call, calls), maxlen=0)
+        raise
+
+
+def _write(writes: Sequence[Write]) -> None:
+    for array, value in writes:
+        arrays.write(array, value)
+
+
+def _refresh(built: Built, gradients: Sequence[Array | None], threads: int | None) -> None:
+    for i in built.elsewhere:
+        arrays.check_variable(built.names[i], built.variables[i])
+        if not arrays.is_mutable(built.variables[i]):
+            raise TypeError(
+                f"variable {built.names[i]!r} is an immutable array of {arrays.library_name(built.variables[i])}; "
+                "expected one that can be updated in place: use `stateless_apply`"
+            )
+        if gradients[i] is not None:
+            arrays.check_gradient(built.names[i], gradients[i], built.variables[i])
+    if built.plan is not None:
+        built.plan.threads = threads
+        built.plan.refresh(gradients)
+
+
+def _norms(
+    built: Built, gradients: Sequence[Array | None], c: Coefficients, factor: float, accumulated: bool
+) -> tuple[np.ndarray[Any, Any], float]:
+    """The norm of each variable's mean unscaled gradient, and of all together."""
+    elsewhere = {
+        i: float(array_api.norm(gradients[i], built.slots[i].get("gradient_accumulator"), c))
+        for i in built.elsewhere
+        if gradients[i] is not None
+    }
+    if built.plan is None:
+        norms = np.array([elsewhere.get(i, 0.0) for i in built.elsewhere]) * factor
+        return norms, float(np.linalg.norm(norms))
+    built.plan.set_numbers(c, False)
+    norms, norm = built.plan.norms(True if accumulated else None, elsewhere)
+    return norms * factor, norm * factor
+
+
+def _refuse(built: Built, norms: np.ndarray[Any, Any], nonfinite: str) -> None:
+    if nonfinite == "raise":
+        names = [name for name, norm in zip(built.names, norms, strict=True) if not math.isfinite(norm)]
+        raise FloatingPointError(f"gradients of {names} hold values that are not finite (nonfinite='raise')")
+
+
+def _accumulations(built: Built, gradients: Sequence[Array | None], c: Coefficients) -> tuple[list[Write], list[Call]]:
+    writes = []
+    for i in built.elsewhere:
+        if gradients[i] is not None:
+            total = built.slots[i]["gradient_accumulator"]
+            writes.append((total, array_api.accumulated(total, gradients[i], c)))
+    return writes, built.plan.accumulate_calls(c) if built.plan is not None else []
+
+
+def _updates(
+    hyper: Any,
+    built: Built,
+    gradients: Sequence[Array | None],
+    c: Coefficients,
+    clips: np.ndarray[Any, Any] | None,
+    overwrite: bool,
+    adam_alone: bool = False,
+) -> tuple[list[Write], list[Call]]:
+    unused = ("average", "gradient_accumulator") if adam_alone else ()
+    clipvalue = None if adam_alone else hyper.clipvalue
+    writes: list[Write] = []
+    for i in built.elsewhere:
+        p, slots = built.variables[i], {key: slot for key, slot in built.slots[i].items() if key not in unused}
+        own = c._replace(decay=c.decay * built.decayed[i], scale=c.scale * (1.0 if clips is None else float(clips[i])))
+        g = gradients[i]
+        if g is None:
+            new, changed = array_api.blended(p, slots, own, overwrite)
+        else:
+            new, changed = array_api.updated(p, g, slots, own, clipvalue, overwrite)
+        writes += [(p, new), *((slots[key], changed[key]) for key in slots)]
+    if built.plan is None:
+        return writes, []
+    built.plan.factors[1] = 1.0 if clips is None else clips
+    flags = [
+        True if wanted and not adam_alone else None
+        for wanted in (hyper.use_ema, hyper.gradient_accumulation_steps, hyper.clipvalue)
+    ]
+    return writes, built.plan.update_calls(c, True if hyper.amsgrad else None, *flags, overwrite)

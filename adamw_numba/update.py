@@ -1,0 +1,54 @@
+"""The arithmetic of one element: values in, values out, written once for every target.
+
+`make_update` is bound three times: by `numba.njit` (kernels/cpu.py), by whole-array functions of any Array-API
+namespace (kernels/array_api.py), and by whatever target comes next. An argument that is ``None`` is an array that does
+not exist; a coefficient with a neutral value is an option that is off.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Coefficients(NamedTuple):
+    """What the hyperparameters come to at one step, for one array (see coefficients.py)."""
+
+    alpha: Any  # lr * sqrt(1 - beta_2^t) / (1 - beta_1^t)
+    decay: Any  # lr * weight_decay, 0 for an excluded array
+    beta_1c: Any  # 1 - beta_1
+    beta_2c: Any  # 1 - beta_2
+    epsilon: Any
+    unscale: Any  # 1 / loss scale, read only where gradients are accumulated
+    scale: Any  # clip factor / micro-steps, or clip factor / loss scale
+    limit: Any  # clipvalue
+    average_c: Any  # 1 - ema_momentum, 1 at the first update
+
+
+def make_update(sqrt: Callable[..., Any], maximum: Callable[..., Any], minimum: Callable[..., Any]) -> Any:
+    """AdamW with the "epsilon hat" of Adam (Kingma & Ba 2015, end of section 2), as in Keras.
+
+    AMSGrad (Reddi et al. 2018) keeps the maximum of the raw second moment; the decay is decoupled (Loshchilov & Hutter
+    2019, algorithm 2) and multiplied by the learning rate.
+    """
+
+    def update(p, g, m, v, top, average, total, limit, c):  # type: ignore[no-untyped-def]
+        x = g * c.scale if total is None else (g * c.unscale + total) * c.scale
+        x = x if limit is None else minimum(maximum(x, -limit), limit)
+        m = m + (x - m) * c.beta_1c
+        v = v + (x * x - v) * c.beta_2c
+        highest = None if top is None else maximum(top, v)
+        second = v if top is None else highest
+        p = p - p * c.decay
+        p = p - m * c.alpha / (sqrt(second) + c.epsilon)
+        return p, m, v, highest, (None if average is None else average + (p - average) * c.average_c)
+
+    return update
+
+
+def accumulate(total: Any, g: Any, c: Any) -> Any:
+    """The sum of unscaled gradients of one accumulation window."""
+    return g * c.unscale + total
+
+
+def blend(average: Any, p: Any, c: Any) -> Any:
+    """The moving average of a variable that has no gradient at this step."""
+    return average + (p - average) * c.average_c
