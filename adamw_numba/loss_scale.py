@@ -96,8 +96,9 @@ class LossScaleOptimizer:
         self._state = State()
         # Two that Keras has and does not use keep the positions of its saved state.
         self._state.scalars["learning_rate"] = np.zeros(())
-        self._counter = self._state.add("step_counter", np.zeros((), np.int64), late=False)
-        self._scale = self._state.add("dynamic_scale", np.array(self._bounded(self.initial_scale)), late=False)
+        self._counter = self._state.add("step_counter", np.zeros((), np.int64), "zeros", late=False)
+        self._scale = self._state.add("dynamic_scale", np.zeros(()), "zeros", late=False)
+        self._scale[...] = self._bounded(self.initial_scale)
 
     def __repr__(self) -> str:
         return f"LossScaleOptimizer({self.inner_optimizer!r}, dynamic_scale={self.dynamic_scale})"

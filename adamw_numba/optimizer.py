@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from . import arrays, schedules, stateless, step
+from . import arrays, matching, schedules, stateless, step
 from . import hyperparameters as hp
 from .arrays import Array
 from .containers import Container, flatten, in_order, materialized, rebuild
@@ -245,12 +245,7 @@ class AdamW:
 
     def _build(self, names: list[str], variables: list[Array]) -> Built:
         if self._built is not None:
-            self._indices(self._built, variables)
-            if len(variables) != len(self._built.variables):
-                raise ValueError(
-                    f"this optimizer was built with {len(self._built.variables)} variables. Received: {len(variables)}; "
-                    "make a new optimizer for other variables"
-                )
+            matching.check_same(self._built, variables)
             return self._built
         if not variables:
             raise ValueError("`variables` is empty; expected at least one array")
@@ -329,9 +324,8 @@ class AdamW:
         -------
         numpy.ndarray
         """
-        return self._add(
-            np.zeros(_shape(shape), np.float32 if dtype is None else dtype), initializer, name or "variable"
-        )
+        array = np.zeros(shape, np.float32 if dtype is None else dtype)
+        return self._state.add(name or "variable", array, initializer, late=self.built)
 
     def add_variable_from_reference(
         self, reference_variable: Array, name: str | None = None, initializer: Any = "zeros"
@@ -353,18 +347,7 @@ class AdamW:
         index = next((i for i, variable in enumerate(known) if variable is reference_variable), None)
         prefix = "" if index is None or self._built is None else f"{self._built.names[index]}_"
         array = arrays.zeros_like(reference_variable, arrays.dtype_name(reference_variable))
-        return self._add(array, initializer, f"{prefix}{name or 'var'}")
-
-    def _add(self, array: Array, initializer: Any, name: str) -> Array:
-        if "/" in name:
-            raise ValueError(f"`name` must not hold a '/'. Received: name={name!r}")
-        if callable(initializer):
-            arrays.write(array, initializer(tuple(array.shape), dtype=array.dtype))
-        elif initializer in ("zeros", "ones"):
-            arrays.write(array, np.full(tuple(array.shape), initializer == "ones", np.float32))
-        else:
-            raise ValueError(f"`initializer` must be 'zeros', 'ones' or a callable. Received: {initializer!r}")
-        return self._state.add(name, array, late=self.built)
+        return self._state.add(f"{prefix}{name or 'var'}", array, initializer, late=self.built)
 
     # Stepping
 
@@ -385,7 +368,7 @@ class AdamW:
         TypeError
             If a gradient is of another library, device or kind than its variable.
         ValueError
-            If a count or a shape differs, no variable has a gradient, or one shares memory with a variable or the state.
+            If a count or a shape differs, no variable has a gradient, or one shares memory with what is updated.
         FloatingPointError
             With ``nonfinite="raise"``, if a gradient is not finite.
 
@@ -426,7 +409,7 @@ class AdamW:
         with self._lock:
             built = self._require_built("update_step")
             rate = hp.Rate("learning_rate", lambda: learning_rate)(0)
-            (index,) = self._indices(built, [variable])
+            (index,) = matching.indices(built, [variable])
             step.commit(step.prepare_one(self, built, gradient, index, self.iterations, rate), [])
 
     def stateless_apply(
@@ -466,18 +449,16 @@ class AdamW:
     ) -> tuple[Container, list[Array]]:
         built, container = self._require_built("stateless_apply"), materialized(variables)
         names, leaves = flatten(container, "trainable_variables")
-        gradient_names, gradients = flatten(grads, "grads")
-        order = in_order(built.names, list(range(len(names))), names, "trainable_variables")
+        positions = in_order(names, list(range(len(names))), built.names, "trainable_variables")
+        gradients = matching.gradients(built, grads, warn=False)
         if not gradients:
             return rebuild(container, leaves), list(state)
-        gradients = in_order(gradient_names, gradients, built.names, "grads")
-        if all(g is None for g in gradients):
-            raise ValueError("No gradients provided for any variable.")
-        leaves = in_order(names, leaves, built.names, "trainable_variables")
-        leaves, new_state = stateless.apply(
-            self, built, self.variable_names, state, gradients, leaves, loss_scale, nonfinite
+        new, new_state = stateless.apply(
+            self, built, self.variable_names, state, gradients, [leaves[i] for i in positions], loss_scale, nonfinite
         )
-        return rebuild(container, [leaves[i] for i in order]), new_state
+        for i, leaf in zip(positions, new, strict=True):
+            leaves[i] = leaf
+        return rebuild(container, leaves), new_state
 
     def scale_loss(self, loss: Any) -> Any:
         """The loss times ``loss_scale_factor``, whose gradients `apply` divides by it again."""
@@ -512,50 +493,22 @@ class AdamW:
         return learning_rate, self.weight_decay if decay is None else decay(number)
 
     def _match(self, grads: Container, variables: Container | None) -> tuple[Any, Sequence[Array | None]]:
-        """The gradients in the order of the variables; an empty list for no gradients at all."""
+        """What is built, here if need be, and the gradients in its order; no gradients at all are an empty list."""
         if self._swapped:
             raise RuntimeError("the variables hold their averages inside `averaged()`; expected a step after the block")
-        built = self._built
-        if built is not None and variables is None and type(grads) is list and len(grads) == len(built.names):
-            if not set(map(type, grads)) & _NESTED:
-                return built, grads
-        names, leaves = flatten(grads, "grads")
-        if not leaves:
-            return built, []
-        if variables is not None:
-            targets, known = flatten(variables)
-            built = self._built or self._build(targets, known)
-            indices = self._indices(built, known)
-        elif built is not None:
-            targets, indices = built.names, list(range(len(built.names)))
-        else:
-            raise ValueError(
-                "When passing `grads` without `variables`, the optimizer must already be built on a list of variables. "
-                "Call `optimizer.build(trainable_variables)` first."
-            )
-        gradients: list[Array | None] = [None] * len(built.names)
-        for index, leaf in zip(indices, in_order(names, leaves, targets, "grads"), strict=True):
-            gradients[index] = leaf
-        missing = [built.names[i] for i in sorted(indices) if gradients[i] is None]
-        if len(missing) == len(leaves):
-            raise ValueError("No gradients provided for any variable.")
-        if missing:
-            warnings.warn(f"Gradients do not exist for variables {missing}: they are not updated.", stacklevel=3)
-        return built, gradients
-
-    def _indices(self, built: Built, variables: Sequence[Array]) -> list[int]:
-        where = {id(variable): i for i, variable in enumerate(built.variables)}
-        for k, variable in enumerate(variables):
-            if id(variable) not in where:
+        if variables is None:
+            if self._built is None:
                 raise ValueError(
-                    f"Unknown variable: number {k} of {len(variables)}, of shape {tuple(np.shape(variable))}. This "
-                    "optimizer can only be called for the variables it was originally built with. When working with a "
-                    "new set of variables, you should recreate a new optimizer instance."
+                    "When passing `grads` without `variables`, the optimizer must already be built on a list of "
+                    "variables. Call `optimizer.build(trainable_variables)` first."
                 )
-        indices = [where[id(variable)] for variable in variables]
-        if len(set(indices)) < len(indices):
-            raise ValueError("`trainable_variables` holds an array more than once; expected every array once")
-        return indices
+            return self._built, matching.gradients(self._built, grads)
+        names, given = flatten(variables)
+        grads = materialized(grads)
+        if not flatten(grads, "grads")[1]:
+            return self._built, []
+        built = self._built or self._build(names, given)
+        return built, matching.gradients_of(built, grads, names, given)
 
     def _require_built(self, what: str) -> Built:
         if self._built is None:
@@ -606,7 +559,7 @@ class AdamW:
         if not self.use_ema or built is None:
             return
         variables = flatten(var_list, "var_list")[1]
-        for variable, index in zip(variables, self._indices(built, variables), strict=True):
+        for variable, index in zip(variables, matching.indices(built, variables), strict=True):
             arrays.write(variable, built.slots[index]["average"])
 
     # Assigning
@@ -626,7 +579,7 @@ class AdamW:
     # Saving
 
     def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments, ready for JSON: Keras's keys, and what Keras lacks where it is not the default."""
+        """The constructor's arguments, ready for JSON: Keras's keys, and others that are not the default."""
         rate: Any = self._learning_rate
         config = {"name": self.name, "learning_rate": self.learning_rate if rate is None else _described(rate.function)}
         for key in _CHECKED[1:]:
@@ -701,14 +654,6 @@ class AdamW:
 
 _CHECKED = [key for key, value in vars(AdamW).items() if isinstance(value, hp.Hyperparameter)]
 _EXTRAS = {"nonfinite": "propagate", "threads": None, "master_weights": True}
-_NESTED = {dict, list, tuple, type(None)}
-
-
-def _shape(shape: Any) -> tuple[int, ...]:
-    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
-    if not all(isinstance(size, (int, np.integer)) and size >= 0 for size in sizes):
-        raise ValueError(f"`shape` must hold integers >= 0. Received: shape={shape!r}")
-    return sizes
 
 
 def _described(rate: Any) -> dict[str, Any]:

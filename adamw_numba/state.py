@@ -40,10 +40,16 @@ class State:
                 slots += [(f"{key}/{name}", own, key) for key in group if key in own]
         return [*scalars, *before, *slots, *after]
 
-    def add(self, name: str, array: Array, late: bool) -> Array:
+    def add(self, name: str, array: Array, initializer: Any, late: bool) -> Array:
         """Another array to be saved and restored with the rest; Keras keeps it where it was in time."""
-        if any(name in added for added in self.added):
-            raise ValueError(f"`name` must be new. Received: name={name!r}, which is taken")
+        if "/" in name or any(name in added for added in self.added):
+            raise ValueError(f"`name` must be new and hold no '/'. Received: name={name!r}")
+        if callable(initializer):
+            arrays.write(array, initializer(tuple(array.shape), dtype=array.dtype))
+        elif initializer == "ones":
+            arrays.write(array, np.ones(tuple(array.shape)))
+        elif initializer != "zeros":
+            raise ValueError(f"`initializer` must be 'zeros', 'ones' or a callable. Received: {initializer!r}")
         self.added[late][name] = array
         return array
 

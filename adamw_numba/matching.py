@@ -1,0 +1,84 @@
+"""Which gradient belongs to which variable."""
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+
+from .arrays import Array
+from .containers import Container, flatten, in_order
+from .step import Built
+
+_NOT_FLAT = {dict, list, tuple, type(None)}
+
+
+def gradients(built: Built, grads: Container, warn: bool = True) -> Sequence[Array | None]:
+    """Gradients for all variables, by name or by position; an empty list for none at all.
+
+    Raises
+    ------
+    ValueError
+        If a count or a name differs, or every gradient is None.
+    """
+    if type(grads) is list and len(grads) == len(built.names) and not set(map(type, grads)) & _NOT_FLAT:
+        return grads
+    names, leaves = flatten(grads, "grads")
+    return _present(built.names, in_order(names, leaves, built.names, "grads"), warn) if leaves else []
+
+
+def gradients_of(
+    built: Built, grads: Container, targets: list[str], variables: Sequence[Array]
+) -> Sequence[Array | None]:
+    """Gradients for some of the variables, None for the others.
+
+    Raises
+    ------
+    ValueError
+        If a count or a name differs, a variable is not known or given twice, or every gradient is None.
+    """
+    where = indices(built, variables)
+    leaves = in_order(*flatten(grads, "grads"), targets, "grads")
+    result: list[Array | None] = [None] * len(built.names)
+    for index, leaf in zip(where, _present([built.names[i] for i in where], leaves, True), strict=True):
+        result[index] = leaf
+    return result
+
+
+def indices(built: Built, variables: Sequence[Array]) -> list[int]:
+    """Where these very arrays stand among the variables.
+
+    Raises
+    ------
+    ValueError
+        If one is not among them, or is given twice.
+    """
+    where = {id(variable): i for i, variable in enumerate(built.variables)}
+    for k, variable in enumerate(variables):
+        if id(variable) not in where:
+            raise ValueError(
+                f"Unknown variable: number {k} of {len(variables)}, of shape {tuple(np.shape(variable))}. This "
+                "optimizer can only be called for the variables it was originally built with. When working with a new "
+                "set of variables, you should recreate a new optimizer instance."
+            )
+    result = [where[id(variable)] for variable in variables]
+    if len(set(result)) < len(result):
+        raise ValueError("`trainable_variables` holds an array more than once; expected every array once")
+    return result
+
+
+def check_same(built: Built, variables: Sequence[Array]) -> None:
+    """Refuse a second `build` with other variables."""
+    if sorted(indices(built, variables)) != list(range(len(built.variables))):
+        raise ValueError(
+            f"this optimizer was built with {len(built.variables)} variables. Received: {len(variables)} of them; make "
+            "a new optimizer for other variables"
+        )
+
+
+def _present(names: Sequence[str], leaves: Sequence[Array | None], warn: bool) -> Sequence[Array | None]:
+    missing = [name for name, leaf in zip(names, leaves, strict=True) if leaf is None]
+    if len(missing) == len(leaves):
+        raise ValueError("No gradients provided for any variable.")
+    if missing and warn:
+        warnings.warn(f"Gradients do not exist for variables {missing}: they are not updated.", stacklevel=5)
+    return leaves
