@@ -31,6 +31,7 @@ def coefficients(
         alpha=learning_rate * xp.sqrt(correction_2) / correction_1,
         decay=learning_rate * weight_decay,
         beta_1c=1 - hyper.beta_1,
+        beta_2=hyper.beta_2,
         beta_2c=1 - hyper.beta_2,
         epsilon=hyper.epsilon,
         unscale=unscale,

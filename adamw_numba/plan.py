@@ -83,7 +83,7 @@ class Plan:
         self.host = [i for i, variable in enumerate(variables) if variable is not None]
         self.table = np.zeros((8, len(names)), np.int64)
         self.factors = np.ones((2, len(names)))
-        self.numbers = np.zeros(11)
+        self.numbers = np.zeros(cpu.HOW_MANY)
         self.groups: list[Group] = []
         self._sums = np.zeros((MOST_THREADS, cpu.LANES))
         self._verdicts: dict[tuple[str, int], Verdict] = {}

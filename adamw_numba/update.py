@@ -15,6 +15,7 @@ class Coefficients(NamedTuple):
     alpha: Any  # lr * sqrt(1 - beta_2^t) / (1 - beta_1^t)
     decay: Any  # lr * weight_decay, 0 for an excluded array
     beta_1c: Any  # 1 - beta_1
+    beta_2: Any
     beta_2c: Any  # 1 - beta_2
     epsilon: Any
     unscale: Any  # 1 / loss scale, read only where gradients are accumulated
@@ -34,7 +35,7 @@ def make_update(sqrt: Callable[..., Any], maximum: Callable[..., Any], minimum: 
         x = g * c.scale if total is None else (g * c.unscale + total) * c.scale
         x = x if limit is None else minimum(maximum(x, -limit), limit)
         m = m + (x - m) * c.beta_1c
-        v = v + (x * x - v) * c.beta_2c
+        v = v * c.beta_2 + x * x * c.beta_2c  # not `v + (x^2 - v) * ...`: that loses small x where beta_2 is small
         highest = None if top is None else maximum(top, v)
         second = v if top is None else highest
         p = p - p * c.decay

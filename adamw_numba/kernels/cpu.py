@@ -26,8 +26,8 @@ P, G, M, V, TOP, AVERAGE, TOTAL, MASTER = range(8)
 ARRAY, START, COUNT, P_AT, G_AT, S_AT, P_STEP, G_STEP, S_STEP = range(9)
 # The block: addresses and sizes.
 WORK, CHUNKS, TABLE, ARRAYS, FACTORS, NUMBERS, PARTIALS, SUMS = range(8)
-# The numbers of a step: nine coefficients, whether to overwrite with the average, the scale of the squares.
-OVERWRITE, SQUARE_SCALE = 9, 10
+# The numbers of a step: ten coefficients, whether to overwrite with the average, the scale of the squares.
+OVERWRITE, SQUARE_SCALE, HOW_MANY = 10, 11, 12
 # Rows of the factors: per variable, on the decay and on the clip.
 DECAY, CLIP = range(2)
 
@@ -192,7 +192,7 @@ def _share(block, part, parts):
 
 @_jit
 def _numbers(block):
-    return carray(_pointer(block[NUMBERS], 0.0), 11)
+    return carray(_pointer(block[NUMBERS], 0.0), HOW_MANY)
 
 
 @_jit
@@ -207,9 +207,10 @@ def _coefficients(block, a, like):
         cast(c[3]),
         cast(c[4]),
         cast(c[5]),
-        cast(c[6] * factors[CLIP, a]),
-        cast(c[7]),
+        cast(c[6]),
+        cast(c[7] * factors[CLIP, a]),
         cast(c[8]),
+        cast(c[9]),
     )
 
 
