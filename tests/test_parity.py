@@ -208,9 +208,9 @@ def test_real_keras(kind, run):
     found, optimizer = train(libraries.numpy, (options, [kind] * len(values), values, steps, excluded))
     share = 2e-5 * max(1, 1e-3 / (1 - options.get("beta_2", 0.999)))
     for k, (one, other) in enumerate(zip(found, expected)):
-        largest = np.max(np.abs(other.numpy()), initial=0.0)
+        largest = np.max(np.abs(other.value), initial=0.0)
         bound = share * np.max(oracle.travelled[k], initial=0.0) + len(steps) * np.spacing(np.float32(largest)) + 1e-30
-        np.testing.assert_allclose(one, other.numpy(), rtol=0, atol=bound)
+        np.testing.assert_allclose(one, other.value, rtol=0, atol=bound)
     assert optimizer.iterations == int(reference.iterations)
     shapes = [tuple(v.shape) for v in reference.variables]
     assert [v.shape for v in optimizer.variables] == shapes
