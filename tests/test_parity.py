@@ -178,7 +178,7 @@ def test_stateless_apply_gives_what_apply_gives(make, run):
 
 def keras_run(options, kind, values, steps, excluded):
     keras.config.set_floatx(kind)
-    variables = [keras.Variable(v.astype(kind), name=f"v{k}") for k, v in enumerate(values)]
+    variables = [keras.Variable(v.astype(kind), dtype=kind, name=f"v{k}") for k, v in enumerate(values)]
     optimizer = keras.optimizers.AdamW(**options)
     optimizer.exclude_from_weight_decay([variables[k] for k in excluded])
     for gradients in steps:
