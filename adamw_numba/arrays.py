@@ -37,7 +37,7 @@ class Layout(NamedTuple):
 
 def is_array(value: object) -> bool:
     """Whether a value is an array of any library (a NumPy scalar is one of no dimensions)."""
-    return isinstance(value, np.generic) or array_api_compat.is_array_api_obj(value)
+    return isinstance(value, (np.generic, np.ndarray)) or array_api_compat.is_array_api_obj(value)
 
 
 def library(array: Array) -> str:
@@ -146,6 +146,8 @@ def _shadow(layout: Layout) -> np.ndarray[Any, Any]:
 
 def check_variable(name: str, array: Array) -> None:
     """Refuse what cannot be trained in place or could be read wrongly; errors name the variable."""
+    if not is_array(array):
+        raise TypeError(f"variable {name!r} is {array!r} of type {type(array).__name__}; expected an array")
     kind = library(array)
     if kind == "numpy":
         _check_ndarray(f"variable {name!r}", array)

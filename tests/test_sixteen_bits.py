@@ -68,9 +68,10 @@ def test_rounding_is_numpys_own(dtype):
     variable = every.copy()
     optimizer.build([variable])
     optimizer.apply([np.zeros(2**16, np.float32)])
-    finite = np.isfinite(every.astype(np.float32)) & (every != 0)  # -0 - 0 * -0 is 0
+    wide = every.astype(np.float32)
+    finite = np.isfinite(wide) & (wide != 0)  # -0 - 0 * -0 is 0
     np.testing.assert_array_equal(variable[finite].view(np.uint16), every[finite].view(np.uint16))
-    np.testing.assert_array_equal(np.isnan(variable.astype("f4")), np.isnan(every.astype("f4")))
+    assert np.isnan(variable[np.isnan(wide)].astype(np.float32)).all()
 
     random = np.random.default_rng(1)
     between = (random.normal(size=50_000) * 10.0 ** random.integers(-9, 5, 50_000)).astype(np.float32)

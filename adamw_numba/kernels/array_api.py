@@ -3,6 +3,8 @@
 from functools import cache
 from typing import Any
 
+import numpy as np
+
 from ..arrays import COMPUTE, SLOT, Array, dtype_name, is_complex, namespace
 from ..update import Coefficients, accumulate, blend, make_update
 
@@ -10,11 +12,16 @@ Slots = dict[str, Array]
 _ORDER = ("momentum", "velocity", "velocity_hat", "average", "gradient_accumulator")
 
 
+# NumPy-backed libraries warn of infinities and NaN, which here are for `nonfinite` to deal with.
+_quiet = np.errstate(all="ignore")
+
+
 @cache
 def _update_of(xp: Any) -> Any:
     return make_update(xp.sqrt, xp.maximum, xp.minimum)
 
 
+@_quiet
 def updated(
     p: Array, g: Array, slots: Slots, c: Coefficients, clipvalue: float | None, overwrite: Any
 ) -> tuple[Array, Slots]:
@@ -38,6 +45,7 @@ def updated(
     return _stored(xp, p, new[0], slots | state, overwrite)
 
 
+@_quiet
 def blended(p: Array, slots: Slots, c: Coefficients, overwrite: Any) -> tuple[Array, Slots]:
     """The same for a variable that has no gradient: only its average moves."""
     if "average" not in slots:
@@ -49,12 +57,14 @@ def blended(p: Array, slots: Slots, c: Coefficients, overwrite: Any) -> tuple[Ar
     return _stored(xp, p, value, slots | {"average": average}, overwrite)
 
 
+@_quiet
 def accumulated(total: Array, g: Array, c: Coefficients) -> Array:
     """The accumulator after one more micro-step."""
     xp = namespace(total)
     return accumulate(total, _cast(xp, g, total), _coefficients(xp, c, xp.real(total) if is_complex(total) else total))
 
 
+@_quiet
 def norm(g: Array, total: Array | None, c: Coefficients) -> Array:
     """The norm of a gradient (with what was accumulated, if given), safe from overflow; a scalar array."""
     x = g if total is None else accumulated(total, g, c)
