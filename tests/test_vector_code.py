@@ -1,0 +1,47 @@
+"""The machine code of the CPU kernels, read: vectors of fused operations, and no float64 in a float32 loop."""
+
+import platform
+import re
+import subprocess
+import sys
+
+import pytest
+
+ASSEMBLY = """
+import numba, sys
+from adamw_numba.kernels import cpu
+kernel = cpu.update_kernel(*{arguments!r})
+print(kernel._library.get_asm_str())
+"""
+
+KINDS = {
+    "float32": ("float32", "float32", "float32", None, None, None, None, None, None),
+    "float32, everything": ("float32", "float32", "float32", True, True, True, None, True, None),
+    "float64": ("float64", "float64", "float64", None, None, None, None, None, None),
+    "bfloat16": ("bfloat16", "bfloat16", "float32", None, None, None, True, None, None),
+    "float16": ("float16", "float16", "float32", None, None, None, True, None, None),
+}
+
+
+def assembly(arguments, tmp_path):
+    environment = {"NUMBA_CACHE_DIR": str(tmp_path), "PATH": ""}
+    code = ASSEMBLY.format(arguments=arguments)
+    return subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment
+    ).stdout
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="reads x86-64 assembly")
+@pytest.mark.parametrize("kind", KINDS)
+def test_update_kernel(kind, tmp_path):
+    code = assembly(KINDS[kind], tmp_path)
+    suffix = "pd" if kind == "float64" else "ps"
+    for operation in (rf"vfn?m(?:add|sub)\w*{suffix}\s", rf"vsqrt{suffix}\s", rf"vdiv{suffix}\s"):
+        assert re.search(rf"{operation}.*%[yz]mm", code), operation
+    # One sqrt and one division for each vector: the packed ones in the loop's body, a scalar one in its tail.
+    assert len(re.findall(rf"vsqrt{suffix}\s", code)) == len(re.findall(rf"vdiv{suffix}\s", code))
+    if kind != "float64":
+        assert not re.search(r"vcvtps2pd|vcvtss2sd|vsqrtpd|vsqrtsd|vfn?m(?:add|sub)\w*[ps]d\s", code)
+    if kind == "float16":
+        assert re.search(r"vcvtph2ps", code)
+        assert re.search(r"vcvtps2ph", code)
