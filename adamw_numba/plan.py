@@ -8,7 +8,7 @@ import numpy as np
 from . import arrays
 from .arrays import Array, Layout
 from .kernels import cpu, headers
-from .kernels.threads import MOST_THREADS, thread_count
+from .kernels.threads import MOST_PARTS, job_calls
 from .update import Coefficients
 
 CHUNK = 16_384  # elements
@@ -85,7 +85,7 @@ class Plan:
         self.factors = np.ones((2, len(names)))
         self.numbers = np.zeros(cpu.HOW_MANY)
         self.groups: list[Group] = []
-        self._sums = np.zeros((MOST_THREADS, cpu.LANES))
+        self._sums = np.zeros((MOST_PARTS, cpu.LANES))
         self._verdicts: dict[tuple[str, int], Verdict] = {}
         self._scratch: dict[int, Array] = {}
         self._arrangement: list[tuple[Layout, Layout]] = []
@@ -149,11 +149,7 @@ class Plan:
         """What to call, with no Python in between, to run a kernel over every group; what is new is compiled here."""
         result: list[Call] = []
         for group in self.groups:
-            address, threads = kernel(group).address, thread_count(group.elements, self.threads)
-            if threads == 1:
-                result.append((cpu.run_serial, address, group.block_address))
-            else:
-                result.append((cpu.run_parallel, address, group.block_address, threads))
+            result += job_calls(kernel(group).address, group.block_address, group.elements, self.threads)
         return result
 
     def norms(self, total: bool | None, elsewhere: dict[int, float]) -> tuple[Matrix, float]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -346,11 +347,12 @@ class CosineDecayRestarts(_Schedule):
         return restarts if self.t_mul == 1 else (1 - self.t_mul**restarts) / (1 - self.t_mul)
 
     def _restarts(self, xp: Any, time: Any) -> Any:
+        # What rounding puts just before an exact boundary is at it.
+        time = time * (1 + 64 * (xp.finfo(time.dtype).eps if hasattr(time, "dtype") else sys.float_info.epsilon))
         if self.t_mul == 1:
             return xp.floor(time)
         left = 1 - time * (1 - self.t_mul)
         guess = xp.floor(xp.log(xp.where(left > 1e-30, left, 1e-30)) / math.log(self.t_mul))
-        # The logarithm can be one off at an exact boundary.
         guess = xp.where(time >= self._start(guess + 1), guess + 1, guess)
         return xp.where(time < self._start(guess), guess - 1, guess)
 

@@ -165,6 +165,7 @@ def train(
     parameters: Parameters, optimizer: AdamW, training: Digits, test: Digits, generator: np.random.Generator
 ) -> None:
     """Train for all epochs, and print a line about each."""
+    print("Learning rate and gradient norm (before clipping) are those of the last step of an epoch.")
     print("epoch  training loss  learning rate  gradient norm  test accuracy")
     for epoch in range(1, EPOCHS + 1):
         losses = []

@@ -91,10 +91,13 @@ def interrupted(optimizer, given, injector):
     return injector.line
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("wrap", [False, True], ids=["AdamW", "LossScaleOptimizer"])
-@pytest.mark.parametrize("opcodes", [False, True], ids=["lines", "opcodes of the commit"])
-def test_at_every_line(options, wrap, opcodes):
+CASES = [(name, False, False) for name in OPTIONS] + [("everything", True, False), ("everything", False, True)]
+
+
+@pytest.mark.parametrize(("name", "wrap", "opcodes"), CASES)
+def test_at_every_line(name, wrap, opcodes):
+    """Or, in step.py, where the commit is, at every opcode."""
+    options = OPTIONS[name]
     arrays, optimizer = build(options, wrap)
     before = snapshot(arrays, optimizer)
     optimizer.apply(gradients(2))

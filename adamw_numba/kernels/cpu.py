@@ -2,7 +2,7 @@
 
 A kernel is a C function ``void(block, part, parts)`` that does one of several equal shares of the work. `block` is the
 address of a row of addresses (`Block`), so that a call costs the same for one array and for a thousand, and so that
-`run_serial` and `run_parallel` are compiled once for all kernels. A 16-bit element is an integer to Numba: ``int16`` is
+`run_serial` and `run_job` are compiled once for all kernels. A 16-bit element is an integer to Numba: ``int16`` is
 float16, ``uint16`` is bfloat16.
 """
 
@@ -11,7 +11,7 @@ from functools import cache
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, cfunc, njit, prange, types
+from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic, overload
 from numpy.lib.stride_tricks import as_strided
 
@@ -28,6 +28,8 @@ ARRAY, START, COUNT, P_AT, G_AT, S_AT, P_STEP, G_STEP, S_STEP = range(9)
 WORK, CHUNKS, TABLE, ARRAYS, FACTORS, NUMBERS, PARTIALS, SUMS = range(8)
 # The numbers of a step: ten coefficients, whether to overwrite with the average, the scale of the squares.
 OVERWRITE, SQUARE_SCALE, HOW_MANY = 10, 11, 12
+# A job: a kernel, its block, into how many parts it is cut, the next part to be taken, and how many are done.
+KERNEL, BLOCK, PARTS, NEXT_PART, DONE = range(5)
 # Rows of the factors: per variable, on the decay and on the clip.
 DECAY, CLIP = range(2)
 
@@ -354,17 +356,49 @@ def _call(typingctx, address, block, part, parts):
     return types.void(types.intp, types.intp, types.intp, types.intp), codegen
 
 
+@intrinsic
+def _call_plain(typingctx, address):
+    def codegen(context, builder, signature, args):
+        builder.call(builder.inttoptr(args[0], ir.FunctionType(ir.IntType(32), []).as_pointer()), [])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), codegen
+
+
+@intrinsic
+def _fetch_add(typingctx, address, value):
+    """Add to an int64 in memory, atomically, and return what it was."""
+
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", pointer, args[1], "seq_cst")
+
+    return types.int64(types.intp, types.int64), codegen
+
+
 @_cached(njit, nogil=True)
 def run_serial(address, block):
     """Call a kernel for all of its work."""
     _call(address, block, 0, 1)
 
 
-@_cached(njit, nogil=True, parallel=True)
-def run_parallel(address, block, threads):
-    """Call a kernel once for each thread's share of its work."""
-    for part in prange(threads):
-        _call(address, block, np.intp(part), threads)
+@_cached(njit, nogil=True)
+def take_parts(job):
+    """Do parts of a job that nobody has taken yet, until there are none."""
+    next_part, done, parts = job.ctypes.data + 8 * NEXT_PART, job.ctypes.data + 8 * DONE, job[PARTS]
+    part = _fetch_add(next_part, 1)
+    while part < parts:
+        _call(job[KERNEL], job[BLOCK], part, parts)
+        _fetch_add(done, 1)
+        part = _fetch_add(next_part, 1)
+
+
+@_cached(njit, nogil=True)
+def run_job(job, give_way):
+    """Do a job together with whoever helps; wait for parts that others have begun, not for others to begin."""
+    take_parts(job)
+    while _fetch_add(job.ctypes.data + 8 * DONE, 0) < job[PARTS]:
+        _call_plain(give_way)
 
 
 @_jit

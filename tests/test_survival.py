@@ -1,0 +1,97 @@
+"""Threads, forks, threading layers and folders that cannot be written."""
+
+import concurrent.futures
+import hashlib
+import multiprocessing
+import os
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+
+from adamw_numba import AdamW
+from adamw_numba.kernels.threads import SERIAL_BELOW
+
+SIZE = 2 * SERIAL_BELOW
+
+
+def work(seed=0, steps=5):
+    random = np.random.default_rng(seed)
+    variable = random.normal(size=SIZE).astype(np.float32)
+    optimizer = AdamW(0.01, global_clipnorm=1.0)
+    optimizer.build([variable])
+    for _ in range(steps):
+        optimizer.apply([random.normal(size=SIZE).astype(np.float32)])
+    return variable.tobytes()
+
+
+def test_many_optimizers_in_many_threads():
+    expected = [work(seed) for seed in range(8)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(work, range(8))) == expected
+
+
+def test_one_optimizer_in_many_threads():
+    """Steps follow each other; each is whole."""
+    variable = np.zeros(SIZE, np.float32)
+    optimizer = AdamW(0.01, weight_decay=0.0)
+    optimizer.build([variable])
+    ones = np.ones(SIZE, np.float32)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: optimizer.apply([ones]), range(40)))
+    assert optimizer.iterations == 40
+    expected = np.zeros(SIZE, np.float32)
+    alone = AdamW(0.01, weight_decay=0.0)
+    alone.build([expected])
+    for _ in range(40):
+        alone.apply([ones])
+    np.testing.assert_array_equal(variable, expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_fork_after_use():
+    expected = work()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python's own, of forks from threads
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            assert pool.map_async(work, [0, 0, 0]).get(timeout=60) == [expected] * 3
+
+
+LAYER = """
+import hashlib, sys, threading
+sys.path.insert(0, {tests!r})
+import numba
+from test_survival import work
+first = work()
+assert numba.threading_layer() == {layer!r}, numba.threading_layer()
+results = []
+threads = [threading.Thread(target=lambda: results.append(work())) for _ in range(4)]
+[t.start() for t in threads]; [t.join() for t in threads]
+assert results == [first] * 4
+print("survived", hashlib.sha256(first).hexdigest() == {expected!r})
+"""
+
+
+@pytest.mark.parametrize("layer", ["omp", "workqueue", "tbb"])
+def test_threading_layers(layer):
+    code = LAYER.format(tests=os.path.dirname(__file__), layer=layer, expected=hashlib.sha256(work()).hexdigest())
+    environment = os.environ | {"NUMBA_THREADING_LAYER": layer}
+    done = subprocess.run([sys.executable, "-"], input=code, capture_output=True, text=True, env=environment)
+    if "No threading layer could be loaded" in done.stderr:
+        pytest.skip(f"the {layer} layer is not installed here")
+    assert done.stdout.strip() == "survived True", done.stderr[-2000:]
+
+
+def test_without_a_folder_for_the_cache(tmp_path):
+    """Nothing is cached, and everything works: a home that is a file, and a cache folder inside a file."""
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    environment = {"NUMBA_CACHE_DIR": str(blocked / "cache"), "HOME": str(blocked), "PATH": os.environ["PATH"]}
+    code = (
+        "import numpy as np, adamw_numba; v = np.ones(3); o = adamw_numba.AdamW(0.1); o.build([v]); "
+        "o.apply([np.ones(3)]); print(v[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.startswith("0.8996"), done.stderr[-2000:]
