@@ -23,6 +23,7 @@ COMPUTE = {
     "complex128": "float64",
 }
 SLOT = COMPUTE | {"complex64": "complex64", "complex128": "complex128"}
+_ARRAY_TYPES: set[type] = set()
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "complex64": 8, "complex128": 16}
 
 
@@ -37,7 +38,12 @@ class Layout(NamedTuple):
 
 def is_array(value: object) -> bool:
     """Whether a value is an array of any library (a NumPy scalar is one of no dimensions)."""
-    return isinstance(value, (np.generic, np.ndarray)) or array_api_compat.is_array_api_obj(value)
+    if type(value) in _ARRAY_TYPES:
+        return True
+    known = isinstance(value, (np.generic, np.ndarray)) or array_api_compat.is_array_api_obj(value)
+    if known:
+        _ARRAY_TYPES.add(type(value))
+    return known
 
 
 def library(array: Array) -> str:

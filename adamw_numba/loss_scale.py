@@ -155,9 +155,9 @@ class LossScaleOptimizer:
     def _places(self) -> list[Place]:
         return self._state.places() + self.inner_optimizer._state.places()
 
-    def build(self, var_list: Container) -> None:
+    def build(self, variables: Container) -> None:
         """Build the inner optimizer: see `AdamW.build`."""
-        self.inner_optimizer.build(var_list)
+        self.inner_optimizer.build(variables)
 
     def exclude_from_weight_decay(self, var_list: Any = None, var_names: Iterable[str] | None = None) -> None:
         """Leave variables out of weight decay: see `AdamW.exclude_from_weight_decay`."""

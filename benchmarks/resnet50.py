@@ -67,7 +67,10 @@ def main() -> int:
 
     times = interleaved({"adamw_numba": lambda: ours.apply(gradients), "torch fused": theirs.step}, ROUNDS)
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads of torch,", end=" ")
-    print(f"{numba.config.NUMBA_NUM_THREADS} of Numba; Python {platform.python_version()}, NumPy {np.__version__},", end=" ")
+    print(
+        f"{numba.config.NUMBA_NUM_THREADS} of Numba; Python {platform.python_version()}, NumPy {np.__version__},",
+        end=" ",
+    )
     print(f"Numba {numba.__version__}, torch {torch.__version__}")
     for name, seconds in times.items():
         low, median, high = statistics.quantiles(seconds, n=4)

@@ -47,15 +47,15 @@ class Oracle:
         window = self.gradient_accumulation_steps or 1
         if self.micro_step % window:
             return
-        mean = [None if g is None else total / window for g, total in zip(gradients, self.total)]
-        self.total = [t if g is None else np.zeros_like(t) for g, t in zip(gradients, self.total)]
+        mean = [None if g is None else total / window for g, total in zip(gradients, self.total, strict=True)]
+        self.total = [t if g is None else np.zeros_like(t) for g, t in zip(gradients, self.total, strict=True)]
         self.update(self.clip(mean))
 
     def clip(self, gradients):
         norms = [0.0 if g is None else float(np.linalg.norm(g.ravel())) for g in gradients]
         whole = float(np.linalg.norm(norms))
         clipped = []
-        for g, norm in zip(gradients, norms):
+        for g, norm in zip(gradients, norms, strict=True):
             if g is not None and self.clipvalue is not None:
                 g = np.clip(g, -self.clipvalue, self.clipvalue)
             if g is not None and self.clipnorm is not None and norm > self.clipnorm:

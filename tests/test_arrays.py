@@ -238,7 +238,7 @@ def test_containers_of_every_kind():
     }
     optimizer.apply(copied)
     optimizer.apply([np.ones_like(a) for a in leaves])
-    optimizer.apply((np.ones_like(a) for a in leaves))
+    optimizer.apply(np.ones_like(a) for a in leaves)
     assert all(np.allclose(a, 0.7, atol=0.002) for a in leaves)
     single = np.ones(3)
     alone = AdamW(0.1)

@@ -56,7 +56,9 @@ def runs(draw, dtypes=("float64",), **kwargs):
 
     def values(scale):
         parts = [(random.normal(size=s), random.normal(size=s)) for s in shapes]
-        return [scale * (re + 1j * im if kind.startswith("c") else re) for (re, im), kind in zip(parts, kinds)]
+        return [
+            scale * (re + 1j * im if kind.startswith("c") else re) for (re, im), kind in zip(parts, kinds, strict=True)
+        ]
 
     steps = [values(10.0 ** draw(st.integers(-3, 1))) for _ in range(draw(st.integers(1, 12)))]
     if len(shapes) > 1:
@@ -70,14 +72,14 @@ def runs(draw, dtypes=("float64",), **kwargs):
 def train(make, run):
     """Run on one array library; the variables, the averages and the optimizer."""
     options, kinds, values, steps, excluded = run
-    variables = [make(value, kind) for value, kind in zip(values, kinds)]
+    variables = [make(value, kind) for value, kind in zip(values, kinds, strict=True)]
     optimizer = AdamW(**options)
     optimizer.exclude_from_weight_decay([variables[k] for k in excluded])
     optimizer.build(variables)
     for gradients in steps:
         missing = any(g is None for g in gradients)
         with pytest.warns(UserWarning, match="Gradients do not exist") if missing else nullcontext():
-            optimizer.apply([None if g is None else make(g, k) for g, k in zip(gradients, kinds)])
+            optimizer.apply([None if g is None else make(g, k) for g, k in zip(gradients, kinds, strict=True)])
     return variables, optimizer
 
 
@@ -97,7 +99,7 @@ def magnitudes(run, optimizer):
         max(np.max(np.abs(a), initial=1.0) for a in [v, *(s[k] for s in steps if s[k] is not None)])
         for k, v in enumerate(values)
     ]
-    by_name = {name: 1.0 for name in optimizer.variable_names}
+    by_name = dict.fromkeys(optimizer.variable_names, 1.0)
     for k, size in enumerate(largest):
         by_name |= {f"{slot}/{k}": size for slot in ("momentum", "average", "gradient_accumulator")}
         by_name |= {f"{slot}/{k}": size**2 for slot in ("velocity", "velocity_hat")}
@@ -144,7 +146,9 @@ def test_every_library_gives_what_numpy_gives(make, run):
     found, optimizer = train(make, run)
     same_bits = make in libraries.KERNELS and not (run[0].get("clipnorm") or run[0].get("global_clipnorm"))
     scales = magnitudes(run, optimizer)
-    for one, other, scale in zip([*found, *optimizer.variables], [*expected, *reference.variables], scales):
+    for one, other, scale in zip(
+        [*found, *optimizer.variables], [*expected, *reference.variables], scales, strict=True
+    ):
         one, other = libraries.look(one), libraries.look(other)
         assert one.dtype == other.dtype
         ulp = 0.0 if same_bits else np.spacing(one.dtype.type(scale))
@@ -157,21 +161,21 @@ def test_every_library_gives_what_numpy_gives(make, run):
 def test_stateless_apply_gives_what_apply_gives(make, run):
     options, kinds, values, steps, excluded = run
     expected, reference = train(libraries.numpy, run)
-    variables = [make(value, kind) for value, kind in zip(values, kinds)]
+    variables = [make(value, kind) for value, kind in zip(values, kinds, strict=True)]
     optimizer = AdamW(**options)
     optimizer.exclude_from_weight_decay([variables[k] for k in excluded])
     optimizer.build(variables)
     state, before = optimizer.variables, [libraries.look(a) for a in [*variables, *optimizer.variables]]
     inputs = [*variables, *state]
     for gradients in steps:
-        gradients = [None if g is None else make(g, k) for g, k in zip(gradients, kinds)]
+        gradients = [None if g is None else make(g, k) for g, k in zip(gradients, kinds, strict=True)]
         call = jax.jit(optimizer.stateless_apply) if make is libraries.to_jax else optimizer.stateless_apply
         variables, state = call(state, gradients, variables)
-    for one, other in zip(inputs, before):
+    for one, other in zip(inputs, before, strict=True):
         np.testing.assert_array_equal(libraries.look(one), other)
     ulps = 20 if make is libraries.to_jax else 2  # JAX computes the coefficients themselves in float32
     scales = magnitudes(run, optimizer)
-    for one, other, scale in zip([*variables, *state], [*expected, *reference.variables], scales):
+    for one, other, scale in zip([*variables, *state], [*expected, *reference.variables], scales, strict=True):
         tolerance = ulps * len(steps) * np.spacing(np.float32(scale))
         np.testing.assert_allclose(libraries.look(one), libraries.look(other), rtol=0, atol=tolerance)
 
@@ -193,7 +197,7 @@ def keras_run(options, kind, values, steps, excluded):
 def test_real_keras(kind, run):
     """Within the rounding of Keras's own float32 scalars; its average under accumulation is another one."""
     options, _, values, steps, excluded = run
-    steps = [[v * 0.1 if g is None else g for g, v in zip(gradients, values)] for gradients in steps]
+    steps = [[v * 0.1 if g is None else g for g, v in zip(gradients, values, strict=True)] for gradients in steps]
     if options.get("gradient_accumulation_steps"):
         options = {k: v for k, v in options.items() if not k.startswith(("use_ema", "ema"))}
     if options.get("beta_2") == 0.0:  # where Keras's `v + (g^2 - v) * (1 - beta_2)` loses a small g altogether
@@ -209,7 +213,7 @@ def test_real_keras(kind, run):
     oracle = ask_oracle((options, None, values, [[g.astype(kind) for g in s] for s in steps], excluded))
     found, optimizer = train(libraries.numpy, (options, [kind] * len(values), values, steps, excluded))
     share = 2e-5 * max(1, 1e-3 / (1 - options.get("beta_2", 0.999)))
-    for k, (one, other) in enumerate(zip(found, [libraries.look(v.value) for v in expected])):
+    for k, (one, other) in enumerate(zip(found, [libraries.look(v.value) for v in expected], strict=True)):
         largest = np.max(np.abs(other), initial=0.0)
         bound = share * np.max(oracle.travelled[k], initial=0.0) + len(steps) * np.spacing(np.float32(largest)) + 1e-30
         np.testing.assert_allclose(one, other, rtol=0, atol=bound)
@@ -233,13 +237,13 @@ def test_torch_one_step_at_a_time(run):
         tensors, lr=0.01, betas=(beta_1, beta_2), weight_decay=ours["weight_decay"], amsgrad=ours["amsgrad"]
     )
     for t, gradients in enumerate(steps, 1):
-        gradients = [torch.tensor(v * 0.1 if g is None else g) for g, v in zip(gradients, values)]
-        for tensor, g in zip(tensors, gradients):
+        gradients = [torch.tensor(v * 0.1 if g is None else g) for g, v in zip(gradients, values, strict=True)]
+        for tensor, g in zip(tensors, gradients, strict=True):
             tensor.grad = g
         theirs.param_groups[0]["eps"] = ours.get("epsilon", 1e-7) / np.sqrt(1 - beta_2**t)
         theirs.step()
         optimizer.apply(gradients)
-    for one, other in zip(variables, tensors):
+    for one, other in zip(variables, tensors, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12 * float(other.abs().max() if other.numel() else 1))
 
 
@@ -256,12 +260,12 @@ def test_optax_one_step_at_a_time(run):
         optimizer.build(variables)
         state = optax.adamw(0.01, beta_1, beta_2, weight_decay=options["weight_decay"]).init(expected)
         for t, gradients in enumerate(steps, 1):
-            gradients = [v * 0.1 if g is None else np.asarray(g) for g, v in zip(gradients, values)]
+            gradients = [v * 0.1 if g is None else np.asarray(g) for g, v in zip(gradients, values, strict=True)]
             theirs = optax.adamw(
                 0.01, beta_1, beta_2, 1e-7 / np.sqrt(1 - beta_2**t), weight_decay=options["weight_decay"]
             )
             changes, state = theirs.update([jnp.asarray(g) for g in gradients], state, expected)
             expected = optax.apply_updates(expected, changes)
             optimizer.apply([np.asarray(g) for g in gradients])
-        for one, other in zip(variables, expected):
+        for one, other in zip(variables, expected, strict=True):
             assert_close(one, np.asarray(other), 1e-12)

@@ -1,14 +1,15 @@
 """Helpers: Python threads that take parts of a job of compiled code, without the interpreter's lock.
 
-Whoever runs a job begins at once and waits for nobody to begin. In the regions of OpenMP or of Numba's own pool it would
-wait for all threads to arrive, which takes milliseconds where another library (a BLAS after a matrix product, say) has
-threads that spin on the same cores. Nor do these threads mind a fork, or several callers at once.
+Whoever runs a job begins at once and waits for nobody else to begin. In a region of OpenMP, or of Numba's own pool, it
+would wait for all threads to arrive, which takes milliseconds where another library (a BLAS after a matrix product,
+say) has threads that spin on the same cores. Nor do these threads mind a fork, or several callers at once.
 """
 
 import ctypes
 import os
 import threading
 from queue import SimpleQueue
+from typing import Any
 
 import numba
 import numpy as np
@@ -24,10 +25,8 @@ Job = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 def _address_of_give_way() -> int:
     """The system's function by which a thread lets others run."""
-    if os.name == "nt":
-        function = ctypes.WinDLL("kernel32").SwitchToThread  # type: ignore[attr-defined]
-    else:
-        function = ctypes.CDLL(None).sched_yield
+    library: Any = ctypes.CDLL("kernel32" if os.name == "nt" else None)
+    function = library.SwitchToThread if os.name == "nt" else library.sched_yield
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
@@ -64,7 +63,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def job_calls(kernel: int, block: int, elements: int, requested: int | None) -> list[tuple[object, ...]]:
-    """What to call to run a kernel over so many elements, on at most so many threads (None: on as many as Numba uses)."""
+    """What to call to run a kernel over so many elements, on at most `requested` threads (None: as many as Numba's)."""
     parts = min(elements // PART, MOST_PARTS) if elements >= SERIAL_BELOW else 1
     threads = min(parts, MOST_THREADS, requested or MOST_THREADS)
     if threads < 2:
