@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text()
 def test_first_example():
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
-    assert re.match(r"AdamW\(.*step=500.*LastStep\(gradient_norm=0\.", done.stdout)
+    assert re.match(r"AdamW\(.*step=500.*LastStep\(gradient_norm=\d", done.stdout)
 
 
 @pytest.mark.parametrize("heading", ["Run it", "Test it"])
