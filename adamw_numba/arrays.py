@@ -4,6 +4,7 @@ Nothing here imports an array library other than NumPy: a library that made one 
 """
 
 import math
+import operator
 import sys
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -24,6 +25,10 @@ COMPUTE = {
 }
 SLOT = COMPUTE | {"complex64": "complex64", "complex128": "complex128"}
 _ARRAY_TYPES: set[type] = set()
+_TENSOR_TYPES: set[type] = set()
+_NDARRAYS = {np.ndarray, np.memmap}
+_ALIGNED_WRITEABLE = 0x500  # of NumPy's flags
+_OF_TENSOR = operator.attrgetter("dtype", "device", "shape", "is_leaf")
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "complex64": 8, "complex128": 16}
 
 
@@ -106,14 +111,16 @@ def address(array: Array) -> int:
 
 
 def signature(array: Array) -> object:
-    """All that a verdict on an array rests on, other than its address; None where that cannot be read quickly."""
-    if isinstance(array, np.ndarray):
-        return type(array), array.dtype, array.shape, array.strides, array.flags.aligned, array.flags.writeable
-    if not array_api_compat.is_torch_array(array):
-        return None
+    """All that a verdict on a host array rests on, other than its address; None where that cannot be read quickly."""
+    kind = type(array)
+    if kind in _NDARRAYS:
+        return kind, array.dtype, array.shape, array.strides, array.flags.num & _ALIGNED_WRITEABLE
+    if kind not in _TENSOR_TYPES:
+        if not array_api_compat.is_torch_array(array):
+            return None
+        _TENSOR_TYPES.add(kind)
     try:
-        lazy = array.is_conj() or array.is_neg()
-        return type(array), array.dtype, array.device, array.shape, array.stride(), lazy, array.is_leaf
+        return kind, *_OF_TENSOR(array), array.stride(), array.is_conj(), array.is_neg()
     except RuntimeError:  # a sparse tensor has no strides
         return None
 
