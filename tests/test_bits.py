@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from adamw_numba import AdamW
+from adamw_numba.kernels import threads
 
 FULL = {"amsgrad": True, "use_ema": True, "ema_overwrite_frequency": 2, "clipvalue": 0.5}
 SIZES = [70_001, 3, 16_384, 0, 16_385, 40_000, 1]
@@ -37,14 +38,20 @@ def numbers(dtype, sizes=SIZES, steps=4):
     ],
     ids=str,
 )
-def test_any_number_of_threads(dtype, options):
+def test_any_number_of_threads(dtype, options, monkeypatch):
+    monkeypatch.setattr(threads, "SERIAL_BELOW", 0)
+    monkeypatch.setattr(threads, "PART", 5_000)
+    helped = []
+    monkeypatch.setattr(threads, "job_calls", lambda *a, real=threads.job_calls: helped.append(len(c := real(*a))) or c)
+    monkeypatch.setattr("adamw_numba.plan.job_calls", threads.job_calls)
     arrays, gradients = numbers(dtype)
     expected, reference = run(arrays, gradients, threads=1, **options)
-    for threads in (2, 3, 5, None):
-        found, optimizer = run(arrays, gradients, threads=threads, **options)
+    for count in (2, 3, 5, None):
+        found, optimizer = run(arrays, gradients, threads=count, **options)
         for one, other in zip([*found, *optimizer.variables], [*expected, *reference.variables], strict=True):
             np.testing.assert_array_equal(one, other)
         assert optimizer.last_step == reference.last_step
+    assert {1, 2, 3, 5} <= set(helped)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])

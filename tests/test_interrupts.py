@@ -18,8 +18,8 @@ from adamw_numba import AdamW, LossScaleOptimizer, step
 HOME = str(Path(adamw_numba.__file__).parent)
 
 
-def variables():
-    return [
+def variables(elsewhere=True):
+    arrays = [
         np.ones((4, 3), np.float32),
         np.ones(5, np.float64),
         np.ones(5, np.float16),
@@ -27,14 +27,15 @@ def variables():
         array_api_strict.ones((4,)),
         array_api_strict.ones((2, 2), dtype=array_api_strict.float32),
     ]
+    return arrays if elsewhere else arrays[:4]
 
 
-def gradients(k):
+def gradients(k, elsewhere=True):
     random = np.random.default_rng(k)
     made = [random.normal(size=tuple(v.shape)) for v in variables()]
     makers = [libraries.numpy] * 3 + [libraries.to_torch] + [libraries.strict] * 2
     kinds = ["float32", "float64", "float16", "float32", "float64", "float32"]
-    return [make(g, kind) for make, g, kind in zip(makers, made, kinds, strict=True)]
+    return [make(g, kind) for make, g, kind in zip(makers, made, kinds, strict=True)][: 6 if elsewhere else 4]
 
 
 OPTIONS = {
@@ -48,12 +49,12 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def build(options, wrap):
+def build(options, wrap, elsewhere=True):
     optimizer = LossScaleOptimizer(AdamW(**options), dynamic_growth_steps=1) if wrap else AdamW(**options)
-    arrays = variables()
+    arrays = variables(elsewhere)
     optimizer.build(arrays)
     for k in range(2):
-        optimizer.apply(gradients(k))
+        optimizer.apply(gradients(k, elsewhere))
     return arrays, optimizer
 
 
@@ -91,34 +92,40 @@ def interrupted(optimizer, given, injector):
     return injector.line
 
 
-CASES = [(name, False, False) for name in OPTIONS] + [("everything", True, False), ("everything", False, True)]
+CASES = [
+    *[(name, False, True, False) for name in OPTIONS],
+    ("everything", True, True, False),
+    ("everything", False, True, True),
+    ("plain", False, False, False),
+    ("everything", True, False, True),
+]
 
 
-@pytest.mark.parametrize(("name", "wrap", "opcodes"), CASES)
-def test_at_every_line(name, wrap, opcodes):
+@pytest.mark.parametrize(("name", "wrap", "elsewhere", "opcodes"), CASES)
+def test_at_every_line(name, wrap, elsewhere, opcodes):
     """Or, in step.py, where the commit is, at every opcode."""
     options = OPTIONS[name]
-    arrays, optimizer = build(options, wrap)
+    arrays, optimizer = build(options, wrap, elsewhere)
     before = snapshot(arrays, optimizer)
-    optimizer.apply(gradients(2))
+    optimizer.apply(gradients(2, elsewhere))
     after = snapshot(arrays, optimizer)
-    optimizer.apply(gradients(3))
+    optimizer.apply(gradients(3, elsewhere))
     end = snapshot(arrays, optimizer)
     where = step.__file__ if opcodes else HOME
 
     seen, n = set(), 0
     while True:
         n += 1
-        arrays, optimizer = build(options, wrap)
-        line = interrupted(optimizer, gradients(2), Injector(n, where, opcodes))
+        arrays, optimizer = build(options, wrap, elsewhere)
+        line = interrupted(optimizer, gradients(2, elsewhere), Injector(n, where, opcodes))
         if line is None:
             break
         found = snapshot(arrays, optimizer)
         assert found in (before, after), f"torn by an interrupt at {line}"
         seen.add(found == after)
         if found == before:
-            optimizer.apply(gradients(2))
-        optimizer.apply(gradients(3))
+            optimizer.apply(gradients(2, elsewhere))
+        optimizer.apply(gradients(3, elsewhere))
         assert snapshot(arrays, optimizer) == end, f"the next step differs after an interrupt at {line}"
     assert seen == {False, True}
     assert n > 100

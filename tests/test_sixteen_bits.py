@@ -95,3 +95,11 @@ def test_gradients_of_any_float(gradient_dtype):
         optimizer.apply([libraries.numpy(np.ones(5), kind) for kind in kinds])
     for variable in variables:
         np.testing.assert_allclose(variable.astype("f4"), 0.96, rtol=0.005)
+
+
+def test_a_nan_of_any_bits_stays_a_nan():
+    variable = np.ones(4, libraries.DTYPES["bfloat16"])
+    optimizer = AdamW(0.1)
+    optimizer.build([variable])
+    optimizer.apply([np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7FC00000], np.uint32).view(np.float32)])
+    assert np.isnan(variable.astype(np.float32)).all()
