@@ -86,8 +86,8 @@ def dtype_name(array: Array) -> str:
 
 def byte_count(array: Array) -> int:
     """The bytes of an array's elements."""
-    size = ITEMSIZE | {"int64": 8, "int32": 4}
-    return int(size[dtype_name(array)] * math.prod(array.shape))
+    name = dtype_name(array)
+    return int((ITEMSIZE.get(name) or np.dtype(name).itemsize) * math.prod(array.shape))
 
 
 def is_mutable(array: Array) -> bool:
@@ -120,8 +120,9 @@ def signature(array: Array) -> object:
             return None
         _TENSOR_TYPES.add(kind)
     try:
-        return kind, *_OF_TENSOR(array), array.stride(), array.is_conj(), array.is_neg()
-    except RuntimeError:  # a sparse tensor has no strides
+        storage = array.untyped_storage().nbytes()
+        return kind, *_OF_TENSOR(array), array.stride(), array.is_conj(), array.is_neg(), storage
+    except (RuntimeError, NotImplementedError):  # a sparse tensor has no strides, a fake one no storage
         return None
 
 
@@ -160,7 +161,8 @@ def _shadow(layout: Layout) -> np.ndarray[Any, Any]:
 def check_variable(name: str, array: Array) -> None:
     """Refuse what cannot be trained in place or could be read wrongly; errors name the variable."""
     if not is_array(array):
-        raise TypeError(f"variable {name!r} is {array!r} of type {type(array).__name__}; expected an array")
+        hint = ": pass `np.asarray(value)`" if isinstance(array, (int, float, list)) else ""
+        raise TypeError(f"variable {name!r} is {array!r} of type {type(array).__name__}; expected an array{hint}")
     kind = library(array)
     if kind == "numpy":
         _check_ndarray(f"variable {name!r}", array)
@@ -190,8 +192,11 @@ def check_variable(name: str, array: Array) -> None:
 def check_gradient(name: str, gradient: Array, variable: Array) -> None:
     """Refuse a gradient that does not belong to its variable; errors name the variable."""
     what = f"the gradient of {name!r}"
+    if gradient is variable:
+        raise ValueError(f"{what} is the variable itself and so shares memory with it; expected its gradient")
     if not is_array(gradient):
-        raise TypeError(f"{what} is {gradient!r} of type {type(gradient).__name__}; expected an array or None")
+        hint = ": pass `np.asarray(value)`" if isinstance(gradient, (int, float, list)) else ""
+        raise TypeError(f"{what} is {gradient!r} of type {type(gradient).__name__}; expected an array or None{hint}")
     if library(gradient) != library(variable) or library_name(gradient) != library_name(variable):
         raise TypeError(
             f"{what} is an array of {library_name(gradient)} on {device(gradient)}; expected one of "
@@ -262,6 +267,20 @@ def write(array: Array, value: Array) -> None:
         array[...] = xp.astype(xp.asarray(value, device=array_api_compat.device(array)), array.dtype)
 
 
+def write_all(writes: Sequence[tuple[Array, Array]]) -> None:
+    """Write several arrays, all or none: what comes in between, an interrupt say, is kept until all are written."""
+    for array, _ in writes:
+        if not is_mutable(array) or not getattr(getattr(array, "flags", None), "writeable", True):
+            raise ValueError(f"an array of shape {tuple(array.shape)} is read-only; expected one that can be written")
+    try:
+        for array, value in writes:
+            write(array, value)
+    except BaseException:
+        for array, value in writes:
+            write(array, value)
+        raise
+
+
 def like(array: Array, value: Array) -> Array:
     """A copy of a value as an array of the library, dtype, layout and device of another array."""
     if not is_mutable(array):
@@ -275,7 +294,7 @@ def like(array: Array, value: Array) -> Array:
 def cast(scratch: Array, value: Array) -> None:
     """Fill a scratch array on the host with a value of another dtype or layout; what is too large becomes infinite."""
     if isinstance(scratch, np.ndarray):
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             np.copyto(scratch, value, casting="unsafe")
     else:
         scratch.copy_(value.detach())
@@ -319,12 +338,22 @@ def _check_tensor(what: str, array: Array) -> None:
         raise TypeError(f"{what} has layout {array.layout}; expected a dense tensor: pass `to_dense()`")
     if array.device.type == "meta":
         raise TypeError(f"{what} is on device meta, where nothing is stored; expected a tensor with data")
+    try:
+        held = array.untyped_storage().nbytes() - array.storage_offset() * array.element_size()
+        low, high = extent(host_layout(array)._replace(address=0)) if array.device.type == "cpu" else (0, 0)
+        whole = low >= 0 and high <= held and (high == 0 or array.data_ptr() != 0)
+    except (RuntimeError, NotImplementedError, ValueError, KeyError) as error:
+        raise TypeError(f"{what} is a tensor whose elements are not at one place in memory ({error})") from None
+    if not whole:
+        raise ValueError(
+            f"{what} has shape {tuple(array.shape)}, but its storage holds {held} bytes; expected all of it"
+        )
 
 
 def _check_dtype(what: str, array: Array) -> None:
     name = dtype_name(array)
     if name not in COMPUTE:
-        raise TypeError(f"{what} has dtype {name}; expected one of {', '.join(COMPUTE)}")
+        raise TypeError(f"{what} has dtype {name}; expected one of {', '.join(COMPUTE)}: cast it first")
     if isinstance(array, np.ndarray) and not array.dtype.isnative:
         raise TypeError(f"{what} has byte order {array.dtype.str!r}; expected the machine's own byte order")
 

@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+import numpy as np
+
 from .update import Coefficients
 
 
@@ -44,6 +46,12 @@ def coefficients(
 def clip_factor(norm: Any, limit: float, maximum: Any = max) -> Any:
     """What a global clip multiplies every gradient with; NaN where the norm is not finite, as in Keras."""
     return limit / maximum(norm, limit) + (norm - norm)
+
+
+def whole_norm(norms: np.ndarray[Any, Any]) -> float:
+    """The norm of norms, safe from overflow."""
+    peak = float(np.max(norms, initial=0.0))
+    return peak * float(np.linalg.norm(norms / peak)) if 0 < peak < math.inf else peak
 
 
 def _log(beta: float) -> float:

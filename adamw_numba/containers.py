@@ -50,14 +50,16 @@ def in_order(names: list[str], leaves: list[Any], expected: list[str], what: str
     if names == expected or (len(names) == len(expected) and names == list(map(str, range(len(names))))):
         return leaves
     if sorted(names) == sorted(expected):
-        return [leaves[names.index(name)] for name in expected]
-    if len(names) != len(expected):
+        by_name = dict(zip(names, leaves, strict=True))
+        return [by_name[name] for name in expected]
+    positional = names == list(map(str, range(len(names))))
+    missing, unknown = ([n for n in one if n not in other] for one, other in ((expected, names), (names, expected)))
+    if positional or not missing + unknown:
         raise ValueError(
             f"`{what}` must match the variables of the optimizer one-to-one. Received {len(names)} arrays; the "
             f"optimizer has {len(expected)}: {expected}"
         )
-    unknown = sorted(set(names) - set(expected))
-    raise ValueError(f"`{what}` holds {unknown}, which are not among the variables; expected {expected}")
+    raise ValueError(f"`{what}` lacks {missing} and holds the unknown {unknown}; expected {expected}")
 
 
 def _is_leaf(value: object) -> bool:
@@ -84,6 +86,8 @@ def _children(value: Container, path: str, what: str) -> list[tuple[str, Any]]:
         return [(str(key), child) for key, child in value.items()]
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
         where = f"{what} at {path!r}" if path else what
+        if hasattr(value, "named_parameters"):
+            raise TypeError(f"{where} is a {type(value).__name__} module; expected its `named_parameters()`")
         raise TypeError(
             f"{where} is {value!r} of type {type(value).__name__}; expected an array, a dict, a list, or a list of "
             "(name, array) pairs"

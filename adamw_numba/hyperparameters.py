@@ -42,11 +42,13 @@ class Hyperparameter:
                     "Only one of `clipnorm`, `clipvalue` and `global_clipnorm` can be set. "
                     f"Received: {self.name}={value}, while {others}"
                 )
-        instance.__dict__[self.name] = value
+        changes = {self.name: value}
         if self.check is rate:
-            instance.__dict__[f"_{self.name}_rate"] = Rate(self.name, value) if callable(value) else None
+            changes[f"_{self.name}_rate"] = Rate(self.name, value) if callable(value) else None
+        instance.__dict__.update(changes)
 
 
+LEAST_SCALE, MOST_SCALE = 2.0**-126, 2.0**126  # whose inverses float32 holds
 CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
 
 
@@ -63,10 +65,19 @@ class Rate:
         value = self.function(step) if self.takes_step else self.function()
         if not isinstance(step, int):
             return value
-        number = float(value)
-        if not 0 <= number < math.inf:
+        number = value.item() if getattr(value, "shape", None) == () else value
+        number = number if is_real(number) else _number_of(value)
+        if number is None or not 0 <= number < math.inf:
             raise ValueError(f"`{self.name}` returned {value!r} at step {step}; expected a finite float >= 0")
-        return number
+        return float(number)
+
+
+def _number_of(value: Any) -> Any:
+    """A number of a scalar that is no array: of Keras, say."""
+    try:
+        return None if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def _takes_step(function: Callable[..., Any]) -> bool:
@@ -75,7 +86,10 @@ def _takes_step(function: Callable[..., Any]) -> bool:
     except (TypeError, ValueError):
         return True
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return any(p.kind in positional and p.default is p.empty for p in parameters)
+    required = [p.name for p in parameters if p.kind in positional and p.default is p.empty]
+    if len(required) > 1:
+        raise ValueError(f"a callable rate takes the step, or nothing. Received one with the parameters {required}")
+    return bool(required)
 
 
 def is_real(value: Any) -> bool:
@@ -89,8 +103,11 @@ def rate(name: str, value: Any) -> Any:
         return value
     if getattr(value, "shape", None) == () and not isinstance(value, Real):
         value = value.item()
-    if is_real(value) and 0 <= value < math.inf:
-        return float(value)
+    try:
+        if is_real(value) and 0 <= float(value) < math.inf:
+            return float(value)
+    except OverflowError:
+        pass
     raise ValueError(
         f"Argument `{name}` must be a float >= 0, or an instance of LearningRateSchedule, or a callable (that takes "
         f"the current step, or nothing, and returns such a float). Received instead: {name}={value!r}"
@@ -103,22 +120,25 @@ def real(expected: str, test: Callable[[Any], bool], optional: bool = False) -> 
     def check(name: str, value: Any) -> Any:
         if optional and value is None:
             return None
-        if is_real(value) and test(value):
-            return float(value)
+        try:
+            if is_real(value) and test(float(value)):
+                return float(value)
+        except OverflowError:
+            pass
         raise ValueError(f"`{name}` must be {expected}. Received: {name}={value!r}")
 
     return check
 
 
-def integer(least: int) -> Check:
-    """A check for None or an integer that is large enough."""
+def integer(least: int, optional: bool = True) -> Check:
+    """A check for an integer that is large enough, or None."""
 
     def check(name: str, value: Any) -> Any:
-        if value is None:
+        if optional and value is None:
             return None
         if isinstance(value, Integral) and not isinstance(value, _BOOLEAN) and int(value) >= least:
             return int(value)
-        raise ValueError(f"`{name}` must be an integer >= {least} or None. Received: {name}={value!r}")
+        raise ValueError(f"`{name}` must be an integer >= {least}{' or None' * optional}. Received: {name}={value!r}")
 
     return check
 
@@ -151,4 +171,8 @@ def text(name: str, value: Any) -> str:
 beta = real("a float in [0, 1)", lambda value: 0 <= value < 1)
 positive = real("a finite float > 0", lambda value: 0 < value < math.inf)
 optional_positive = real("a finite float > 0, or None", lambda value: 0 < value < math.inf, optional=True)
+loss_scale = real(
+    "a float from 2**-126 to 2**126, or None", lambda value: LEAST_SCALE <= value <= MOST_SCALE, optional=True
+)
+scale = real("a float from 2**-126 to 2**126", lambda value: LEAST_SCALE <= value <= MOST_SCALE)
 fraction = real("in the range [0, 1]", lambda value: 0 <= value <= 1)

@@ -2,7 +2,6 @@
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import numpy as np
@@ -10,9 +9,9 @@ import numpy as np
 from . import hyperparameters as hp
 from .arrays import Array
 from .containers import Container
-from .optimizer import AdamW, LastStep
+from .optimizer import AdamW
 from .state import Place, State, load, replace, save
-from .stateless import lazy_namespace, select_number
+from .stateless import is_traced, lazy_namespace, select_number
 from .step import Call
 
 _INNER_ONLY = {
@@ -40,7 +39,7 @@ class LossScaleOptimizer:
         The scale doubles after so many finite steps in a row.
     name : str
     minimum_scale, maximum_scale : float, optional
-        Bounds of the scale, which Keras lacks: there it can become infinite or 0.
+        Bounds of the scale, which Keras lacks; 2**-126 and 2**126 by default, beyond which float32 has no inverse.
     **kwargs
         ``dynamic=True`` and the defaults of what belongs to the inner optimizer are accepted, as in Keras.
 
@@ -63,8 +62,8 @@ class LossScaleOptimizer:
     """
 
     name: str = hp.Hyperparameter(hp.text)  # type: ignore[assignment]
-    initial_scale: float = hp.Hyperparameter(hp.positive)  # type: ignore[assignment]
-    dynamic_growth_steps: int = hp.Hyperparameter(hp.integer(1))  # type: ignore[assignment]
+    initial_scale: float = hp.Hyperparameter(hp.scale)  # type: ignore[assignment]
+    dynamic_growth_steps: int = hp.Hyperparameter(hp.integer(1, optional=False))  # type: ignore[assignment]
     minimum_scale: float | None = hp.Hyperparameter(hp.optional_positive)  # type: ignore[assignment]
     maximum_scale: float | None = hp.Hyperparameter(hp.optional_positive)  # type: ignore[assignment]
 
@@ -84,12 +83,14 @@ class LossScaleOptimizer:
         _check_kwargs(kwargs)
         self.name, self.initial_scale = name, initial_scale
         self.minimum_scale, self.maximum_scale = minimum_scale, maximum_scale
-        if dynamic_growth_steps is None:
-            raise ValueError("`dynamic_growth_steps` must be an integer >= 1. Received: dynamic_growth_steps=None")
         self.dynamic_growth_steps = dynamic_growth_steps
         if (minimum_scale or 0) > (maximum_scale or np.inf):
             raise ValueError(
                 f"`minimum_scale` must not exceed `maximum_scale`. Received: {minimum_scale}, {maximum_scale}"
+            )
+        if inner_optimizer.nonfinite == "raise":
+            raise ValueError(
+                "`inner_optimizer` has nonfinite='raise'; expected 'skip' or 'propagate': steps are skipped"
             )
         self.inner_optimizer = inner_optimizer
         inner_optimizer.loss_scale_factor = None
@@ -102,6 +103,17 @@ class LossScaleOptimizer:
 
     def __repr__(self) -> str:
         return f"LossScaleOptimizer({self.inner_optimizer!r}, dynamic_scale={self.dynamic_scale})"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_") and name != "inner_optimizer" and not hasattr(LossScaleOptimizer, name):
+            raise AttributeError(f"LossScaleOptimizer has no attribute {name!r}; set it on `inner_optimizer`")
+        super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        """What belongs to the inner optimizer: hyperparameters, ``iterations``, ``last_step``, ``averaged``, ..."""
+        if name.startswith("_") or name == "inner_optimizer":
+            raise AttributeError(name)
+        return getattr(self.inner_optimizer, name)
 
     @property
     def dynamic_scale(self) -> float:
@@ -123,29 +135,14 @@ class LossScaleOptimizer:
         self.inner_optimizer.learning_rate = value
 
     @property
-    def iterations(self) -> int:
-        """The inner optimizer's updates so far; skipped steps do not count."""
-        return self.inner_optimizer.iterations
-
-    @property
-    def last_step(self) -> LastStep | None:
-        """What the last call of `apply` did; see `AdamW.last_step`."""
-        return self.inner_optimizer.last_step
-
-    @property
-    def skipped_steps(self) -> int:
-        """How many steps have been left out because a gradient was not finite."""
-        return self.inner_optimizer.skipped_steps
-
-    @property
-    def averages(self) -> list[Array]:
-        """The inner optimizer's averages."""
-        return self.inner_optimizer.averages
-
-    @property
     def variables(self) -> list[Array]:
         """Four scalars (iteration and learning rate, unused; step counter; dynamic scale), then the inner state."""
         return [own[key] for _, own, key in self._places()]
+
+    @property
+    def state(self) -> dict[str, Array]:
+        """The arrays of `variables` by name; those of the inner optimizer's scalars that are unused here prevail."""
+        return {name: own[key] for name, own, key in self._places()}
 
     @property
     def variable_names(self) -> list[str]:
@@ -159,12 +156,20 @@ class LossScaleOptimizer:
         """Build the inner optimizer: see `AdamW.build`."""
         self.inner_optimizer.build(variables)
 
-    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Iterable[str] | None = None) -> None:
-        """Leave variables out of weight decay: see `AdamW.exclude_from_weight_decay`."""
-        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+    def scale_loss(self, loss: Any, optimizer_variables: Sequence[Array] | None = None) -> Any:
+        """The loss times the current scale: differentiate this one.
 
-    def scale_loss(self, loss: Any) -> Any:
-        """The loss times the current scale: differentiate this one."""
+        Parameters
+        ----------
+        loss : float or scalar array
+        optimizer_variables : list of arrays, optional
+            The state that goes into `stateless_apply`: the scale is taken from there. Needed under a trace, where this
+            optimizer's own scale would be compiled in as a constant.
+        """
+        if optimizer_variables is not None:
+            return loss * optimizer_variables[3]
+        if is_traced(loss):
+            raise ValueError("`scale_loss` is traced; expected `optimizer_variables`, whose scale can change")
         return loss * self.dynamic_scale
 
     def apply(self, grads: Container, trainable_variables: Container | None = None) -> None:
@@ -194,18 +199,12 @@ class LossScaleOptimizer:
         xp = lazy_namespace(state)
         counter, scale, before = state[2:5] if xp else (int(state[2]), float(state[3]), int(state[4]))
         variables, new = inner._stateless(state[4:], grads, trainable_variables, scale, "skip")
+        if new[0] is state[4]:  # no gradients at all
+            return variables, state
         finite = new[0] != before if xp or lazy_namespace(new[:1]) else bool(int(new[0]) != before)
         counter, scale = self._next(finite, counter, scale)
         own = [counter, scale] if lazy_namespace([counter]) else [np.asarray(counter), np.asarray(scale)]
         return variables, [*state[:2], *own, *new]
-
-    def finalize_variable_values(self, var_list: Container) -> None:
-        """Put the inner optimizer's averages into variables."""
-        self.inner_optimizer.finalize_variable_values(var_list)
-
-    def averaged(self) -> AbstractContextManager[None]:
-        """A block in which the variables hold their averages: see `AdamW.averaged`."""
-        return self.inner_optimizer.averaged()
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, ready for JSON: Keras's keys, and the bounds where they are set."""
@@ -228,7 +227,7 @@ class LossScaleOptimizer:
     def from_config(cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Self:
         """An optimizer from a config of ours or of Keras; the config is left as it is."""
         config = dict(config)
-        inner = config.pop("inner_optimizer")
+        inner = config.pop("inner_optimizer", {})
         if str(inner.get("class_name")).lower() != "adamw":
             raise ValueError(f"`inner_optimizer` is a {inner.get('class_name')!r}; expected 'AdamW'")
         return cls(AdamW.from_config(inner["config"], custom_objects), **config)
@@ -236,21 +235,24 @@ class LossScaleOptimizer:
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Give every array of `variables` another value: see `AdamW.set_weights`."""
         self.inner_optimizer._require_built("set_weights")
-        replace(self._places(), list(weights), "weights")
+        with self.inner_optimizer._lock:
+            replace(self._places(), list(weights), "weights")
 
     def save_own_variables(self, store: Any) -> None:
         """Put a NumPy copy of every array of `variables` into a mapping: see `AdamW.save_own_variables`."""
-        save(self._places(), store)
+        with self.inner_optimizer._lock:
+            save(self._places(), store)
 
     def load_own_variables(self, store: Any) -> None:
         """Take every array of `variables` from a mapping: see `AdamW.load_own_variables`."""
         self.inner_optimizer._require_built("load_own_variables")
-        load(self._places(), store)
+        with self.inner_optimizer._lock:
+            load(self._places(), store)
 
     def _bounded(self, scale: Any) -> Any:
-        lowest, highest = self.minimum_scale, self.maximum_scale
-        scale = scale if lowest is None else select_number(scale < lowest, scale * 0 + lowest, scale)
-        return scale if highest is None else select_number(scale > highest, scale * 0 + highest, scale)
+        lowest, highest = self.minimum_scale or hp.LEAST_SCALE, self.maximum_scale or hp.MOST_SCALE
+        scale = select_number(scale < lowest, scale * 0 + lowest, scale)
+        return select_number(scale > highest, scale * 0 + highest, scale)
 
     def _next(self, finite: Any, counter: Any, scale: Any) -> tuple[Any, Any]:
         """Counter and scale after a step; `finite` is a bool, or a scalar array under a trace."""

@@ -1,10 +1,13 @@
 """`AdamW`: the surface of `keras.optimizers.AdamW` over plain arrays."""
 
+import copy
 import math
 import operator
+import os
 import re
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Self
@@ -104,7 +107,7 @@ class AdamW:
     use_ema: bool = _checked(hp.flag, frozen=True)
     ema_momentum: float = _checked(hp.fraction)
     ema_overwrite_frequency: int | None = _checked(hp.integer(1))
-    loss_scale_factor: float | None = _checked(hp.optional_positive)
+    loss_scale_factor: float | None = _checked(hp.loss_scale)
     gradient_accumulation_steps: int | None = _checked(hp.integer(2), frozen=True)
     beta_1: float = _checked(hp.beta)
     beta_2: float = _checked(hp.beta)
@@ -141,7 +144,10 @@ class AdamW:
         if kwargs.pop("decay", None) is not None:
             warnings.warn("Argument `decay` is no longer supported and will be ignored.", stacklevel=2)
         if kwargs:
-            raise ValueError(f"Argument(s) not recognized: {kwargs}")
+            hints = [f"`{key}` is `{_ELSEWHERE[key]}` here" for key in kwargs if key in _ELSEWHERE]
+            raise ValueError(
+                f"Argument(s) not recognized: {kwargs}. {'; '.join(hints) or f'Expected some of {_CHECKED}'}"
+            )
         for key in _CHECKED:
             setattr(self, key, given[key])
         self.built = False
@@ -153,6 +159,12 @@ class AdamW:
         self._last: list[Any] = [None, 0]  # the last step, the number of skipped steps
         self._swapped = False
         self._lock = threading.RLock()
+        _OPTIMIZERS.add(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if type(self) is AdamW and not name.startswith("_") and name != "built" and not hasattr(AdamW, name):
+            raise AttributeError(f"AdamW has no attribute {name!r}; expected one of {['learning_rate', *_CHECKED]}")
+        super().__setattr__(name, value)
 
     # What it is
 
@@ -180,6 +192,11 @@ class AdamW:
         return int(self._state.scalars["iteration"]) // (self.gradient_accumulation_steps or 1)
 
     @property
+    def trainable_variables(self) -> list[Array]:
+        """The arrays that `build` was given (of an unpickled optimizer: its own copies), in order."""
+        return list(self._built.variables) if self._built else []
+
+    @property
     def variables(self) -> list[Array]:
         """The arrays of the state, live, in Keras's order; float32 masters of 16-bit variables follow it."""
         return [own[key] for _, own, key in self._state.places()]
@@ -196,7 +213,7 @@ class AdamW:
 
     @property
     def averages(self) -> list[Array]:
-        """The moving averages of the variables, live, in the order of `build`; empty without ``use_ema``."""
+        """The moving averages, live, in the order of `build`; zeros before the first update."""
         return [own["average"] for own in self._state.slots if "average" in own]
 
     @property
@@ -260,8 +277,10 @@ class AdamW:
         slots = [new_slots(variable, keys, self.master_weights) for variable in variables]
         excluded = frozenset(n for n, v in zip(names, variables, strict=True) if self._is_excluded(n, v))
         built = step.build(names, variables, slots, excluded)
-        self.__dict__.update(_built=built, built=True)
+        if any(self._exclusions) and not excluded:
+            warnings.warn(f"what is excluded from weight decay matches none of {names}", stacklevel=4)
         self._state.names, self._state.slots = names, slots
+        self.__dict__.update(_built=built, built=True)
         return built
 
     def exclude_from_weight_decay(
@@ -280,12 +299,19 @@ class AdamW:
         ------
         ValueError
             If the optimizer is built already (Keras documents this and does not do it), or a pattern is not valid.
+
+        Warns
+        -----
+        UserWarning
+            From `build`, if nothing that was asked for matches any variable.
         """
         if self.built:
             raise ValueError("`exclude_from_weight_decay()` can only be configured before the optimizer is built.")
-        if isinstance(var_names, str) or not all(isinstance(name, str) for name in var_names or ()):
+        if isinstance(var_names, str) or not isinstance(var_names or (), Iterable):
             raise TypeError(f"`var_names` must be a list of strings. Received: var_names={var_names!r}")
         patterns = list(var_names or ())
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise TypeError(f"`var_names` must be a list of strings. Received: var_names={patterns!r}")
         for pattern in patterns:
             try:
                 re.compile(pattern)
@@ -325,7 +351,8 @@ class AdamW:
         numpy.ndarray
         """
         array = np.zeros(shape, np.float32 if dtype is None else dtype)
-        return self._state.add(name or "variable", array, initializer, late=self.built)
+        name = f"variable_{len(self._state.places())}" if name is None else name
+        return self._state.add(name, array, initializer, late=self.built)
 
     def add_variable_from_reference(
         self, reference_variable: Array, name: str | None = None, initializer: Any = "zeros"
@@ -345,7 +372,7 @@ class AdamW:
         """
         known = self._built.variables if self._built else []
         index = next((i for i, variable in enumerate(known) if variable is reference_variable), None)
-        prefix = "" if index is None or self._built is None else f"{self._built.names[index]}_"
+        prefix = "" if index is None or self._built is None else f"{self._built.names[index].replace('/', '_')}_"
         array = arrays.zeros_like(reference_variable, arrays.dtype_name(reference_variable))
         return self._state.add(f"{prefix}{name or 'var'}", array, initializer, late=self.built)
 
@@ -393,8 +420,11 @@ class AdamW:
         pairs = list(grads_and_vars)
         if not pairs:
             raise ValueError("`grads_and_vars` is empty; expected at least one (gradient, variable) pair")
-        gradients, variables = zip(*pairs, strict=True)
-        self.apply(list(gradients), list(variables))
+        if not all(len(pair) == 2 for pair in pairs):
+            raise ValueError(
+                "`grads_and_vars` must hold (gradient, variable) pairs, as `zip(grads, variables)` makes them"
+            )
+        self.apply([pair[0] for pair in pairs], [pair[1] for pair in pairs])
         return int(self._state.scalars["iteration"])
 
     def update_step(self, gradient: Array, variable: Array, learning_rate: float) -> None:
@@ -408,6 +438,9 @@ class AdamW:
         """
         with self._lock:
             built = self._require_built("update_step")
+            self._check_not_swapped()
+            if gradient is None:
+                raise TypeError("`gradient` is None; expected an array of the variable's shape")
             rate = hp.Rate("learning_rate", lambda: learning_rate)(0)
             (index,) = matching.indices(built, [variable])
             step.commit(step.prepare_one(self, built, gradient, index, self.iterations, rate), [])
@@ -475,6 +508,10 @@ class AdamW:
         iteration = self._state.scalars["iteration"]
         number = iteration.item()
         rates = self._rates(number)
+        if iteration.item() != number:
+            raise RuntimeError("a callable rate has itself taken a step; expected it to return a number only")
+        if number >= 2**62 or not iteration.flags.writeable:
+            raise ValueError(f"the iteration is {number} or read-only; expected a counter that can go on")
         prepared = step.prepare(self, built, gradients, number, rates, loss_scale, nonfinite)
         calls: list[Call] = [(operator.setitem, self._last, 0, LastStep(prepared.norm, prepared.applied, rates[0]))]
         if prepared.applied:
@@ -494,8 +531,7 @@ class AdamW:
 
     def _match(self, grads: Container, variables: Container | None) -> tuple[Any, Sequence[Array | None]]:
         """What is built, here if need be, and the gradients in its order; no gradients at all are an empty list."""
-        if self._swapped:
-            raise RuntimeError("the variables hold their averages inside `averaged()`; expected a step after the block")
+        self._check_not_swapped()
         if variables is None:
             if self._built is None:
                 raise ValueError(
@@ -509,6 +545,10 @@ class AdamW:
             return self._built, []
         built = self._built or self._build(names, given)
         return built, matching.gradients_of(built, grads, names, given)
+
+    def _check_not_swapped(self) -> None:
+        if self._swapped:
+            raise RuntimeError("the variables hold their averages inside `averaged()`; expected this after the block")
 
     def _require_built(self, what: str) -> Built:
         if self._built is None:
@@ -527,6 +567,9 @@ class AdamW:
     def averaged(self) -> Iterator[None]:
         """Inside the block the variables hold their averages; after it they are, bit for bit, what they were.
 
+        What is written into them inside the block is lost. Before the first update there are no averages, and the
+        variables stay as they are.
+
         Raises
         ------
         ValueError
@@ -538,29 +581,32 @@ class AdamW:
             built = self._averages_of("averaged")
             if self._swapped:
                 raise RuntimeError("`averaged()` is active already; expected no such block inside another")
-            kept = [arrays.like(variable, variable) for variable in built.variables]
-            self._swapped = True
+            for name, variable in zip(built.names, built.variables, strict=True):
+                arrays.check_variable(name, variable)
+            kept = [(variable, arrays.like(variable, variable)) for variable in built.variables]
             try:
+                self._swapped = True
                 self.finalize_variable_values(built.variables)
                 yield
             finally:
-                for variable, value in zip(built.variables, kept, strict=True):
-                    arrays.write(variable, value)
-                self._swapped = False
+                try:
+                    arrays.write_all(kept)
+                finally:
+                    self._swapped = False
 
     def finalize_variable_values(self, var_list: Container) -> None:
-        """Put the averages into variables for good; without ``use_ema`` nothing happens.
+        """Put the averages into variables for good; without ``use_ema``, or before the first update, nothing happens.
 
         Parameters
         ----------
         var_list : container of the variables built, or of some of them
         """
         built = self._built
-        if not self.use_ema or built is None:
+        if not self.use_ema or built is None or not self.iterations:
             return
         variables = flatten(var_list, "var_list")[1]
-        for variable, index in zip(variables, matching.indices(built, variables), strict=True):
-            arrays.write(variable, built.slots[index]["average"])
+        indices = matching.indices(built, variables)
+        arrays.write_all([(v, built.slots[i]["average"]) for v, i in zip(variables, indices, strict=True)])
 
     # Assigning
 
@@ -605,8 +651,11 @@ class AdamW:
         """
         config = dict(config)
         for key in ("learning_rate", "weight_decay"):
-            if isinstance(config.get(key), Mapping):
-                config[key] = schedules.deserialize(config[key], custom_objects)
+            described = config.get(key)
+            if isinstance(described, Mapping) and described.get("class_name") == "function":
+                config[key] = _function(key, described, custom_objects or {})
+            elif isinstance(described, Mapping):
+                config[key] = schedules.deserialize(described, custom_objects)
         return cls(**config)
 
     def set_weights(self, weights: Sequence[Any]) -> None:
@@ -639,20 +688,53 @@ class AdamW:
             load(self._state.places(), store)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._check_not_swapped()
         built = self._built and self._built._replace(plan=None, tensors=[])
         return {key: value for key, value in vars(self).items() if key != "_lock"} | {"_built": built}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.RLock())
+        _OPTIMIZERS.add(self)
+        # Copies: what was pickled out of band may be read-only.
+        for own in (self._state.scalars, *self._state.added, *self._state.slots):
+            own.update({key: arrays.like(array, array) for key, array in own.items()})
         if self._built is not None:
-            excluded = frozenset(
-                n for n, decayed in zip(self._built.names, self._built.decayed, strict=True) if not decayed
-            )
-            self._built = step.build(self._built.names, self._built.variables, self._built.slots, excluded)
-            self._state.names, self._state.slots = self._built.names, self._built.slots
+            names, decayed = self._built.names, self._built.decayed
+            excluded = frozenset(name for name, wanted in zip(names, decayed, strict=True) if not wanted)
+            self._built = step.build(names, self._built.variables, self._state.slots, excluded)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        with self._lock:
+            new = type(self).__new__(type(self))
+            memo[id(self)] = new
+            new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+            return new
+
+    def __copy__(self) -> Self:
+        raise TypeError("a shallow copy would share its state with this optimizer; expected `copy.deepcopy`")
+
+
+_OPTIMIZERS: "weakref.WeakSet[AdamW]" = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    """In a forked child: the threads that held them do not exist there."""
+    for optimizer in list(_OPTIMIZERS):
+        optimizer._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 _CHECKED = [key for key, value in vars(AdamW).items() if isinstance(value, hp.Hyperparameter)]
+_ELSEWHERE = {
+    "lr": "learning_rate",
+    "betas": "beta_1, beta_2",
+    "eps": "epsilon",
+    "b1": "beta_1",
+    "b2": "beta_2",
+    "params": "build(params)",
+}
 _EXTRAS = {"nonfinite": "propagate", "threads": None, "master_weights": True}
 
 
@@ -666,3 +748,12 @@ def _described(rate: Any) -> dict[str, Any]:
         "config": getattr(rate, "__name__", type(rate).__name__),
         "registered_name": "function",
     }
+
+
+def _function(key: str, described: Mapping[str, Any], custom_objects: Mapping[str, Any]) -> Any:
+    name = str(described.get("config"))
+    if name not in custom_objects:
+        raise ValueError(
+            f"`{key}` is the function {name!r}; expected it among `custom_objects`: {list(custom_objects)}"
+        )
+    return custom_objects[name]

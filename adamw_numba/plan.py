@@ -1,5 +1,6 @@
 """Many arrays become one table of addresses and one work list: built once, refreshed at each step."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from .kernels.threads import MOST_PARTS, job_calls
 from .update import Coefficients
 
 CHUNK = 16_384  # elements
+_LARGEST = sys.float_info.max
 RESCUE = 2.0**-600  # brings the square of any finite float64 into range
 
 Call = tuple[Any, ...]
@@ -26,6 +28,7 @@ _ROWS = {
     "gradient_accumulator": cpu.TOTAL,
     "master": cpu.MASTER,
 }
+_NAMES = {row: key for key, row in _ROWS.items()}
 
 
 class Group(NamedTuple):
@@ -91,16 +94,17 @@ class Plan:
         self._sums = np.zeros((MOST_PARTS, cpu.LANES))
         self._verdicts: dict[tuple[str, int], Verdict] = {}
         self._scratch: dict[int, Array] = {}
+        self._held: list[Array | None] = []
         self._arrangement: list[tuple[Layout, Layout]] = []
-        self._owned: list[tuple[int, int, str, Layout]] = []
+        # What a step writes: row and column in the table, and the array; the variables first.
+        self._places = [(cpu.P, i, variables[i]) for i in self.host]
+        self._places += [(_ROWS[key], i, slot) for i in self.host for key, slot in slots[i].items()]
+        self._slot_layouts = [arrays.host_layout(array) for _, _, array in self._places]
+        self._layout_of_slots = {i: arrays.host_layout(slots[i]["momentum"]) for i in self.host}
+        self._claimed: list[Layout] = []
         self._ranges = np.zeros((2, 0), np.int64)
-        self._headers: tuple[Matrix, Matrix] | None = None
-        self._known: tuple[list[object], list[object], Matrix] | None = None
-        self._objects = np.array([id(variable) for variable in variables], np.int64)
-        self._slot_layouts = {i: arrays.host_layout(slots[i]["momentum"]) for i in self.host}
-        for i in self.host:
-            for name, slot in slots[i].items():
-                self.table[_ROWS[name], i] = arrays.address(slot)
+        self._headers: tuple[Matrix, ...] | None = None
+        self._known: tuple[list[object], list[Verdict], Matrix] | None = None
         self.refresh([None] * len(names))
 
     def refresh(self, gradients: Sequence[Array | None]) -> None:
@@ -112,27 +116,33 @@ class Plan:
             If a gradient does not fit its variable or shares memory with what a step writes, or a variable has become
             another kind of array. Nothing that the user owns has been written.
         """
-        if self._headers is not None and set(map(type, gradients)) <= _FAST_TYPES:
+        kinds = set(map(type, gradients))
+        if any(issubclass(kind, np.generic) for kind in kinds):
+            gradients = self._held = [np.asarray(g) if isinstance(g, np.generic) else g for g in gradients]
+            kinds = set(map(type, gradients))
+        if self._headers is not None and kinds <= _FAST_TYPES:
             objects = np.fromiter(map(id, gradients), np.int64, len(gradients))
-            if headers.read(self._objects, objects, id(None), *self._headers, *self._ranges, self.table):
+            owned, places, *known = self._headers
+            if headers.read(owned, places, objects, id(None), *known, *self._ranges, self.table):
                 return
         elif self._known is not None and self._is_as_known(gradients, *self._known):
             return
         self._headers = self._known = None
-        layouts = [self._variable_layout(i) for i in self.host]
-        moved = any(layout.address != self.table[cpu.P, i] for i, layout in zip(self.host, layouts, strict=True))
-        if moved:
-            self._claim(layouts)
-        pairs = [(layouts[k], self._gradient_layout(i, gradients[i])) for k, i in enumerate(self.host)]
+        written = [self._written_layout(k) for k in range(len(self._places))]
+        if written != self._claimed:
+            self._claim(written)
+        pairs = [(written[k], self._gradient_layout(i, gradients[i])) for k, i in enumerate(self.host)]
         arrangement = [(p._replace(address=0), g._replace(address=0)) for p, g in pairs]
         if arrangement != self._arrangement:
             self._arrangement = []
             self.groups = list(self._arrange(arrangement))
             self._arrangement = arrangement
-        for i, (p, g) in zip(self.host, pairs, strict=True):
-            self.table[cpu.P, i], self.table[cpu.G, i] = p.address, g.address
+        for (row, i, _), layout in zip(self._places, written, strict=True):
+            self.table[row, i] = layout.address
+        for i, (_, g) in zip(self.host, pairs, strict=True):
+            self.table[cpu.G, i] = g.address
         self._known = self._signatures()
-        self._headers = self._remember() if self._known is not None else None
+        self._headers = self._remember()
 
     def update_calls(
         self, c: Coefficients, top: Flag, average: Flag, total: Flag, limit: Flag, overwrite: bool
@@ -159,20 +169,28 @@ class Plan:
             result += job_calls(kernel(group).address, group.block_address, group.elements, self.threads)
         return result
 
-    def norms(self, total: bool | None, elsewhere: dict[int, float]) -> tuple[Matrix, float]:
+    def norms(self, total: Flag, elsewhere: dict[int, float]) -> tuple[Matrix, float]:
         """The norm of each variable's gradient (with what it has accumulated, if `total`), and of all together.
 
-        float64 sums of chunks, added in order. `elsewhere` holds the norms of variables that are not on the host. A
-        norm is finite if every element is, even where a float64 square is not.
+        float64 sums of chunks, added in order. `elsewhere` holds the norms of variables that are not on the host.
+        Where a float64 square over- or underflows, the sum is taken again at another scale, so that a norm is not
+        finite only if an element is not.
         """
-        squares = self._squares(total, 1.0, elsewhere)
-        norms, norm = np.sqrt(squares), float(np.sqrt(cpu.add_in_order(squares)))
-        if not np.isfinite(norm) and any(group.compute == "float64" for group in self.groups) | bool(elsewhere):
-            rescued = np.sqrt(self._squares(total, RESCUE, elsewhere)) / RESCUE
-            norms = np.where(np.isfinite(norms), norms, rescued)
-            peak = norms.max()
-            norm = float(peak * np.sqrt(cpu.add_in_order((norms / peak) ** 2)) if np.isfinite(peak) else peak)
-        return norms, norm
+        with np.errstate(all="ignore"):
+            squares = self._squares(total, 1.0, elsewhere)
+            norms, whole = np.sqrt(squares), cpu.add_in_order(squares)
+            double = bool(elsewhere) or any(group.compute == "float64" for group in self.groups)
+            if not double or 1e-280 < whole < np.inf:
+                return norms, float(np.sqrt(whole))
+            for scale, odd in ((RESCUE, ~np.isfinite(squares)), (1 / RESCUE, squares < 1e-280)):
+                if odd.any():
+                    scaled = np.sqrt(self._squares(total, scale, elsewhere))
+                    rescued = np.where(np.isfinite(scaled), np.minimum(scaled / scale, _LARGEST), scaled)
+                    norms = np.where(odd, rescued, norms)
+            peak = float(norms.max())
+            if not 0 < peak < np.inf:
+                return norms, peak
+            return norms, min(peak * float(np.sqrt(cpu.add_in_order((norms / peak) ** 2))), _LARGEST)
 
     def _squares(self, total: bool | None, scale: float, elsewhere: dict[int, float]) -> Matrix:
         squares = np.zeros(len(self.names))
@@ -181,22 +199,23 @@ class Plan:
             function(*arguments)
         for group in self.groups:
             cpu.gather_squares(group.work, group.partials, squares)
-        with np.errstate(over="ignore"):
-            for i, norm in elsewhere.items():
-                squares[i] = np.square(np.float64(norm) * scale)
+        for i, norm in elsewhere.items():
+            squares[i] = np.square(np.float64(norm) * scale)
         return squares
 
     def _is_as_known(
-        self, gradients: Sequence[Array | None], variable_signatures: list[object], known: list[object], spans: Matrix
+        self, gradients: Sequence[Array | None], signatures: list[object], known: list[Verdict], spans: Matrix
     ) -> bool:
         """Read all addresses, where nothing else has changed; False where a closer look is needed."""
         found = [gradients[i] for i in self.host]
-        variables = [self.variables[i] for i in self.host]
-        if list(map(arrays.signature, variables)) != variable_signatures:
+        if [arrays.signature(self.variables[i]) for i in self.host] != signatures:
             return False
-        if any(g is not None and arrays.signature(g) != seen for g, seen in zip(found, known, strict=True)):
+        if any(g is not None and arrays.signature(g) != seen.signature for g, seen in zip(found, known, strict=True)):
             return False
-        if list(map(arrays.address, variables)) != self.table[cpu.P, self.host].tolist():
+        if any(
+            arrays.address(array) != layout.address
+            for (_, _, array), layout in zip(self._places, self._claimed, strict=True)
+        ):
             return False
         addresses = np.array([0 if g is None else arrays.address(g) for g in found], np.int64)
         lows, highs = self._ranges
@@ -204,81 +223,95 @@ class Plan:
         beginnings = np.append(lows, np.iinfo(np.int64).max)[nearest]
         if ((addresses != 0) & (beginnings < addresses + spans[1])).any():
             return False
+        for k, (g, seen) in enumerate(zip(found, known, strict=True)):
+            if g is not None and not seen.direct:
+                addresses[k] = self._cast(self.host[k], g).address
         self.table[cpu.G, self.host] = addresses
         return True
 
-    def _signatures(self) -> tuple[list[object], list[object], Matrix] | None:
-        """What `_is_as_known` compares the next step's arrays with; None where a gradient has to be cast."""
-        pairs = [(self._verdicts["variable", i], self._verdicts.get(("gradient", i), _UNSEEN)) for i in self.host]
-        if not all(seen.direct for _, seen in pairs):
-            return None
-        spans = np.array([[g.low for _, g in pairs], [g.high for _, g in pairs]], np.int64)
-        return [v.signature for v, _ in pairs], [g.signature for _, g in pairs], spans
+    def _signatures(self) -> tuple[list[object], list[Verdict], Matrix]:
+        """What `_is_as_known` compares the next step's arrays with."""
+        known = [self._verdicts.get(("gradient", i), _UNSEEN) for i in self.host]
+        spans = np.array([[seen.low for seen in known], [seen.high for seen in known]], np.int64)
+        return [self._verdicts["variable", i].signature for i in self.host], known, spans
 
-    def _variable_layout(self, i: int) -> Layout:
-        variable, seen = self.variables[i], self._verdicts.get(("variable", i))
-        signature = arrays.signature(variable)
+    def _written_layout(self, k: int) -> Layout:
+        """Where a variable or a slot lies now; it must still be what it was when the optimizer was built."""
+        row, i, array = self._places[k]
+        known = self._slot_layouts[k]
+        if row != cpu.P:
+            layout = arrays.host_layout(array)
+            if layout[1:] != known[1:] or not getattr(getattr(array, "flags", None), "writeable", True):
+                raise ValueError(
+                    f"the {_NAMES[row]} of {self.names[i]!r} has become an array of shape {layout.shape} and dtype "
+                    f"{layout.dtype}, or read-only; expected it to stay as it was built"
+                )
+            return layout
+        seen, signature = self._verdicts.get(("variable", i)), arrays.signature(array)
         if seen is None or seen.signature != signature:
-            arrays.check_variable(self.names[i], variable)
-            layout = arrays.host_layout(variable)
-            known = self._slot_layouts[i]
-            if layout.shape != known.shape or (seen is not None and layout.dtype != seen.layout.dtype):
+            if arrays.library(array) == "array_api":
+                raise ValueError(
+                    f"variable {self.names[i]!r} has moved to {arrays.device(array)}; expected it on the cpu"
+                )
+            arrays.check_variable(self.names[i], array)
+            layout = arrays.host_layout(array)
+            if (layout.shape, layout.dtype) != (known.shape, known.dtype):
                 raise ValueError(
                     f"variable {self.names[i]!r} has become an array of shape {layout.shape} and dtype {layout.dtype}; "
-                    f"expected shape {known.shape} and dtype {seen.layout.dtype if seen else layout.dtype}, as built"
+                    f"expected shape {known.shape} and dtype {known.dtype}, as built"
                 )
             seen = self._verdicts["variable", i] = _verdict(signature, layout, True)
-        return seen.layout._replace(address=arrays.address(variable))
+        return seen.layout._replace(address=arrays.address(array))
 
     def _gradient_layout(self, i: int, gradient: Array | None) -> Layout:
         """Where a kernel reads a gradient; at address 0, laid out like the last one, where there is none."""
         seen = self._verdicts.get(("gradient", i))
         if gradient is None:
-            return self._direct_layout(i, seen)._replace(address=0)
-        signature = arrays.signature(gradient) if arrays.library(gradient) != "array_api" else None
+            if seen is not None and seen.direct:
+                return seen.layout._replace(address=0)
+            return (arrays.host_layout(self._scratch[i]) if seen else self._layout_of_slots[i])._replace(address=0)
+        signature = arrays.signature(gradient)
         if seen is None or signature is None or seen.signature != signature:
             arrays.check_gradient(self.names[i], gradient, self.variables[i])
             direct = arrays.read_directly(gradient, self.variables[i])
-            layout = arrays.host_layout(np.asarray(gradient) if isinstance(gradient, np.generic) else gradient)
-            seen = self._verdicts["gradient", i] = _verdict(signature, layout, direct)
-        if not isinstance(gradient, np.generic):
-            self._check_apart(i, arrays.address(gradient), seen)
-        if seen.direct:
-            return seen.layout._replace(address=arrays.address(gradient))
+            seen = _verdict(signature, arrays.host_layout(gradient), direct)
+        self._check_apart(i, arrays.address(gradient), seen)
+        layout = seen.layout._replace(address=arrays.address(gradient)) if seen.direct else self._cast(i, gradient)
+        self._verdicts["gradient", i] = seen
+        return layout
+
+    def _cast(self, i: int, gradient: Array) -> Layout:
+        """Where a gradient lies that has been cast to what the kernels read."""
         if i not in self._scratch:
             dtype = arrays.SLOT[arrays.dtype_name(self.variables[i])]
             self._scratch[i] = arrays.zeros_like(self.variables[i], dtype)
         arrays.cast(self._scratch[i], gradient)
         return arrays.host_layout(self._scratch[i])
 
-    def _direct_layout(self, i: int, seen: Verdict | None) -> Layout:
-        if seen is not None and seen.direct:
-            return seen.layout
-        return arrays.host_layout(self._scratch[i]) if i in self._scratch else self._slot_layouts[i]
-
-    def _claim(self, layouts: Sequence[Layout]) -> None:
+    def _claim(self, written: list[Layout]) -> None:
         """Note the ranges of memory that a step writes; refuse variables that overlap."""
-        owned = [
-            (*arrays.extent(layout), f"variable {self.names[i]!r}", layout)
-            for i, layout in zip(self.host, layouts, strict=True)
-        ]
-        for k, one in enumerate(owned := sorted(owned, key=lambda entry: entry[:2])):
-            for other in owned[k + 1 :]:
-                if other[0] >= one[1]:
+        whole = [(*arrays.extent(layout), k) for k, layout in enumerate(written)]
+        variables = sorted(whole[: len(self.host)])
+        for position, (_, high, k) in enumerate(variables):
+            for low, _, other in variables[position + 1 :]:
+                if low >= high:
                     break
-                if arrays.share_memory(one[3], other[3]):
-                    raise ValueError(f"{one[2]} and {other[2]} share memory; expected arrays that do not overlap")
-        for i in self.host:
-            for name, slot in self.slots[i].items():
-                layout = arrays.host_layout(slot)
-                owned.append((*arrays.extent(layout), f"the {name} of {self.names[i]!r}", layout))
+                if arrays.share_memory(written[k], written[other]):
+                    raise ValueError(
+                        f"{self._name(k)} and {self._name(other)} share memory; expected arrays that do not overlap"
+                    )
         ranges: list[list[int]] = []
-        for low, high, _, _ in sorted(owned, key=lambda entry: entry[:2]):
+        for low, high, _ in sorted(whole):
             if ranges and low < ranges[-1][1]:
                 ranges[-1][1] = max(ranges[-1][1], high)
             elif low < high:
                 ranges.append([low, high])
-        self._owned, self._ranges = owned, np.array(ranges, np.int64).reshape(-1, 2).T.copy()
+        self._ranges = np.array(ranges, np.int64).reshape(-1, 2).T.copy()
+        self._claimed = written
+
+    def _name(self, k: int) -> str:
+        row, i, _ = self._places[k]
+        return f"variable {self.names[i]!r}" if row == cpu.P else f"the {_NAMES[row]} of {self.names[i]!r}"
 
     def _check_apart(self, i: int, address: int, seen: Verdict) -> None:
         """Refuse a gradient that shares memory with what a step writes."""
@@ -287,15 +320,18 @@ class Plan:
         if nearest == lows.size or lows[nearest] >= address + seen.high or seen.low == seen.high:
             return
         layout = seen.layout._replace(address=address)
-        for low, high, what, other in self._owned:
+        for k, other in enumerate(self._claimed):
+            low, high = arrays.extent(other)
             if low < address + seen.high and address + seen.low < high and arrays.share_memory(layout, other):
-                raise ValueError(f"the gradient of {self.names[i]!r} shares memory with {what}; expected a copy")
+                raise ValueError(
+                    f"the gradient of {self.names[i]!r} shares memory with {self._name(k)}; expected a copy"
+                )
 
     def _arrange(self, arrangement: Sequence[tuple[Layout, Layout]]) -> Iterator[Group]:
         rows: dict[tuple[str, str, bool | None], list[Matrix]] = {}
         for i, (p, g) in zip(self.host, arrangement, strict=True):
             types = _real(p.dtype), _real(g.dtype)
-            for work in _chunks(i, p, g, self._slot_layouts[i]):
+            for work in _chunks(i, p, g, self._layout_of_slots[i]):
                 sizes = [arrays.ITEMSIZE[types[0]], arrays.ITEMSIZE[types[1]], arrays.ITEMSIZE[arrays.COMPUTE[p.dtype]]]
                 strided = None if (work[0, cpu.P_STEP :] == sizes).all() else True
                 rows.setdefault((*types, strided), []).append(work)
@@ -321,17 +357,23 @@ class Plan:
                 p_type, g_type, compute, strided, master, work, partials, block, block.ctypes.data, int(ends[-1])
             )
 
-    def _remember(self) -> tuple[Matrix, Matrix] | None:
+    def _remember(self) -> tuple[Matrix, ...] | None:
         """What `headers.read` compares the next step's arrays with; None where it cannot read them all."""
+        gradients = [self._verdicts.get(("gradient", i), _UNSEEN) for i in range(len(self.names))]
+        numpy = all(type(array) in _FAST_TYPES for array in (*self.variables, *(a for _, _, a in self._places)))
+        if not numpy or None in self.host or len(self.host) < len(self.names) or not all(g.direct for g in gradients):
+            return None
         records = []
-        for role, flags in (("variable", headers.ALIGNED | headers.WRITEABLE), ("gradient", headers.ALIGNED)):
-            for i, variable in enumerate(self.variables):
-                seen = self._verdicts.get((role, i))
-                if type(variable) not in _FAST_TYPES or variable is None or (seen and not seen.direct):
-                    return None
-                records.append(seen.record(flags) if seen else [0])
+        for (_, _, array), layout in zip(self._places, self._claimed, strict=True):
+            low, high = arrays.extent(layout)
+            flags = headers.ALIGNED | headers.WRITEABLE
+            records.append(headers.record(flags, layout, array.dtype, low - layout.address, high - layout.address))
+        for seen in gradients:
+            records.append([0] * 5 if seen is _UNSEEN else seen.record(headers.ALIGNED))
         starts = np.cumsum([0] + [len(record) for record in records])
-        return np.concatenate([np.array(record, np.int64) for record in records]), starts
+        owned = np.array([id(array) for _, _, array in self._places], np.int64)
+        places = np.array([place[:2] for place in self._places], np.int64)
+        return owned, places, np.concatenate([np.array(record, np.int64) for record in records]), starts
 
 
 def _verdict(signature: object, layout: Layout, direct: bool) -> Verdict:

@@ -60,6 +60,8 @@ class _Schedule(LearningRateSchedule):
                 raise ValueError(f"Argument `{name}` must be > 0. Received: {name}={getattr(self, name)}")
 
     def __call__(self, step: Any) -> Any:
+        if isinstance(step, np.ndarray) and step.ndim:
+            return np.array([self(one) for one in step.ravel()]).reshape(step.shape)
         if isinstance(step, (int, float, np.generic, np.ndarray)):
             return float(self._rate(_HOST, float(step)))
         xp = namespace(step)
@@ -410,6 +412,10 @@ def deserialize(config: Mapping[str, Any], custom_objects: Mapping[str, Any] | N
     known = _SCHEDULES | dict(custom_objects or {})
     if name not in known:
         raise ValueError(f"Unknown schedule class_name={name!r}; expected one of {', '.join(known)}")
+    if not isinstance(config.get("config"), Mapping):
+        raise ValueError(
+            f"The config of schedule {name!r} is {config.get('config')!r}; expected a dict of its arguments"
+        )
     cls: Any = known[name]
     schedule: LearningRateSchedule = (getattr(cls, "from_config", None) or (lambda c: cls(**c)))(config["config"])
     return schedule

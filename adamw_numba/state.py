@@ -1,5 +1,6 @@
 """The arrays of an optimizer's state: named, live, and in the positions that Keras gives them."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,10 +41,11 @@ class State:
                 slots += [(f"{key}/{name}", own, key) for key in group if key in own]
         return [*scalars, *before, *slots, *after]
 
-    def add(self, name: str, array: Array, initializer: Any, late: bool) -> Array:
+    def add(self, name: Any, array: Array, initializer: Any, late: bool) -> Array:
         """Another array to be saved and restored with the rest; Keras keeps it where it was in time."""
-        if "/" in name or any(name in added for added in self.added):
-            raise ValueError(f"`name` must be new and hold no '/'. Received: name={name!r}")
+        taken = [place for place, _, _ in self.places()] + ["iteration", "learning_rate"]
+        if not isinstance(name, str) or "/" in name or name in taken:
+            raise ValueError(f"`name` must be a new string without '/'. Received: name={name!r}; there are {taken}")
         if callable(initializer):
             arrays.write(array, initializer(tuple(array.shape), dtype=array.dtype))
         elif initializer == "ones":
@@ -73,12 +75,19 @@ def replace(places: Sequence[Place], values: Sequence[Any], what: str) -> None:
             raise ValueError(
                 f"{what}: {name!r} has dtype {arrays.dtype_name(value)}; expected {arrays.dtype_name(own[key])}"
             )
+        _check_counter(key, value, what)
         ready.append((own, key, arrays.like(own[key], value)))
+    arrays.write_all([(own[key], value) for own, key, value in ready if arrays.is_mutable(own[key])])
     for own, key, value in ready:
-        if arrays.is_mutable(own[key]):
-            arrays.write(own[key], value)
-        else:
+        if not arrays.is_mutable(own[key]):
             own[key] = value
+
+
+def _check_counter(key: str, value: Array, what: str) -> None:
+    if key in ("iteration", "step_counter") and not 0 <= int(value) < 2**62:
+        raise ValueError(f"{what}: {key!r} is {int(value)}; expected an integer >= 0")
+    if key in ("learning_rate", "dynamic_scale") and not 0 <= float(value) < math.inf:
+        raise ValueError(f"{what}: {key!r} is {float(value)}; expected a finite number >= 0")
 
 
 def save(places: Sequence[Place], store: Any) -> None:
@@ -95,10 +104,10 @@ def load(places: Sequence[Place], store: Any) -> None:
     ValueError
         If the keys, a shape or a kind of dtype differ.
     """
-    keys, expected = sorted(store.keys()), [str(index) for index in range(len(places))]
-    if keys != sorted(expected):
+    keys, expected = sorted(map(repr, store.keys())), [str(index) for index in range(len(places))]
+    if keys != sorted(map(repr, expected)):
         raise ValueError(
-            f"`store` holds the keys {keys}; expected '0' to {expected[-1]!r} for {[p[0] for p in places]}"
+            f"`store` holds the keys {', '.join(keys)}; expected '0' to {expected[-1]!r} for {[p[0] for p in places]}"
         )
     replace(places, [np.asarray(store[key]) for key in expected], "store")
 

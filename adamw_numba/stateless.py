@@ -8,8 +8,8 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from .arrays import Array, namespace
-from .coefficients import clip_factor, coefficients
+from .arrays import COMPUTE, Array, check_gradient, dtype_name, is_array, is_complex, is_mutable, like, namespace
+from .coefficients import clip_factor, coefficients, whole_norm
 from .kernels import array_api
 from .kernels.array_api import select
 from .update import Coefficients
@@ -42,11 +42,15 @@ def apply(
     """
     if len(state) != len(names):
         raise ValueError(f"`optimizer_variables` holds {len(state)} arrays; expected {len(names)}: {list(names)}")
-    for name, g, p in zip(built.names, gradients, variables, strict=True):
-        if g is not None and tuple(g.shape) != tuple(p.shape):
-            raise ValueError(f"the gradient of {name!r} has shape {tuple(g.shape)}; expected {tuple(p.shape)}")
+    _check(built, gradients, variables)
     named = dict(zip(names, state, strict=True))
     slots = [{key: named[f"{key}/{name}"] for key in own} for name, own in zip(built.names, built.slots, strict=True)]
+    for name, given, own in zip(built.names, slots, built.slots, strict=True):
+        for key in own:
+            _check_like(f"`optimizer_variables`: {key}/{name}", given[key], own[key])
+    given_arrays = [*variables, *state]
+    variables, gradients = [_detached(p) for p in variables], [_detached(g) for g in gradients]
+    slots = [{key: _detached(array) for key, array in own.items()} for own in slots]
     xp = lazy_namespace([*state, *gradients, *variables])
     iteration: Any = int(named["iteration"]) if xp is None else xp.asarray(named["iteration"])
     rate = named.get("learning_rate")
@@ -59,7 +63,46 @@ def apply(
     named["iteration"] = new_iteration
     for name, own in zip(built.names, new_slots, strict=True):
         named |= {f"{key}/{name}": array for key, array in own.items()}
-    return new_variables, [named[name] for name in names]
+    new_variables, new_state = ([_fresh(a, given_arrays) for a in made] for made in (new_variables, named.values()))
+    return new_variables, new_state
+
+
+def _check(built: Any, gradients: Sequence[Array | None], variables: Sequence[Array]) -> None:
+    for name, g, p, known in zip(built.names, gradients, variables, built.variables, strict=True):
+        _check_like(f"`trainable_variables`: {name!r}", p, known)
+        if g is not None and (lazy_namespace([g, p]) is None or not is_array(g)):
+            check_gradient(name, g, p)
+        elif g is not None:
+            _check_like(f"the gradient of {name!r}", g, p, complex_too=True)
+
+
+def _check_like(what: str, array: Any, known: Array, complex_too: bool = False) -> None:
+    if not is_array(array):
+        raise TypeError(f"{what} is {array!r} of type {type(array).__name__}; expected an array")
+    if tuple(array.shape) != tuple(known.shape):
+        raise ValueError(f"{what} has shape {tuple(array.shape)}; expected {tuple(known.shape)}")
+    if dtype_name(array) not in COMPUTE or (
+        is_complex(array) != is_complex(known) and (is_complex(array) or not complex_too)
+    ):
+        raise TypeError(f"{what} has dtype {dtype_name(array)}; expected one like {dtype_name(known)}")
+
+
+def _detached(array: Any) -> Any:
+    """A tensor outside of autograd's graph: a step is not differentiated."""
+    return array.detach() if array_api_compat.is_torch_array(array) else array
+
+
+def _fresh(array: Any, given: Sequence[Any]) -> Any:
+    """The array, or a copy if it is one of those given and could be written later."""
+    if not (is_array(array) and is_mutable(array)):
+        return array
+    same = any(array is other or _detached_alias(array, other) for other in given)
+    return like(array, array) if same else array
+
+
+def _detached_alias(array: Any, other: Any) -> bool:
+    tensors = array_api_compat.is_torch_array(array) and array_api_compat.is_torch_array(other)
+    return tensors and array.data_ptr() == other.data_ptr()
 
 
 def step(
@@ -151,9 +194,14 @@ def _norms(
 def _finite(xp: Any, norms: list[Any] | None, nonfinite: str) -> Any:
     if norms is None or nonfinite == "propagate":
         return True
-    finite: Any = all(map(math.isfinite, norms)) if xp is math else xp.isfinite(sum(norms[1:], norms[0]) * 0.0)
+    finite: Any = True
+    for norm in norms:
+        if not isinstance(norm, float):
+            finite = xp.isfinite(norm) & finite
+        elif not math.isfinite(norm):
+            finite = False
     if nonfinite == "raise":
-        if _is_traced(finite):
+        if is_traced(finite):
             raise ValueError("nonfinite='raise' cannot look at values under a trace; expected 'skip' or 'propagate'")
         if not bool(finite):
             raise FloatingPointError("a gradient holds a value that is not finite (nonfinite='raise')")
@@ -167,8 +215,11 @@ def _clips(hyper: Any, xp: Any, norms: list[Any]) -> list[Any]:
     if not hyper.global_clipnorm:
         return [1.0] * len(norms)
     if xp is math:
-        return [clip_factor(float(np.linalg.norm(norms)), hyper.global_clipnorm)] * len(norms)
-    total = xp.sqrt(sum(norm * norm for norm in norms))
+        return [clip_factor(whole_norm(np.array(norms)), hyper.global_clipnorm)] * len(norms)
+    peak = max(norms, key=lambda norm: isinstance(norm, float))
+    for norm in norms:
+        peak = xp.where(norm > peak, norm, peak)
+    total = array_api.root_of_squares(xp, peak, lambda unit: sum((norm / unit) * (norm / unit) for norm in norms))
     factor = clip_factor(total, hyper.global_clipnorm, lambda norm, limit: xp.where(norm > limit, norm, limit))
     return [factor] * len(norms)
 
@@ -183,6 +234,7 @@ def _real(xp: Any) -> Any:
     return xp.__array_namespace_info__().default_dtypes()["real floating"]
 
 
-def _is_traced(value: Any) -> bool:
+def is_traced(value: Any) -> bool:
+    """Whether a value stands for others inside `jax.jit` or the like."""
     jax = sys.modules.get("jax")
     return jax is not None and isinstance(value, jax.core.Tracer)

@@ -11,7 +11,7 @@ import numpy as np
 
 from . import arrays
 from .arrays import Array
-from .coefficients import clip_factor, coefficients
+from .coefficients import clip_factor, coefficients, whole_norm
 from .kernels import array_api
 from .update import Coefficients
 
@@ -29,6 +29,13 @@ class Built(NamedTuple):
     plan: Any  # of the variables on the host; None if there are none
     elsewhere: list[int]  # the other variables
     tensors: list[tuple[int, Array]]  # the variables whose versions torch counts
+
+
+def _check_writable(name: str, array: Array) -> None:
+    try:
+        array[...] = array[...]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"variable {name!r} cannot be written ({error}); expected an array that can") from None
 
 
 class Prepared(NamedTuple):
@@ -50,6 +57,9 @@ def build(names: list[str], variables: list[Array], slots: list[dict[str, Array]
         If two variables share memory.
     """
     elsewhere = [i for i, variable in enumerate(variables) if arrays.library(variable) == "array_api"]
+    for i in elsewhere:
+        if arrays.is_mutable(variables[i]):
+            _check_writable(names[i], variables[i])
     for i in elsewhere:
         if any(variables[j] is variables[i] for j in elsewhere if j < i):
             raise ValueError(f"variable {names[i]!r} is given twice; expected every array once")
@@ -136,18 +146,13 @@ def commit(prepared: Prepared, calls: Iterable[Call]) -> None:
     done: list[bool] = []
     calls.append((done.append, True))
     try:
-        _write(prepared.writes)
+        arrays.write_all(prepared.writes)
         deque(starmap(operator.call, calls), maxlen=0)
     except BaseException:
         if not done:
-            _write(prepared.writes)
+            arrays.write_all(prepared.writes)
             deque(starmap(operator.call, calls), maxlen=0)
         raise
-
-
-def _write(writes: Sequence[Write]) -> None:
-    for array, value in writes:
-        arrays.write(array, value)
 
 
 def _refresh(built: Built, gradients: Sequence[Array | None], threads: int | None) -> None:
@@ -176,7 +181,7 @@ def _norms(
     }
     if built.plan is None:
         norms = np.array([elsewhere.get(i, 0.0) for i in built.elsewhere]) * factor
-        return norms, float(np.linalg.norm(norms))
+        return norms, whole_norm(norms)
     built.plan.set_numbers(c, False)
     norms, norm = built.plan.norms(True if accumulated else None, elsewhere)
     return norms * factor, norm * factor

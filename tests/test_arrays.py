@@ -202,12 +202,14 @@ def test_headers_agree_with_numpy(case):
     table = np.zeros((8, 1), np.int64)
     table[cpu.P] = layout.address
     none = id(None)
+    places = np.array([[cpu.P, 0]])
     none_known = np.array([*known, *known], np.int64), np.array([0, len(known)])
     empty = np.zeros(0, np.int64)
 
     def read(variable, gradient):
         objects = (np.array([id(a)], np.int64) for a in (variable, gradient))
-        return headers.read(*objects, none, *none_known, empty, empty, table)
+        owned, gradients = objects
+        return headers.read(owned, places, gradients, none, *none_known, empty, empty, table)
 
     assert read(array, array)
     assert table[cpu.G, 0] == array.ctypes.data == array.__array_interface__["data"][0]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from adamw_numba import AdamW, schedules
+from adamw_numba import AdamW, LossScaleOptimizer, schedules
 
 METHODS = [
     "add_variable",
@@ -244,7 +244,6 @@ def test_exclusion_from_weight_decay():
         "bias": {"block/bias", "bias_free"},
         "norm/": {"norm/scale"},
         "^block": {"block/bias", "block/kernel"},
-        "nothing": set(),
     }.items():
         optimizer = AdamW(0.1, weight_decay=1.0)
         optimizer.exclude_from_weight_decay(var_names=["something else"])
@@ -261,6 +260,66 @@ def test_exclusion_from_weight_decay():
         flat = {"block/bias": tree["block"]["bias"], "block/kernel": tree["block"]["kernel"],
                 "norm/scale": tree["norm"]["scale"], "bias_free": tree["bias_free"]}  # fmt: skip
         assert {name for name, array in flat.items() if array[0] == 1} == expected
+
+
+@pytest.mark.parametrize("asked", [{"var_names": ["biass"]}, {"var_list": [np.ones(2)]}], ids=str)
+def test_an_exclusion_that_matches_nothing_warns(asked):
+    optimizer = AdamW()
+    optimizer.exclude_from_weight_decay(**asked)
+    with pytest.warns(UserWarning, match="matches none"):
+        optimizer.build({"bias": np.ones(2)})
+    optimizer = AdamW()
+    optimizer.exclude_from_weight_decay(var_names=(name for name in ["bias"]))
+    optimizer.build({"bias": (bias := np.ones(2))})
+    optimizer.apply({"bias": np.zeros(2)})
+    assert (bias == 1).all()
+
+
+def test_before_the_first_update_averages_are_the_variables():
+    arrays, optimizer = trained(1, **FULL)
+    before = arrays[0].copy()
+    with optimizer.averaged():
+        np.testing.assert_array_equal(arrays[0], before)
+    optimizer.finalize_variable_values(arrays)
+    np.testing.assert_array_equal(arrays[0], before)
+
+
+def test_what_is_refused_inside_the_averaged_block():
+    arrays, optimizer = trained(3, use_ema=True)
+    with optimizer.averaged():
+        for act in (
+            lambda: pickle.dumps(optimizer),
+            lambda: copy.deepcopy(optimizer),
+            lambda: optimizer.update_step(arrays[0], arrays[0], 0.1),
+        ):
+            with pytest.raises(RuntimeError, match="averaged"):
+                act()
+    with pytest.raises(TypeError, match="deepcopy"):
+        copy.copy(optimizer)
+    arrays[1].flags.writeable = False
+    with pytest.raises(ValueError, match="'layer/bias' is read-only"), optimizer.averaged():
+        pass
+    arrays[1].flags.writeable = True
+    optimizer.apply(values())
+
+
+@pytest.mark.parametrize("optimizer", [AdamW(), LossScaleOptimizer(AdamW())], ids=repr)
+def test_attributes_that_do_not_exist(optimizer):
+    with pytest.raises(AttributeError, match=r"leraning_rate"):
+        optimizer.leraning_rate = 0.1
+    with pytest.raises(AttributeError, match=r"lr"):
+        optimizer.lr = 0.1
+
+
+def test_functions_in_a_config():
+    config = AdamW(halve, weight_decay=halve).get_config()
+    assert AdamW.from_config(config, {"halve": halve}).learning_rate == 0.5
+    with pytest.raises(ValueError, match="halve"):
+        AdamW.from_config(config)
+
+
+def halve(step):
+    return 0.5 / (1 + step)
 
 
 def test_apply_builds_and_takes_some_of_the_variables():

@@ -2,11 +2,9 @@
 
 import concurrent.futures
 import hashlib
-import multiprocessing
 import os
 import subprocess
 import sys
-import warnings
 
 import numpy as np
 import pytest
@@ -50,35 +48,72 @@ def test_one_optimizer_in_many_threads():
     np.testing.assert_array_equal(variable, expected)
 
 
+FORK = """
+import multiprocessing, os, signal, sys, threading, time
+sys.path.insert(0, {tests!r})
+import numpy as np
+from adamw_numba import AdamW
+from test_survival import work
+expected = work()
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    assert pool.map_async(work, [0, 0, 0]).get(timeout=60) == [expected] * 3
+
+# A fork while another thread is in the middle of a step: the child's optimizer is not locked for ever.
+variable = np.zeros(20_000_000, np.float32)
+optimizer = AdamW(threads=1)
+optimizer.build([variable])
+optimizer.apply([variable + 1])
+gradient = variable * 0 + 1
+thread = threading.Thread(target=lambda: [optimizer.apply([gradient]) for _ in range(10)])
+thread.start()
+time.sleep(0.05)
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    optimizer.apply([gradient])
+    os._exit(7)
+thread.join()
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+print("survived")
+"""
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_fork_after_use():
-    expected = work()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python's own, of forks from threads
-        with multiprocessing.get_context("fork").Pool(2) as pool:
-            assert pool.map_async(work, [0, 0, 0]).get(timeout=60) == [expected] * 3
+def test_fork_after_use_and_in_the_middle():
+    code = FORK.format(tests=os.path.dirname(__file__))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "survived", done.stderr[-2000:]
 
 
 LAYER = """
 import hashlib, sys, threading
 sys.path.insert(0, {tests!r})
-import numba
+import numba, numpy as np
 from test_survival import work
-first = work()
+
+@numba.njit(parallel=True)
+def parallel(a):
+    for i in numba.prange(a.size):
+        a[i] += 1
+
+parallel(np.zeros(10))
 assert numba.threading_layer() == {layer!r}, numba.threading_layer()
 results = []
 threads = [threading.Thread(target=lambda: results.append(work())) for _ in range(4)]
-[t.start() for t in threads]; [t.join() for t in threads]
-assert results == [first] * 4
-print("survived", hashlib.sha256(first).hexdigest() == {expected!r})
+[t.start() for t in threads]
+[parallel(np.zeros(1000)) for _ in range(100)]
+[t.join() for t in threads]
+assert results == [work()] * 4
+print("survived", hashlib.sha256(results[0]).hexdigest() == {expected!r})
 """
 
 
 @pytest.mark.parametrize("layer", ["omp", "workqueue", "tbb"])
-def test_threading_layers(layer):
+def test_beside_each_threading_layer_of_numba(layer):
+    """The kernels use none of them, and so work beside any, also where two threads at once would be too many for it."""
     code = LAYER.format(tests=os.path.dirname(__file__), layer=layer, expected=hashlib.sha256(work()).hexdigest())
     environment = os.environ | {"NUMBA_THREADING_LAYER": layer}
-    done = subprocess.run([sys.executable, "-"], input=code, capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
     if "No threading layer could be loaded" in done.stderr:
         pytest.skip(f"the {layer} layer is not installed here")
     assert done.stdout.strip() == "survived True", done.stderr[-2000:]

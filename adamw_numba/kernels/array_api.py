@@ -75,10 +75,16 @@ def norm(g: Array, total: Array | None, c: Coefficients) -> Array:
         x = xp.astype(x, xp.float64)
     if 0 in x.shape:
         return xp.sum(x)
-    peak = xp.max(x)
-    one = xp.ones_like(peak)
-    unit = xp.where((peak > 0) & xp.isfinite(peak), peak, one)
-    return unit * xp.sqrt(xp.sum((x / unit) ** 2))
+    return root_of_squares(xp, xp.max(x), lambda unit: xp.sum((x / unit) ** 2))
+
+
+def root_of_squares(xp: Any, peak: Array, sum_of_squares: Any) -> Array:
+    """A norm by its largest element `peak`: not finite only if that is not."""
+    finite = xp.isfinite(peak)
+    unit = xp.where((peak > 0) & finite, peak, xp.ones_like(peak))
+    total = unit * xp.sqrt(sum_of_squares(unit))
+    largest = xp.ones_like(peak) * xp.finfo(peak.dtype).max
+    return xp.where(finite & (total > largest), largest, total)
 
 
 def _cast(xp: Any, x: Array, like: Array) -> Array:

@@ -208,7 +208,7 @@ def _coefficients(block, a, like):
         cast(c[2]),
         cast(c[3]),
         cast(c[4]),
-        cast(c[5]),
+        max(cast(c[5]), cast(1e-45)),  # not 0, where float32 has nothing as small
         cast(c[6]),
         cast(c[7] * factors[CLIP, a]),
         cast(c[8]),
@@ -376,13 +376,16 @@ def _fetch_add(typingctx, address, value):
     return types.int64(types.intp, types.int64), codegen
 
 
-@_cached(njit, nogil=True)
+# These three run while a step is committed: compiled here and now, not at their first call.
+
+
+@_cached(njit, types.void(types.intp, types.intp), nogil=True)
 def run_serial(address, block):
     """Call a kernel for all of its work."""
     _call(address, block, 0, 1)
 
 
-@_cached(njit, nogil=True)
+@_cached(njit, types.void(types.int64[::1]), nogil=True)
 def take_parts(job):
     """Do parts of a job that nobody has taken yet, until there are none."""
     next_part, done, parts = job.ctypes.data + 8 * NEXT_PART, job.ctypes.data + 8 * DONE, job[PARTS]
@@ -393,7 +396,7 @@ def take_parts(job):
         part = _fetch_add(next_part, 1)
 
 
-@_cached(njit, nogil=True)
+@_cached(njit, types.void(types.int64[::1], types.intp), nogil=True)
 def run_job(job, give_way):
     """Do a job together with whoever helps; wait for parts that others have begun, not for others to begin."""
     take_parts(job)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
-from .cpu import G, P, _cached, _pointer
+from .cpu import G, _cached, _pointer
 
 _HEAD = object.__basicsize__  # bytes of PyObject_HEAD
 _DATA, _NDIM, _SHAPE, _STRIDES, _DTYPE, _FLAGS = 0, 1, 2, 3, 5, 6
@@ -41,23 +41,23 @@ def _is_as_known(header, known):
 
 
 @_cached(njit)
-def read(variables, gradients, none, known, starts, lows, highs, table):
+def read(owned, places, gradients, none, known, starts, lows, highs, table):
     """Put the gradients' addresses into the table; False where a closer look is needed.
 
-    `variables` and `gradients` hold the addresses of the Python objects, `none` that of ``None``; ``[lows, highs)`` are
-    the ranges of memory that a step writes, in order.
+    `owned` holds the addresses of the Python objects that a step writes, variables and state, and `places` their rows
+    and columns in the table; `gradients` those of the gradients, `none` that of ``None``; ``[lows, highs)`` are the
+    ranges of memory that a step writes, in order.
     """
-    n = variables.size
-    for i in range(n):
-        header = _words(variables[i] + _HEAD, 7)
-        if not _is_as_known(header, known[starts[i] :]) or header[_DATA] != table[P, i]:
+    for k in range(owned.size):
+        header = _words(owned[k] + _HEAD, 7)
+        if not _is_as_known(header, known[starts[k] :]) or header[_DATA] != table[places[k, 0], places[k, 1]]:
             return False
-    for i in range(n):
+    for i in range(gradients.size):
         table[G, i] = 0
         if gradients[i] == none:
             continue
         header = _words(gradients[i] + _HEAD, 7)
-        row = known[starts[n + i] :]
+        row = known[starts[owned.size + i] :]
         if not _is_as_known(header, row):
             return False
         nearest = np.searchsorted(highs, header[_DATA] + row[2], side="right")
