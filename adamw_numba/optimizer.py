@@ -627,11 +627,14 @@ class AdamW:
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, ready for JSON: Keras's keys, and others that are not the default."""
         rate: Any = self._learning_rate
-        config = {"name": self.name, "learning_rate": self.learning_rate if rate is None else _described(rate.function)}
+        config = {
+            "name": self.name,
+            "learning_rate": self.learning_rate if rate is None else schedules.serialize(rate.function),
+        }
         for key in _CHECKED[1:]:
             value = getattr(self, key)
             if key not in _EXTRAS or value != _EXTRAS[key]:
-                config[key] = _described(value) if callable(value) else value
+                config[key] = schedules.serialize(value) if callable(value) else value
         return config
 
     @classmethod
@@ -651,11 +654,8 @@ class AdamW:
         """
         config = dict(config)
         for key in ("learning_rate", "weight_decay"):
-            described = config.get(key)
-            if isinstance(described, Mapping) and described.get("class_name") == "function":
-                config[key] = _function(key, described, custom_objects or {})
-            elif isinstance(described, Mapping):
-                config[key] = schedules.deserialize(described, custom_objects)
+            if isinstance(config.get(key), Mapping):
+                config[key] = schedules.deserialize(config[key], custom_objects)
         return cls(**config)
 
     def set_weights(self, weights: Sequence[Any]) -> None:
@@ -736,24 +736,3 @@ _ELSEWHERE = {
     "params": "build(params)",
 }
 _EXTRAS = {"nonfinite": "propagate", "threads": None, "master_weights": True}
-
-
-def _described(rate: Any) -> dict[str, Any]:
-    """The JSON form of a schedule, or of a plain function as Keras writes it."""
-    if hasattr(rate, "get_config"):
-        return schedules.serialize(rate)
-    return {
-        "module": "builtins",
-        "class_name": "function",
-        "config": getattr(rate, "__name__", type(rate).__name__),
-        "registered_name": "function",
-    }
-
-
-def _function(key: str, described: Mapping[str, Any], custom_objects: Mapping[str, Any]) -> Any:
-    name = str(described.get("config"))
-    if name not in custom_objects:
-        raise ValueError(
-            f"`{key}` is the function {name!r}; expected it among `custom_objects`: {list(custom_objects)}"
-        )
-    return custom_objects[name]

@@ -377,13 +377,16 @@ def serialize(learning_rate_schedule: Any) -> dict[str, Any]:
 
     Parameters
     ----------
-    learning_rate_schedule : LearningRateSchedule or a schedule of Keras
+    learning_rate_schedule : LearningRateSchedule, a schedule of Keras, or a plain function, which is named
 
     Returns
     -------
     dict
         ``module``, ``class_name``, ``config`` and ``registered_name``.
     """
+    if not hasattr(learning_rate_schedule, "get_config"):
+        name = getattr(learning_rate_schedule, "__name__", type(learning_rate_schedule).__name__)
+        return {"module": "builtins", "class_name": "function", "config": name, "registered_name": "function"}
     name = type(learning_rate_schedule).__name__
     return {
         "module": "keras.optimizers.schedules" if name in _SCHEDULES else None,
@@ -393,7 +396,7 @@ def serialize(learning_rate_schedule: Any) -> dict[str, Any]:
     }
 
 
-def deserialize(config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> LearningRateSchedule:
+def deserialize(config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Any:
     """The schedule that a dict of `serialize`, or of Keras, describes.
 
     Parameters
@@ -401,14 +404,21 @@ def deserialize(config: Mapping[str, Any], custom_objects: Mapping[str, Any] | N
     config : dict
         With ``class_name`` and ``config``.
     custom_objects : dict, optional
-        Classes of your own, by name; no other class is ever looked up.
+        Classes and functions of your own, by name; nothing else is ever looked up.
 
     Raises
     ------
     ValueError
-        If the class is neither one of Keras's six nor in ``custom_objects``.
+        If the class is neither one of Keras's six nor in ``custom_objects``, or the function is not there.
     """
     name = str(config.get("class_name"))
+    if name == "function":
+        name = str(config.get("config"))
+        if name not in (custom_objects or {}):
+            raise ValueError(
+                f"Unknown function {name!r}; expected it among `custom_objects`: {list(custom_objects or {})}"
+            )
+        return (custom_objects or {})[name]
     known = _SCHEDULES | dict(custom_objects or {})
     if name not in known:
         raise ValueError(f"Unknown schedule class_name={name!r}; expected one of {', '.join(known)}")
@@ -417,5 +427,4 @@ def deserialize(config: Mapping[str, Any], custom_objects: Mapping[str, Any] | N
             f"The config of schedule {name!r} is {config.get('config')!r}; expected a dict of its arguments"
         )
     cls: Any = known[name]
-    schedule: LearningRateSchedule = (getattr(cls, "from_config", None) or (lambda c: cls(**c)))(config["config"])
-    return schedule
+    return (getattr(cls, "from_config", None) or (lambda c: cls(**c)))(config["config"])
