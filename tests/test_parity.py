@@ -113,7 +113,7 @@ def assert_close(found, expected, tolerance):
 
 
 @pytest.mark.parametrize("make", libraries.IN_PLACE)
-@settings(max_examples=60)
+@settings(max_examples=200)
 @given(run=runs(dtypes=("float64", "complex128")))
 def test_float64_equals_the_textbook(make, run):
     if make is libraries.strict and any(k.startswith("c") for k in run[1]):
@@ -192,7 +192,7 @@ def keras_run(options, kind, values, steps, excluded):
 
 
 @pytest.mark.parametrize("kind", ["float32", "float64"])
-@settings(max_examples=100)
+@settings(max_examples=200)
 @given(run=runs())
 def test_real_keras(kind, run):
     """Within the rounding of Keras's own float32 scalars; its average under accumulation is another one."""
@@ -222,7 +222,7 @@ def test_real_keras(kind, run):
     assert [v.shape for v in optimizer.variables] == shapes
 
 
-@settings(max_examples=100)
+@settings(max_examples=200)
 @given(run=runs())
 def test_torch_one_step_at_a_time(run):
     """torch adds its epsilon after the bias correction: `eps / sqrt(1 - beta_2^t)` is ours."""
@@ -247,7 +247,7 @@ def test_torch_one_step_at_a_time(run):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12 * float(other.abs().max() if other.numel() else 1))
 
 
-@settings(max_examples=50)
+@settings(max_examples=200)
 @given(run=runs())
 def test_optax_one_step_at_a_time(run):
     """optax's epsilon is torch's; its decay is not yet multiplied by the learning rate."""

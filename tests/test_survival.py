@@ -112,7 +112,8 @@ print("survived", hashlib.sha256(results[0]).hexdigest() == {expected!r})
 def test_beside_each_threading_layer_of_numba(layer):
     """The kernels use none of them, and so work beside any, also where two threads at once would be too many for it."""
     code = LAYER.format(tests=os.path.dirname(__file__), layer=layer, expected=hashlib.sha256(work()).hexdigest())
-    environment = os.environ | {"NUMBA_THREADING_LAYER": layer}
+    libraries = os.pathsep.join([os.path.join(sys.prefix, "lib"), os.environ.get("LD_LIBRARY_PATH", "")])
+    environment = os.environ | {"NUMBA_THREADING_LAYER": layer, "LD_LIBRARY_PATH": libraries}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
     if "No threading layer could be loaded" in done.stderr:
         pytest.skip(f"the {layer} layer is not installed here")
