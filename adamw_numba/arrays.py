@@ -110,6 +110,17 @@ def address(array: Array) -> int:
     return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data_ptr())
 
 
+def memory(array: Array) -> tuple[int, int]:
+    """Where a host array lies, and, of a tensor, how many bytes its storage holds."""
+    return address(array), 0 if isinstance(array, np.ndarray) else array.untyped_storage().nbytes()
+
+
+def writeable_copy(array: Array) -> Array:
+    """The array itself, or a copy of a read-only NumPy array."""
+    read_only = isinstance(array, np.ndarray) and not array.flags.writeable
+    return like(array.copy(), array) if read_only else array
+
+
 def signature(array: Array) -> object:
     """All that a verdict on a host array rests on, other than its address; None where that cannot be read quickly."""
     kind = type(array)
@@ -120,8 +131,8 @@ def signature(array: Array) -> object:
             return None
         _TENSOR_TYPES.add(kind)
     try:
-        storage = array.untyped_storage().nbytes()
-        return kind, *_OF_TENSOR(array), array.stride(), array.is_conj(), array.is_neg(), storage
+        held = array.untyped_storage().nbytes(), array.storage_offset()
+        return kind, *_OF_TENSOR(array), array.stride(), array.is_conj(), array.is_neg(), held
     except (RuntimeError, NotImplementedError):  # a sparse tensor has no strides, a fake one no storage
         return None
 
@@ -176,7 +187,7 @@ def check_variable(name: str, array: Array) -> None:
         if not array.flags.aligned:
             raise ValueError(f"variable {name!r} is not aligned in memory; expected an aligned array: pass a copy")
     elif array_api_compat.is_torch_array(array):
-        _check_tensor(f"variable {name!r}", array)
+        check_tensor(f"variable {name!r}", array)
         if array.requires_grad and not array.is_leaf:
             raise ValueError(f"variable {name!r} is not a leaf of the autograd graph; expected a leaf tensor")
         if array.is_conj() or array.is_neg():
@@ -205,7 +216,7 @@ def check_gradient(name: str, gradient: Array, variable: Array) -> None:
     if isinstance(gradient, np.ndarray):
         _check_ndarray(what, gradient)
     elif array_api_compat.is_torch_array(gradient):
-        _check_tensor(what, gradient)
+        check_tensor(what, gradient)
     if tuple(gradient.shape) != tuple(variable.shape):
         raise ValueError(f"{what} has shape {tuple(gradient.shape)}; expected {tuple(variable.shape)}, its variable's")
     _check_dtype(what, gradient)
@@ -330,7 +341,8 @@ def _check_ndarray(what: str, array: Array) -> None:
         )
 
 
-def _check_tensor(what: str, array: Array) -> None:
+def check_tensor(what: str, array: Array) -> None:
+    """Refuse a tensor whose elements are not, all of them, at one place in memory."""
     tensor = sys.modules["torch"].Tensor
     if type(array).__torch_dispatch__ is not tensor.__torch_dispatch__:
         raise TypeError(f"{what} is a {type(array).__name__}, which keeps its elements elsewhere; expected a tensor")

@@ -102,7 +102,7 @@ def rate(name: str, value: Any) -> Any:
     if callable(value) and not isinstance(value, type):
         return value
     if getattr(value, "shape", None) == () and not isinstance(value, Real):
-        value = value.item()
+        value = value.item() if hasattr(value, "item") else _number_of(value)
     try:
         if is_real(value) and 0 <= float(value) < math.inf:
             return float(value)

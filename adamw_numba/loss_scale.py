@@ -7,7 +7,7 @@ from typing import Any, Self
 import numpy as np
 
 from . import hyperparameters as hp
-from .arrays import Array
+from .arrays import Array, writeable_copy
 from .containers import Container
 from .optimizer import AdamW
 from .state import Place, State, load, replace, save
@@ -97,22 +97,28 @@ class LossScaleOptimizer:
         self._state = State()
         # Two that Keras has and does not use keep the positions of its saved state.
         self._state.scalars["learning_rate"] = np.zeros(())
-        self._counter = self._state.add("step_counter", np.zeros((), np.int64), "zeros", late=False)
-        self._scale = self._state.add("dynamic_scale", np.zeros(()), "zeros", late=False)
-        self._scale[...] = self._bounded(self.initial_scale)
+        self._counter, self._scale = np.zeros((), np.int64), np.array(self._bounded(self.initial_scale))
+        self._state.scalars |= {"step_counter": self._counter, "dynamic_scale": self._scale}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        scalars = self._state.scalars
+        scalars.update({key: writeable_copy(array) for key, array in scalars.items()})
+        self._counter, self._scale = scalars["step_counter"], scalars["dynamic_scale"]
 
     def __repr__(self) -> str:
         return f"LossScaleOptimizer({self.inner_optimizer!r}, dynamic_scale={self.dynamic_scale})"
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not name.startswith("_") and name != "inner_optimizer" and not hasattr(LossScaleOptimizer, name):
+        known = name.startswith("_") or name == "inner_optimizer" or hasattr(LossScaleOptimizer, name)
+        if type(self) is LossScaleOptimizer and not known:
             raise AttributeError(f"LossScaleOptimizer has no attribute {name!r}; set it on `inner_optimizer`")
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         """What belongs to the inner optimizer: hyperparameters, ``iterations``, ``last_step``, ``averaged``, ..."""
-        if name.startswith("_") or name == "inner_optimizer":
-            raise AttributeError(name)
+        if name.startswith("_") or name == "inner_optimizer" or not hasattr(self.inner_optimizer, name):
+            raise AttributeError(f"{type(self).__name__} and its inner optimizer have no attribute {name!r}")
         return getattr(self.inner_optimizer, name)
 
     @property
@@ -181,11 +187,14 @@ class LossScaleOptimizer:
         with inner._lock:
             built, gradients = inner._match(grads, trainable_variables)
             if gradients:
-                inner._step(built, gradients, self.dynamic_scale, "skip", self._after)
+                scale = hp.scale("dynamic_scale", self.dynamic_scale)
+                inner._step(built, gradients, scale, "skip", self._after)
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Array | None, Array]]) -> int:
         """Take one step with ``(gradient, variable)`` pairs: see `AdamW.apply_gradients`."""
         pairs = list(grads_and_vars)
+        if not pairs:
+            raise ValueError("`grads_and_vars` is empty; expected at least one (gradient, variable) pair")
         self.apply([g for g, _ in pairs], [v for _, v in pairs])
         return int(self.inner_optimizer._state.scalars["iteration"])
 
@@ -198,6 +207,8 @@ class LossScaleOptimizer:
             raise ValueError(f"`optimizer_variables` holds {len(state)} arrays; expected {len(self.variables)}")
         xp = lazy_namespace(state)
         counter, scale, before = state[2:5] if xp else (int(state[2]), float(state[3]), int(state[4]))
+        if isinstance(scale, float):
+            hp.scale("dynamic_scale", scale)
         variables, new = inner._stateless(state[4:], grads, trainable_variables, scale, "skip")
         if new[0] is state[4]:  # no gradients at all
             return variables, state
@@ -262,6 +273,8 @@ class LossScaleOptimizer:
         return select_number(finite, count, counter * 0), select_number(finite, grown, self._bounded(scale * 0.5))
 
     def _after(self, applied: bool) -> list[Call]:
+        if not (self._counter.flags.writeable and self._scale.flags.writeable):
+            raise ValueError("step_counter or dynamic_scale is read-only; expected arrays that can be written")
         counter, scale = self._next(applied, self._counter.item(), self._scale.item())
         return [(operator.setitem, self._counter, (), counter), (operator.setitem, self._scale, (), scale)]
 

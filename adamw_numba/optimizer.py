@@ -510,7 +510,7 @@ class AdamW:
         rates = self._rates(number)
         if iteration.item() != number:
             raise RuntimeError("a callable rate has itself taken a step; expected it to return a number only")
-        if number >= 2**62 or not iteration.flags.writeable:
+        if not 0 <= number < 2**62 or not iteration.flags.writeable:
             raise ValueError(f"the iteration is {number} or read-only; expected a counter that can go on")
         prepared = step.prepare(self, built, gradients, number, rates, loss_scale, nonfinite)
         calls: list[Call] = [(operator.setitem, self._last, 0, LastStep(prepared.norm, prepared.applied, rates[0]))]
@@ -695,13 +695,14 @@ class AdamW:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.RLock())
         _OPTIMIZERS.add(self)
-        # Copies: what was pickled out of band may be read-only.
+        # What was pickled out of band may be read-only.
         for own in (self._state.scalars, *self._state.added, *self._state.slots):
-            own.update({key: arrays.like(array, array) for key, array in own.items()})
+            own.update({key: arrays.writeable_copy(array) for key, array in own.items()})
         if self._built is not None:
             names, decayed = self._built.names, self._built.decayed
             excluded = frozenset(name for name, wanted in zip(names, decayed, strict=True) if not wanted)
-            self._built = step.build(names, self._built.variables, self._state.slots, excluded)
+            variables = [arrays.writeable_copy(variable) for variable in self._built.variables]
+            self._built = step.build(names, variables, self._state.slots, excluded)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         with self._lock:

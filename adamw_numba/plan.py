@@ -102,6 +102,7 @@ class Plan:
         self._slot_layouts = [arrays.host_layout(array) for _, _, array in self._places]
         self._layout_of_slots = {i: arrays.host_layout(slots[i]["momentum"]) for i in self.host}
         self._claimed: list[Layout] = []
+        self._memory: list[tuple[int, int]] = []
         self._ranges = np.zeros((2, 0), np.int64)
         self._headers: tuple[Matrix, ...] | None = None
         self._known: tuple[list[object], list[Verdict], Matrix] | None = None
@@ -141,6 +142,7 @@ class Plan:
             self.table[row, i] = layout.address
         for i, (_, g) in zip(self.host, pairs, strict=True):
             self.table[cpu.G, i] = g.address
+        self._memory = [arrays.memory(array) for _, _, array in self._places]
         self._known = self._signatures()
         self._headers = self._remember()
 
@@ -212,10 +214,7 @@ class Plan:
             return False
         if any(g is not None and arrays.signature(g) != seen.signature for g, seen in zip(found, known, strict=True)):
             return False
-        if any(
-            arrays.address(array) != layout.address
-            for (_, _, array), layout in zip(self._places, self._claimed, strict=True)
-        ):
+        if [arrays.memory(array) for _, _, array in self._places] != self._memory:
             return False
         addresses = np.array([0 if g is None else arrays.address(g) for g in found], np.int64)
         lows, highs = self._ranges
@@ -240,10 +239,12 @@ class Plan:
         row, i, array = self._places[k]
         known = self._slot_layouts[k]
         if row != cpu.P:
+            if arrays.library(array) == "torch":
+                arrays.check_tensor(self._name(k), array)
             layout = arrays.host_layout(array)
             if layout[1:] != known[1:] or not getattr(getattr(array, "flags", None), "writeable", True):
                 raise ValueError(
-                    f"the {_NAMES[row]} of {self.names[i]!r} has become an array of shape {layout.shape} and dtype "
+                    f"{self._name(k)} has become an array of shape {layout.shape} and dtype "
                     f"{layout.dtype}, or read-only; expected it to stay as it was built"
                 )
             return layout

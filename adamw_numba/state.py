@@ -8,9 +8,13 @@ import numpy as np
 
 from . import arrays
 from .arrays import Array
+from .hyperparameters import scale
 
 Slots = dict[str, Array]
 Place = tuple[str, dict[str, Array], str]
+
+
+_SCALARS = ("iteration", "learning_rate", "step_counter", "dynamic_scale")
 
 
 class State:
@@ -19,7 +23,8 @@ class State:
     Attributes
     ----------
     scalars : dict
-        ``iteration`` (int64, calls of `apply`) and, while it is a number, ``learning_rate`` (float64); 0-d.
+        0-d arrays: ``iteration`` (int64, calls of `apply`) and, while it is a number, ``learning_rate`` (float64); of a
+        loss scale ``step_counter`` (int64) and ``dynamic_scale`` (float64).
     slots : list of dict
         For each variable ``momentum`` and ``velocity``, and what the options ask for: ``velocity_hat``, ``average``,
         ``gradient_accumulator``, ``master``. float32 for a 16-bit variable, else of its dtype; laid out like it.
@@ -33,7 +38,7 @@ class State:
 
     def places(self) -> list[Place]:
         """Name, dict and key of every array, in Keras's order; masters, which Keras lacks, follow its own."""
-        scalars = [(key, self.scalars, key) for key in ("iteration", "learning_rate") if key in self.scalars]
+        scalars = [(key, self.scalars, key) for key in _SCALARS if key in self.scalars]
         before, after = ([(name, added, name) for name in added] for added in self.added)
         slots: list[Place] = []
         for group in (["average"], ["gradient_accumulator"], ["momentum", "velocity"], ["velocity_hat"], ["master"]):
@@ -75,7 +80,8 @@ def replace(places: Sequence[Place], values: Sequence[Any], what: str) -> None:
             raise ValueError(
                 f"{what}: {name!r} has dtype {arrays.dtype_name(value)}; expected {arrays.dtype_name(own[key])}"
             )
-        _check_counter(key, value, what)
+        if "iteration" in own:
+            _check_scalar(key, value, what)
         ready.append((own, key, arrays.like(own[key], value)))
     arrays.write_all([(own[key], value) for own, key, value in ready if arrays.is_mutable(own[key])])
     for own, key, value in ready:
@@ -83,11 +89,13 @@ def replace(places: Sequence[Place], values: Sequence[Any], what: str) -> None:
             own[key] = value
 
 
-def _check_counter(key: str, value: Array, what: str) -> None:
+def _check_scalar(key: str, value: Array, what: str) -> None:
     if key in ("iteration", "step_counter") and not 0 <= int(value) < 2**62:
         raise ValueError(f"{what}: {key!r} is {int(value)}; expected an integer >= 0")
-    if key in ("learning_rate", "dynamic_scale") and not 0 <= float(value) < math.inf:
+    if key == "learning_rate" and not 0 <= float(value) < math.inf:
         raise ValueError(f"{what}: {key!r} is {float(value)}; expected a finite number >= 0")
+    if key == "dynamic_scale":
+        scale(f"{what}: dynamic_scale", float(value))
 
 
 def save(places: Sequence[Place], store: Any) -> None:

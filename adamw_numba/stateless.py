@@ -94,6 +94,8 @@ def _detached(array: Any) -> Any:
 
 def _fresh(array: Any, given: Sequence[Any]) -> Any:
     """The array, or a copy if it is one of those given and could be written later."""
+    if isinstance(array, np.generic):  # what NumPy makes of 0-d arrays
+        return np.asarray(array)
     if not (is_array(array) and is_mutable(array)):
         return array
     same = any(array is other or _detached_alias(array, other) for other in given)

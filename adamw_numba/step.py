@@ -143,13 +143,13 @@ def commit(prepared: Prepared, calls: Iterable[Call]) -> None:
     if not prepared.writes:
         deque(starmap(operator.call, calls), maxlen=0)
         return
-    done: list[bool] = []
-    calls.append((done.append, True))
+    begun: list[bool] = []
+    calls.insert(0, (begun.append, True))
     try:
         arrays.write_all(prepared.writes)
         deque(starmap(operator.call, calls), maxlen=0)
     except BaseException:
-        if not done:
+        if not begun:
             arrays.write_all(prepared.writes)
             deque(starmap(operator.call, calls), maxlen=0)
         raise

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -62,9 +63,40 @@ def freeze_counter(v, g, o, m):
     o.variables[0].flags.writeable = False
 
 
+def free_slot(v, g, o, m):
+    m.untyped_storage().resize_(0)
+
+
+def shrink_slot(v, g, o, m):
+    m.untyped_storage().resize_(8)
+
+
+def move_past_the_end(v, g, o, m):
+    large = torch.ones(12)
+    end = large[6:]
+    large.untyped_storage().resize_(24)
+    v.data = end
+
+
+def gradient_past_the_end(v, g, o, m):
+    large = torch.ones(12)
+    end = large[6:]
+    large.untyped_storage().resize_(24)
+    g.data = end
+
+
 CHANGES = {
     "numpy": [freeze_slot, reshape_slot, end_of_counting, freeze_counter],
-    "torch": [rebind_slot, free_variable, free_gradient, shrink_gradient],
+    "torch": [
+        rebind_slot,
+        free_variable,
+        free_gradient,
+        shrink_gradient,
+        free_slot,
+        shrink_slot,
+        move_past_the_end,
+        gradient_past_the_end,
+    ],
 }
 
 
@@ -77,7 +109,7 @@ def test_memory_that_is_taken_away(kind, change):
     change(variable, gradient, optimizer, momentum)
     with pytest.raises(ValueError, match=r"momentum of '0'|variable '0'|gradient of '0'|iteration"):
         optimizer.apply([gradient])
-    if change is not free_variable:
+    if change not in (free_variable, move_past_the_end):
         assert (variable == before).all()
 
 
@@ -340,3 +372,79 @@ def test_copies_and_saves_while_another_thread_steps():
             assert all((v == -inner.iterations).all() for v in inner.trainable_variables)
         stop.set()
         thread.join()
+
+
+def test_subclasses_have_attributes_of_their_own():
+    class Scaled(LossScaleOptimizer):
+        def __init__(self, inner):
+            super().__init__(inner)
+            self.history = []
+
+    class Counted(AdamW):
+        def __init__(self):
+            super().__init__()
+            self.history = []
+
+    assert Scaled(Counted()).history == Counted().history == []
+    with pytest.raises(AttributeError, match="LossScaleOptimizer"):
+        _ = LossScaleOptimizer(AdamW()).what
+
+
+def test_variables_of_one_s_own_are_not_taken_for_counters():
+    optimizer = AdamW()
+    optimizer.add_variable((3,), name="step_counter")
+    optimizer.add_variable((), lambda shape, dtype: np.full(shape, -1, dtype), name="dynamic_scale")
+    optimizer.build([np.ones(2)])
+    store = {}
+    optimizer.save_own_variables(store)
+    optimizer.load_own_variables(store)
+    assert float(optimizer.state["dynamic_scale"]) == -1
+
+
+@pytest.mark.parametrize("index", [2, 3])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_loss_scale_that_cannot_be_written(index, elsewhere):
+    variables = [np.ones(2), array_api_strict.ones(2)][: 1 + elsewhere]
+    optimizer = LossScaleOptimizer(AdamW(0.1))
+    optimizer.build(variables)
+    optimizer.variables[index].flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        optimizer.apply([np.ones(2), array_api_strict.ones(2)][: 1 + elsewhere])
+    assert variables[0].tolist() == [1, 1]
+    assert optimizer.iterations == 0
+
+
+def test_a_loss_scale_of_zero():
+    optimizer = LossScaleOptimizer(AdamW())
+    optimizer.build([np.ones(2)])
+    weights = [np.array(a) for a in optimizer.variables]
+    weights[3][...] = 0
+    for act in (
+        lambda: optimizer.set_weights(weights),
+        lambda: optimizer.stateless_apply(weights, [np.ones(2)], [np.ones(2)]),
+        lambda: (optimizer.inner_optimizer.assign(optimizer.variables[3], 0.0), optimizer.apply([np.ones(2)])),
+    ):
+        with pytest.raises(ValueError, match="dynamic_scale"):
+            act()
+
+
+def test_scalars_stay_arrays_in_stateless_apply():
+    optimizer = built([np.ones(())], use_ema=True)
+    new, state = optimizer.stateless_apply(optimizer.variables, [np.ones(())], [np.ones(())])
+    assert all(isinstance(array, np.ndarray) for array in [*new, *state])
+
+
+@pytest.mark.parametrize("wrap", [lambda o: o, LossScaleOptimizer])
+def test_pickles_over_read_only_memory(wrap):
+    variable = np.ones(3)
+    optimizer = wrap(AdamW(0.1, use_ema=True))
+    optimizer.build([variable])
+    optimizer.apply([np.ones(3)])
+    buffers = []
+    data = pickle.dumps(optimizer, protocol=5, buffer_callback=buffers.append)
+    other = pickle.loads(data, buffers=[bytes(buffer.raw()) for buffer in buffers])
+    for each in (optimizer, other):
+        each.apply([np.ones(3)])
+    np.testing.assert_array_equal(other.trainable_variables[0], variable)
+    together = copy.deepcopy({"optimizer": optimizer, "slot": optimizer.variables[-1]})
+    assert together["slot"] is together["optimizer"].variables[-1]
