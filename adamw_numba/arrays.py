@@ -107,12 +107,15 @@ def host_layout(array: Array) -> Layout:
 
 def address(array: Array) -> int:
     """Where a NumPy array or a torch tensor on the CPU lies now."""
-    return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data_ptr())
+    where: int = array.ctypes.data if type(array) in _NDARRAYS else array.data_ptr()
+    return where
 
 
 def memory(array: Array) -> tuple[int, int]:
     """Where a host array lies, and, of a tensor, how many bytes its storage holds."""
-    return address(array), 0 if isinstance(array, np.ndarray) else array.untyped_storage().nbytes()
+    if type(array) in _NDARRAYS:
+        return array.ctypes.data, 0
+    return array.data_ptr(), array.untyped_storage().nbytes()
 
 
 def writeable_copy(array: Array) -> Array:
