@@ -164,6 +164,14 @@ class Plan:
         """Put the numbers of this step where the kernels read them."""
         self.numbers[:] = (*c, overwrite, 1.0)
 
+    def set_decayed(self, decayed: Sequence[bool]) -> None:
+        """Which variables the weight decay applies to."""
+        self.factors[cpu.DECAY] = decayed
+
+    def set_clips(self, clips: Matrix | None) -> None:
+        """What each variable's gradient is multiplied with; None where nothing is clipped by norm."""
+        self.factors[cpu.CLIP] = 1.0 if clips is None else clips
+
     def _calls(self, kernel: Callable[[Group], Any]) -> list[Call]:
         """What to call, with no Python in between, to run a kernel over every group; what is new is compiled here."""
         result: list[Call] = []

@@ -69,7 +69,7 @@ def build(names: list[str], variables: list[Array], slots: list[dict[str, Array]
         from .plan import Plan  # compiled code, imported at first use
 
         plan = Plan(names, [None if i in elsewhere else v for i, v in enumerate(variables)], slots)
-        plan.factors[0] = decayed
+        plan.set_decayed(decayed)
     tensors = [(i, variable) for i, variable in enumerate(variables) if arrays.has_version(variable)]
     return Built(names, variables, slots, decayed, plan, elsewhere, tensors)
 
@@ -225,7 +225,7 @@ def _updates(
         writes += [(p, new), *((slots[key], changed[key]) for key in slots)]
     if built.plan is None:
         return writes, []
-    built.plan.factors[1] = 1.0 if clips is None else clips
+    built.plan.set_clips(clips)
     flags = [
         True if wanted and not adam_alone else None
         for wanted in (hyper.use_ema, hyper.gradient_accumulation_steps, hyper.clipvalue)

@@ -37,6 +37,7 @@ class _Helpers:
         self.forget()
 
     def forget(self) -> None:
+        """Begin anew: in a forked child the threads do not exist."""
         self.queue: SimpleQueue[Job] = SimpleQueue()
         self.count = 0
         self.lock = threading.Lock()
