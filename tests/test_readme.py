@@ -1,11 +1,15 @@
 """What the README and the examples say is true: they are run."""
 
 import re
+import runpy
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -39,3 +43,44 @@ def test_digits():
     accuracies = [float(text) for text in re.findall(r"(?:as trained|moving averages)\s+([\d.]+)%", done.stdout)]
     assert len(accuracies) == 2
     assert min(accuracies) >= 97
+
+
+def run_gpu_pipeline(*options):
+    command = [sys.executable, "-W", "error", ROOT / "examples" / "gpu_pipeline.py", *options]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_gpu_pipeline(library, tmp_path):
+    picture = tmp_path / "picture.png"
+    done = run_gpu_pipeline("--library", library, "--size", "64", "--output", picture)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith(f"{library} on c")  # cpu or cuda
+    misfits, errors = np.transpose(re.findall(r"^ +\d+ +([\d.]+) +([\d.]+)%", done.stdout, re.M)).astype(float)
+    assert errors[0] > 10
+    assert errors[-1] < 1
+    assert misfits[-1] == pytest.approx(0.75**0.5 / 2, rel=0.05)  # photon counts, less 2 unknowns in 8 of them
+    assert f"Picture: {picture}" in done.stdout or "matplotlib is not installed" in done.stdout
+    assert picture.exists() == (find_spec("matplotlib") is not None)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--library", "jax"), ("--size", "15"), ("--steps", "1"), ("--output", "a.txt"), ("--output", "no/such/a.png")],
+)
+def test_gpu_pipeline_refuses(option, value):
+    done = run_gpu_pipeline(option, value)
+    assert done.returncode == 2
+    assert re.search(rf"argument {option}: .*{re.escape(value)}.*(expected|choose from)", done.stderr)
+
+
+def test_gpu_pipeline_gradient_is_that_of_autograd():
+    example = runpy.run_path(str(ROOT / "examples" / "gpu_pipeline.py"))
+    generator = torch.Generator().manual_seed(0)
+    estimate = torch.randn(12, 15, dtype=torch.complex128, generator=generator, requires_grad=True)
+    masks = torch.randn(3, 12, 15, dtype=torch.complex128, generator=generator)
+    measured = torch.rand(3, 12, 15, dtype=torch.float64, generator=generator)
+    wave = torch.fft.fft2(masks * estimate, norm="ortho")
+    (expected,) = torch.autograd.grad(((wave.abs() - measured) ** 2).sum() / 2, estimate)
+    seen = example["gradient"](estimate.detach(), masks, measured)
+    np.testing.assert_allclose(seen.numpy(), expected.numpy(), rtol=1e-12, atol=1e-12)
