@@ -71,7 +71,7 @@ def wall_of_digits(size: int, first: int) -> Array:
 
 
 def new_object(size: int) -> Array:
-    """The transmission to be found: ink absorbs up to 70 %, and other ink delays by up to 2 rad."""
+    """The transmission to be found: ink takes up to 70 % of the amplitude, other ink delays by up to 2 rad."""
     return (1 - 0.7 * wall_of_digits(size, first=0)) * np.exp(2j * wall_of_digits(size, first=900))
 
 
