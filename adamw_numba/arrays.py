@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import array_api_compat
 import numpy as np
 
+from . import gpu_arrays
+
 Array = Any
 
 COMPUTE = {
@@ -33,7 +35,7 @@ ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "complex64"
 
 
 class Layout(NamedTuple):
-    """Where an array lies on the host: address and strides in bytes."""
+    """Where an array lies, on the host or on a GPU: address and strides in bytes."""
 
     address: int
     shape: tuple[int, ...]
@@ -46,18 +48,27 @@ def is_array(value: object) -> bool:
     if type(value) in _ARRAY_TYPES:
         return True
     known = isinstance(value, (np.generic, np.ndarray)) or array_api_compat.is_array_api_obj(value)
+    known = known or gpu_arrays.is_cuda_array(value)
     if known:
         _ARRAY_TYPES.add(type(value))
     return known
 
 
 def library(array: Array) -> str:
-    """``numpy`` and ``torch`` (on the CPU) go to the compiled kernels, ``array_api`` to whole-array operations."""
+    """``numpy``, ``torch`` (on the CPU) and ``cuda`` go to compiled kernels, ``array_api`` to whole-array functions."""
     if isinstance(array, (np.ndarray, np.generic)):
         return "numpy"
     if array_api_compat.is_torch_array(array) and array.device.type == "cpu":
         return "torch"
-    return "array_api"
+    return "cuda" if gpu_arrays.is_cuda_array(array) else "array_api"
+
+
+def place(array: Array) -> str | None:
+    """Which plan an array belongs to: ``cpu``, ``cuda:0``, ...; None for arrays without compiled kernels."""
+    kind = library(array)
+    if kind == "cuda":
+        return f"cuda:{gpu_arrays.device_index(array)}"
+    return None if kind == "array_api" else "cpu"
 
 
 def namespace(array: Array) -> Any:
@@ -75,6 +86,8 @@ def library_name(array: Array) -> str:
 
 def device(array: Array) -> str:
     """The device of an array, as text; of an array that is being traced, its library's word for that."""
+    if library(array) == "cuda":
+        return str(place(array))
     return str(array_api_compat.device(array))
 
 
@@ -92,30 +105,39 @@ def byte_count(array: Array) -> int:
 
 def is_mutable(array: Array) -> bool:
     """Whether an array's elements can be assigned to; JAX's and Dask's cannot."""
+    if library(array) == "cuda":
+        return True
     writeable = array_api_compat.is_writeable_array(array) and not array_api_compat.is_dask_array(array)
     return bool(writeable) or library(array) == "numpy"
 
 
-def host_layout(array: Array) -> Layout:
-    """Read the layout of a NumPy array or of a torch tensor on the CPU."""
+def layout_of(array: Array) -> Layout:
+    """Read the layout of a NumPy array, of a torch tensor, or of any array on a GPU."""
     if isinstance(array, np.ndarray):
         return Layout(array.ctypes.data, array.shape, array.strides, array.dtype.name)
+    if not array_api_compat.is_torch_array(array):
+        return Layout(*gpu_arrays.layout(array))
     size = array.element_size()
     strides = tuple(stride * size for stride in array.stride())
     return Layout(array.data_ptr(), tuple(array.shape), strides, dtype_name(array))
 
 
 def address(array: Array) -> int:
-    """Where a NumPy array or a torch tensor on the CPU lies now."""
-    where: int = array.ctypes.data if type(array) in _NDARRAYS else array.data_ptr()
-    return where
+    """Where an array with compiled kernels lies now."""
+    if type(array) in _NDARRAYS:
+        return int(array.ctypes.data)
+    if type(array) in _TENSOR_TYPES:
+        return int(array.data_ptr())
+    return layout_of(array).address
 
 
 def memory(array: Array) -> tuple[int, int]:
-    """Where a host array lies, and, of a tensor, how many bytes its storage holds."""
+    """Where an array lies, and, of a tensor, how many bytes its storage holds."""
     if type(array) in _NDARRAYS:
         return array.ctypes.data, 0
-    return array.data_ptr(), array.untyped_storage().nbytes()
+    if array_api_compat.is_torch_array(array):
+        return array.data_ptr(), array.untyped_storage().nbytes()
+    return layout_of(array).address, 0
 
 
 def writeable_copy(array: Array) -> Array:
@@ -125,13 +147,15 @@ def writeable_copy(array: Array) -> Array:
 
 
 def signature(array: Array) -> object:
-    """All that a verdict on a host array rests on, other than its address; None where that cannot be read quickly."""
+    """All that a verdict on an array rests on, other than its address; None where that cannot be read quickly."""
     kind = type(array)
     if kind in _NDARRAYS:
         return kind, array.dtype, array.shape, array.strides, array.flags.num & _ALIGNED_WRITEABLE
     if kind not in _TENSOR_TYPES:
+        if array_api_compat.is_cupy_array(array):
+            return kind, array.dtype, array.shape, array.strides, array.device.id
         if not array_api_compat.is_torch_array(array):
-            return None
+            return gpu_arrays.signature(array) if gpu_arrays.is_cuda_array(array) else None
         _TENSOR_TYPES.add(kind)
     try:
         held = array.untyped_storage().nbytes(), array.storage_offset()
@@ -178,6 +202,10 @@ def check_variable(name: str, array: Array) -> None:
         hint = ": pass `np.asarray(value)`" if isinstance(array, (int, float, list)) else ""
         raise TypeError(f"variable {name!r} is {array!r} of type {type(array).__name__}; expected an array{hint}")
     kind = library(array)
+    if kind == "cuda":
+        gpu_arrays.require(f"variable {name!r}", array)
+        if gpu_arrays.is_read_only(array):
+            raise ValueError(f"variable {name!r} is read-only; expected an array that can be written")
     if kind == "numpy":
         _check_ndarray(f"variable {name!r}", array)
         if isinstance(array, np.generic):
@@ -196,10 +224,12 @@ def check_variable(name: str, array: Array) -> None:
         if array.is_conj() or array.is_neg():
             raise ValueError(f"variable {name!r} is a lazy conjugate or negative; pass `resolve_conj().resolve_neg()`")
     _check_dtype(f"variable {name!r}", array)
-    if kind != "array_api" and _overlaps_itself(host_layout(array)):
+    if kind == "cuda" and not _is_aligned(array):
+        raise ValueError(f"variable {name!r} is not aligned in memory; expected an aligned array: pass a copy")
+    if kind != "array_api" and _overlaps_itself(layout_of(array)):
         raise ValueError(
             f"variable {name!r} holds several elements at one address (shape {tuple(array.shape)}, strides "
-            f"{host_layout(array).strides} bytes); expected an array that is not broadcast: pass a copy"
+            f"{layout_of(array).strides} bytes); expected an array that is not broadcast: pass a copy"
         )
 
 
@@ -238,8 +268,10 @@ def read_directly(gradient: Array, variable: Array) -> bool:
     """Whether the kernels of a host variable read this gradient where it lies; others are cast into a scratch copy."""
     if isinstance(gradient, np.ndarray):
         plain = bool(gradient.flags.aligned)
+    elif array_api_compat.is_torch_array(gradient):
+        plain = not gradient.is_conj() and not gradient.is_neg()
     else:
-        plain = not isinstance(gradient, np.generic) and not gradient.is_conj() and not gradient.is_neg()
+        plain = not isinstance(gradient, np.generic) and _is_aligned(gradient)
     return plain and dtype_name(gradient) in (dtype_name(variable), SLOT[dtype_name(variable)])
 
 
@@ -247,6 +279,8 @@ def zeros_like(array: Array, dtype: str) -> Array:
     """Zeros of an array's library, shape, memory order and device, in another dtype."""
     if isinstance(array, np.ndarray):
         return np.zeros_like(array, dtype=dtype, order="K", subok=False)
+    if library(array) == "cuda":
+        return gpu_arrays.zeros_like(array, dtype)
     xp = namespace(array)
     if array_api_compat.is_torch_array(array):
         return xp.zeros_like(array.detach(), dtype=getattr(xp, dtype))
@@ -276,6 +310,8 @@ def write(array: Array, value: Array) -> None:
             note_writes([array])
     elif array_api_compat.is_numpy_array(array):
         array[...] = value
+    elif library(array) == "cuda" and gpu_arrays.is_foreign(array):
+        gpu_arrays.write(array, to_numpy(value))
     else:
         xp = namespace(array)
         array[...] = xp.astype(xp.asarray(value, device=array_api_compat.device(array)), array.dtype)
@@ -306,16 +342,23 @@ def like(array: Array, value: Array) -> Array:
 
 
 def cast(scratch: Array, value: Array) -> None:
-    """Fill a scratch array on the host with a value of another dtype or layout; what is too large becomes infinite."""
+    """Fill a scratch array with a value of another dtype or layout; what is too large becomes infinite."""
     if isinstance(scratch, np.ndarray):
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             np.copyto(scratch, value, casting="unsafe")
-    else:
+    elif array_api_compat.is_torch_array(scratch):
         scratch.copy_(value.detach())
+    elif array_api_compat.is_cupy_array(scratch):
+        scratch[...] = value
+    else:
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            gpu_arrays.write(scratch, gpu_arrays.to_numpy(value))
 
 
 def to_numpy(array: Array) -> np.ndarray[Any, Any]:
     """A NumPy copy of an array of any library; torch's bfloat16 becomes float32, which holds it exactly."""
+    if library(array) == "cuda":
+        return gpu_arrays.to_numpy(array)
     if array_api_compat.is_torch_array(array):
         array = array.detach().cpu()
         array = array.float() if dtype_name(array) == "bfloat16" else array
@@ -355,7 +398,7 @@ def check_tensor(what: str, array: Array) -> None:
         raise TypeError(f"{what} is on device meta, where nothing is stored; expected a tensor with data")
     try:
         held = array.untyped_storage().nbytes() - array.storage_offset() * array.element_size()
-        low, high = extent(host_layout(array)._replace(address=0)) if array.device.type == "cpu" else (0, 0)
+        low, high = extent(layout_of(array)._replace(address=0)) if array.device.type in ("cpu", "cuda") else (0, 0)
         whole = low >= 0 and high <= held and (high == 0 or array.data_ptr() != 0)
     except (RuntimeError, NotImplementedError, ValueError, KeyError) as error:
         raise TypeError(f"{what} is a tensor whose elements are not at one place in memory ({error})") from None
@@ -363,6 +406,11 @@ def check_tensor(what: str, array: Array) -> None:
         raise ValueError(
             f"{what} has shape {tuple(array.shape)}, but its storage holds {held} bytes; expected all of it"
         )
+
+
+def _is_aligned(array: Array) -> bool:
+    layout = layout_of(array)
+    return layout.address % min(ITEMSIZE.get(layout.dtype, 1), 8) == 0
 
 
 def _check_dtype(what: str, array: Array) -> None:

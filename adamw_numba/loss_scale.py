@@ -156,7 +156,7 @@ class LossScaleOptimizer:
         return [name for name, _, _ in self._places()]
 
     def _places(self) -> list[Place]:
-        return self._state.places() + self.inner_optimizer._state.places()
+        return self._state.places() + self.inner_optimizer._places()
 
     def build(self, variables: Container) -> None:
         """Build the inner optimizer: see `AdamW.build`."""

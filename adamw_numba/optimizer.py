@@ -18,7 +18,7 @@ from . import arrays, matching, schedules, stateless, step
 from . import hyperparameters as hp
 from .arrays import Array
 from .containers import Container, flatten, in_order, materialized, rebuild
-from .state import State, load, new_slots, replace, save
+from .state import Place, State, load, new_slots, replace, save
 from .step import Built, Call
 
 
@@ -172,6 +172,7 @@ class AdamW:
     def learning_rate(self) -> float:
         """The learning rate of the next step. Setting takes a float, a schedule or a callable, at any time."""
         if self._learning_rate is not None:
+            self._catch_up()
             return float(self._learning_rate(self._state.scalars["iteration"].item()))
         return float(self._state.scalars["learning_rate"])
 
@@ -189,6 +190,7 @@ class AdamW:
     @property
     def iterations(self) -> int:
         """Updates so far: calls of `apply`, divided by ``gradient_accumulation_steps``."""
+        self._catch_up()
         return int(self._state.scalars["iteration"]) // (self.gradient_accumulation_steps or 1)
 
     @property
@@ -199,17 +201,17 @@ class AdamW:
     @property
     def variables(self) -> list[Array]:
         """The arrays of the state, live, in Keras's order; float32 masters of 16-bit variables follow it."""
-        return [own[key] for _, own, key in self._state.places()]
+        return [own[key] for _, own, key in self._places()]
 
     @property
     def variable_names(self) -> list[str]:
         """The names of `variables`: ``iteration``, ``learning_rate``, ``momentum/<name>``, ..."""
-        return [name for name, _, _ in self._state.places()]
+        return [name for name, _, _ in self._places()]
 
     @property
     def state(self) -> dict[str, Array]:
         """The arrays of the state, live, by name."""
-        return {name: own[key] for name, own, key in self._state.places()}
+        return {name: own[key] for name, own, key in self._places()}
 
     @property
     def averages(self) -> list[Array]:
@@ -219,12 +221,14 @@ class AdamW:
     @property
     def last_step(self) -> LastStep | None:
         """What the last call of `apply` did; None before the first."""
+        self._catch_up()
         last: LastStep | None = self._last[0]
         return last
 
     @property
     def skipped_steps(self) -> int:
         """How many steps ``nonfinite="skip"`` has left out."""
+        self._catch_up()
         return int(self._last[1])
 
     def __repr__(self) -> str:
@@ -505,19 +509,24 @@ class AdamW:
         nonfinite: str,
         more: Callable[[bool], list[Call]] | None = None,
     ) -> None:
-        iteration = self._state.scalars["iteration"]
+        iteration, key = self._state.scalars["iteration"], self._key(loss_scale)
+        for device in built.devices:
+            asks = device.has_captures or key is None or more or nonfinite == "raise"
+            if not device.is_certain and asks and not device.looks_captured():
+                self._catch_up()
         number = iteration.item()
         rates = self._rates(number)
         if iteration.item() != number:
             raise RuntimeError("a callable rate has itself taken a step; expected it to return a number only")
         if not 0 <= number < 2**62 or not iteration.flags.writeable:
             raise ValueError(f"the iteration is {number} or read-only; expected a counter that can go on")
-        prepared = step.prepare(self, built, gradients, number, rates, loss_scale, nonfinite)
+        taken = step.Step(number, self._rates, rates, key, loss_scale, nonfinite, waits=more is not None)
+        prepared = step.prepare(self, built, gradients, taken)
         calls: list[Call] = [(operator.setitem, self._last, 0, LastStep(prepared.norm, prepared.applied, rates[0]))]
-        if prepared.applied:
-            calls.append((operator.setitem, iteration, (), number + 1))
-        else:
+        if not prepared.applied:
             calls.append((operator.setitem, self._last, 1, self._last[1] + 1))
+        elif prepared.counted:
+            calls.append((operator.setitem, iteration, (), number + 1))
         step.commit(prepared, calls + more(prepared.applied) if more else calls)
 
     def _rates(self, number: Any, learning_rate: Any = None) -> tuple[Any, Any]:
@@ -528,6 +537,66 @@ class AdamW:
             learning_rate = self._state.scalars["learning_rate"].item()
         decay = self.__dict__["_weight_decay_rate"]
         return learning_rate, self.weight_decay if decay is None else decay(number)
+
+    def _key(self, loss_scale: float) -> object:
+        """Equal for steps whose coefficients follow from the iteration alone, in the same way; None if they may not."""
+        rate: Any = self._learning_rate
+        rates = [None if rate is None else rate.function, self.weight_decay]
+        if any(callable(rate) and type(rate).__module__ != schedules.__name__ for rate in rates):
+            return None
+        own = self._state.scalars["learning_rate"].item() if rates[0] is None else None
+        return own, *rates, loss_scale, *_NUMBERS(self)
+
+    def _catch_up(self) -> None:
+        """Ask a GPU that decides and counts by itself, if there is anything to ask; waits for it."""
+        device = self._built and self._built.resident
+        if not device or not device.pending:
+            return
+        with self._lock:
+            report = device.report()
+            iteration = self._state.scalars["iteration"]
+            iteration[...] = report.iteration
+            self._last[1] += device.skipped
+            device.skipped = 0
+            if self._last[0] is not None or report.iteration:
+                rate = self._rates(report.iteration - report.applied)[0] if self._key(1.0) else self._last[0][2]
+                self._last[0] = LastStep(report.norm, report.applied, rate)
+
+    def _places(self) -> list[Place]:
+        self._catch_up()
+        return self._state.places()
+
+    def update_hyperparameters(self, steps: int = 1024) -> None:
+        """Send a GPU the coefficients of the next `steps` steps, for the replays of a captured graph; waits for it.
+
+        Needed before a graph that holds a step is replayed more often than that, and after any change of a
+        hyperparameter, to have the replays follow it. Without a GPU nothing happens.
+
+        Parameters
+        ----------
+        steps : int, default 1024
+            A graph that is replayed more often does nothing any more, and the next look at the optimizer raises
+            RuntimeError.
+
+        Raises
+        ------
+        ValueError
+            If the optimizer is not built, or ``steps`` is no positive integer.
+        """
+        built = self._require_built("update_hyperparameters")
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"`steps` must be an integer >= 1. Received: steps={steps!r}")
+        if built.resident is None:
+            return
+        with self._lock:
+            self._catch_up()
+            first, scale = self._state.scalars["iteration"].item(), self.loss_scale_factor or 1.0
+            built.resident.send_rows_now(
+                first,
+                steps,
+                lambda k: step.row(self, step.numbers_of(self, k, self._rates(k), scale)),
+                self._key(scale),
+            )
 
     def _match(self, grads: Container, variables: Container | None) -> tuple[Any, Sequence[Array | None]]:
         """What is built, here if need be, and the gradients in its order; no gradients at all are an empty list."""
@@ -668,12 +737,12 @@ class AdamW:
         """
         with self._lock:
             self._require_built("set_weights")
-            replace(self._state.places(), list(weights), "weights")
+            replace(self._places(), list(weights), "weights")
 
     def save_own_variables(self, store: Any) -> None:
         """Put a NumPy copy of every array of `variables` into a mapping, under ``"0"``, ``"1"``, ... as Keras does."""
         with self._lock:
-            save(self._state.places(), store)
+            save(self._places(), store)
 
     def load_own_variables(self, store: Any) -> None:
         """Take every array of `variables` from a mapping that `save_own_variables`, of ours or of Keras, has filled.
@@ -685,11 +754,12 @@ class AdamW:
         """
         with self._lock:
             self._require_built("load_own_variables")
-            load(self._state.places(), store)
+            load(self._places(), store)
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_not_swapped()
-        built = self._built and self._built._replace(plan=None, tensors=[])
+        self._catch_up()
+        built = self._built and self._built._replace(plan=None, devices=[], tensors=[])
         return {key: value for key, value in vars(self).items() if key != "_lock"} | {"_built": built}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -727,6 +797,9 @@ def _renew_locks() -> None:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_locks)
 
+_NUMBERS = operator.attrgetter(
+    "beta_1", "beta_2", "epsilon", "ema_momentum", "ema_overwrite_frequency", "clipnorm", "global_clipnorm", "clipvalue"
+)
 _CHECKED = [key for key, value in vars(AdamW).items() if isinstance(value, hp.Hyperparameter)]
 _ELSEWHERE = {
     "lr": "learning_rate",

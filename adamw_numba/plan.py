@@ -65,42 +65,41 @@ _UNSEEN = Verdict("no gradient yet", Layout(0, (), (), "float32"), 0, 0, True)
 
 
 class Plan:
-    """The arrays of one optimizer that lie on the host, as the compiled kernels see them.
+    """The arrays of one optimizer that lie at one place: where they are, and what is known of them.
 
     Parameters
     ----------
+    place : str
+        ``cpu``, or a GPU: ``cuda:0``.
     names : list of str
     variables : list of arrays
-        NumPy arrays and torch tensors on the CPU; None for a variable that lies elsewhere, which the plan skips.
+        None for a variable that lies elsewhere, which the plan skips.
     slots : list of dict
         The state of each variable, by the names of `_ROWS`: arrays of one layout.
 
     Attributes
     ----------
-    factors : array of float64, shape (2, n)
-        What each variable multiplies the decay and the scale of its gradient with.
-    threads : int or None
-        The most threads to use; None for Numba's own number.
+    table : array of int64, shape (8, n)
+        The address of each variable, its gradient and its slots.
+    own : list of int
+        Which variables lie here.
     """
 
-    def __init__(self, names: Sequence[str], variables: Sequence[Array], slots: Sequence[dict[str, Array]]) -> None:
-        self.names, self.variables, self.slots = names, variables, slots
-        self.threads: int | None = None
-        self.host = [i for i, variable in enumerate(variables) if variable is not None]
+    def __init__(
+        self, place: str, names: Sequence[str], variables: Sequence[Array], slots: Sequence[dict[str, Array]]
+    ) -> None:
+        self.place, self.names, self.variables, self.slots = place, names, variables, slots
+        self.own = [i for i, variable in enumerate(variables) if variable is not None]
         self.table = np.zeros((8, len(names)), np.int64)
-        self.factors = np.ones((2, len(names)))
-        self.numbers = np.zeros(cpu.HOW_MANY)
-        self.groups: list[Group] = []
-        self._sums = np.zeros((MOST_PARTS, cpu.LANES))
         self._verdicts: dict[tuple[str, int], Verdict] = {}
         self._scratch: dict[int, Array] = {}
         self._held: list[Array | None] = []
         self._arrangement: list[tuple[Layout, Layout]] = []
         # What a step writes: row and column in the table, and the array; the variables first.
-        self._places = [(cpu.P, i, variables[i]) for i in self.host]
-        self._places += [(_ROWS[key], i, slot) for i in self.host for key, slot in slots[i].items()]
-        self._slot_layouts = [arrays.host_layout(array) for _, _, array in self._places]
-        self._layout_of_slots = {i: arrays.host_layout(slots[i]["momentum"]) for i in self.host}
+        self._places = [(cpu.P, i, variables[i]) for i in self.own]
+        self._places += [(_ROWS[key], i, slot) for i in self.own for key, slot in slots[i].items()]
+        self._slot_layouts = [arrays.layout_of(array) for _, _, array in self._places]
+        self._layout_of_slots = {i: arrays.layout_of(slots[i]["momentum"]) for i in self.own}
         self._claimed: list[Layout] = []
         self._memory: list[tuple[int, int]] = []
         self._ranges = np.zeros((2, 0), np.int64)
@@ -132,19 +131,198 @@ class Plan:
         written = [self._written_layout(k) for k in range(len(self._places))]
         if written != self._claimed:
             self._claim(written)
-        pairs = [(written[k], self._gradient_layout(i, gradients[i])) for k, i in enumerate(self.host)]
+        pairs = [(written[k], self._gradient_layout(i, gradients[i])) for k, i in enumerate(self.own)]
         arrangement = [(p._replace(address=0), g._replace(address=0)) for p, g in pairs]
         if arrangement != self._arrangement:
             self._arrangement = []
-            self.groups = list(self._arrange(arrangement))
+            self._arrange(arrangement)
             self._arrangement = arrangement
         for (row, i, _), layout in zip(self._places, written, strict=True):
             self.table[row, i] = layout.address
-        for i, (_, g) in zip(self.host, pairs, strict=True):
+        for i, (_, g) in zip(self.own, pairs, strict=True):
             self.table[cpu.G, i] = g.address
         self._memory = [arrays.memory(array) for _, _, array in self._places]
         self._known = self._signatures()
         self._headers = self._remember()
+
+    def _is_as_known(
+        self, gradients: Sequence[Array | None], signatures: list[object], known: list[Verdict], spans: Matrix
+    ) -> bool:
+        """Read all addresses, where nothing else has changed; False where a closer look is needed."""
+        found = [gradients[i] for i in self.own]
+        if [arrays.signature(self.variables[i]) for i in self.own] != signatures:
+            return False
+        if any(g is not None and arrays.signature(g) != seen.signature for g, seen in zip(found, known, strict=True)):
+            return False
+        if [arrays.memory(array) for _, _, array in self._places] != self._memory:
+            return False
+        addresses = np.array([0 if g is None else arrays.address(g) for g in found], np.int64)
+        lows, highs = self._ranges
+        nearest = np.searchsorted(highs, addresses + spans[0], side="right")
+        beginnings = np.append(lows, np.iinfo(np.int64).max)[nearest]
+        if ((addresses != 0) & (beginnings < addresses + spans[1])).any():
+            return False
+        for k, (g, seen) in enumerate(zip(found, known, strict=True)):
+            if g is not None and not seen.direct:
+                addresses[k] = self._cast(self.own[k], g).address
+        self.table[cpu.G, self.own] = addresses
+        return True
+
+    def _signatures(self) -> tuple[list[object], list[Verdict], Matrix]:
+        """What `_is_as_known` compares the next step's arrays with."""
+        known = [self._verdicts.get(("gradient", i), _UNSEEN) for i in self.own]
+        spans = np.array([[seen.low for seen in known], [seen.high for seen in known]], np.int64)
+        return [self._verdicts["variable", i].signature for i in self.own], known, spans
+
+    def _written_layout(self, k: int) -> Layout:
+        """Where a variable or a slot lies now; it must still be what it was when the optimizer was built."""
+        row, i, array = self._places[k]
+        known = self._slot_layouts[k]
+        if row != cpu.P:
+            if arrays.library(array) == "torch":
+                arrays.check_tensor(self._name(k), array)
+            layout = arrays.layout_of(array)
+            if layout[1:] != known[1:] or not getattr(getattr(array, "flags", None), "writeable", True):
+                raise ValueError(
+                    f"{self._name(k)} has become an array of shape {layout.shape} and dtype "
+                    f"{layout.dtype}, or read-only; expected it to stay as it was built"
+                )
+            return layout
+        seen, signature = self._verdicts.get(("variable", i)), arrays.signature(array)
+        if seen is None or seen.signature != signature:
+            if arrays.place(array) != self.place:
+                raise ValueError(
+                    f"variable {self.names[i]!r} has moved to {arrays.device(array)}; expected it on {self.place}"
+                )
+            arrays.check_variable(self.names[i], array)
+            layout = arrays.layout_of(array)
+            if (layout.shape, layout.dtype) != (known.shape, known.dtype):
+                raise ValueError(
+                    f"variable {self.names[i]!r} has become an array of shape {layout.shape} and dtype {layout.dtype}; "
+                    f"expected shape {known.shape} and dtype {known.dtype}, as built"
+                )
+            seen = self._verdicts["variable", i] = _verdict(signature, layout, True)
+        return seen.layout._replace(address=arrays.address(array))
+
+    def _gradient_layout(self, i: int, gradient: Array | None) -> Layout:
+        """Where a kernel reads a gradient; at address 0, laid out like the last one, where there is none."""
+        seen = self._verdicts.get(("gradient", i))
+        if gradient is None:
+            if seen is not None and seen.direct:
+                return seen.layout._replace(address=0)
+            return (arrays.layout_of(self._scratch[i]) if seen else self._layout_of_slots[i])._replace(address=0)
+        signature = arrays.signature(gradient)
+        if seen is None or signature is None or seen.signature != signature:
+            arrays.check_gradient(self.names[i], gradient, self.variables[i])
+            direct = arrays.read_directly(gradient, self.variables[i])
+            seen = _verdict(signature, arrays.layout_of(gradient), direct)
+        self._check_apart(i, arrays.address(gradient), seen)
+        layout = seen.layout._replace(address=arrays.address(gradient)) if seen.direct else self._cast(i, gradient)
+        self._verdicts["gradient", i] = seen
+        return layout
+
+    def _cast(self, i: int, gradient: Array) -> Layout:
+        """Where a gradient lies that has been cast to what the kernels read."""
+        if i not in self._scratch:
+            dtype = arrays.SLOT[arrays.dtype_name(self.variables[i])]
+            self._scratch[i] = arrays.zeros_like(self.variables[i], dtype)
+        arrays.cast(self._scratch[i], gradient)
+        return arrays.layout_of(self._scratch[i])
+
+    def _claim(self, written: list[Layout]) -> None:
+        """Note the ranges of memory that a step writes; refuse variables that overlap."""
+        whole = [(*arrays.extent(layout), k) for k, layout in enumerate(written)]
+        variables = sorted(whole[: len(self.own)])
+        for position, (_, high, k) in enumerate(variables):
+            for low, _, other in variables[position + 1 :]:
+                if low >= high:
+                    break
+                if arrays.share_memory(written[k], written[other]):
+                    raise ValueError(
+                        f"{self._name(k)} and {self._name(other)} share memory; expected arrays that do not overlap"
+                    )
+        ranges: list[list[int]] = []
+        for low, high, _ in sorted(whole):
+            if ranges and low < ranges[-1][1]:
+                ranges[-1][1] = max(ranges[-1][1], high)
+            elif low < high:
+                ranges.append([low, high])
+        self._ranges = np.array(ranges, np.int64).reshape(-1, 2).T.copy()
+        self._claimed = written
+
+    def _name(self, k: int) -> str:
+        row, i, _ = self._places[k]
+        return f"variable {self.names[i]!r}" if row == cpu.P else f"the {_NAMES[row]} of {self.names[i]!r}"
+
+    def _check_apart(self, i: int, address: int, seen: Verdict) -> None:
+        """Refuse a gradient that shares memory with what a step writes."""
+        lows, highs = self._ranges
+        nearest = int(np.searchsorted(highs, address + seen.low, side="right"))
+        if nearest == lows.size or lows[nearest] >= address + seen.high or seen.low == seen.high:
+            return
+        layout = seen.layout._replace(address=address)
+        for k, other in enumerate(self._claimed):
+            low, high = arrays.extent(other)
+            if low < address + seen.high and address + seen.low < high and arrays.share_memory(layout, other):
+                raise ValueError(
+                    f"the gradient of {self.names[i]!r} shares memory with {self._name(k)}; expected a copy"
+                )
+
+    def _arrange(self, arrangement: Sequence[tuple[Layout, Layout]]) -> None:
+        """Lay out the work for variables and gradients of these layouts."""
+        raise NotImplementedError
+
+    def _runs(self, arrangement: Sequence[tuple[Layout, Layout]]) -> Iterator[tuple[tuple[str, str], Matrix]]:
+        """For each variable, how it and its gradient are stored, and its elements as evenly spaced runs."""
+        for i, (p, g) in zip(self.own, arrangement, strict=True):
+            runs = _runs(i, p, g, self._layout_of_slots[i])
+            if len(runs):
+                yield (_real(p.dtype), _real(g.dtype)), runs
+
+    def _remember(self) -> tuple[Matrix, ...] | None:
+        """What `headers.read` compares the next step's arrays with; None where it cannot read them all."""
+        gradients = [self._verdicts.get(("gradient", i), _UNSEEN) for i in range(len(self.names))]
+        numpy = all(type(array) in _FAST_TYPES for array in (*self.variables, *(a for _, _, a in self._places)))
+        if not numpy or None in self.own or len(self.own) < len(self.names) or not all(g.direct for g in gradients):
+            return None
+        records = []
+        for (_, _, array), layout in zip(self._places, self._claimed, strict=True):
+            low, high = arrays.extent(layout)
+            flags = headers.ALIGNED | headers.WRITEABLE
+            records.append(headers.record(flags, layout, array.dtype, low - layout.address, high - layout.address))
+        for seen in gradients:
+            records.append([0] * 5 if seen is _UNSEEN else seen.record(headers.ALIGNED))
+        starts = np.cumsum([0] + [len(record) for record in records])
+        owned = np.array([id(array) for _, _, array in self._places], np.int64)
+        places = np.array([place[:2] for place in self._places], np.int64)
+        return owned, places, np.concatenate([np.array(record, np.int64) for record in records]), starts
+
+
+class HostPlan(Plan):
+    """The arrays of one optimizer that lie on the host, as the compiled kernels see them.
+
+    Attributes
+    ----------
+    factors : array of float64, shape (2, n)
+        What each variable multiplies the decay and the scale of its gradient with.
+    threads : int or None
+        The most threads to use; None for Numba's own number.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        variables: Sequence[Array],
+        slots: Sequence[dict[str, Array]],
+        decayed: Sequence[bool],
+    ) -> None:
+        self.threads: int | None = None
+        self.factors = np.ones((2, len(names)))
+        self.factors[cpu.DECAY] = decayed
+        self.numbers = np.zeros(cpu.HOW_MANY)
+        self.groups: list[Group] = []
+        self._sums = np.zeros((MOST_PARTS, cpu.LANES))
+        super().__init__("cpu", names, variables, slots)
 
     def update_calls(
         self, c: Coefficients, top: Flag, average: Flag, total: Flag, limit: Flag, overwrite: bool
@@ -163,10 +341,6 @@ class Plan:
     def set_numbers(self, c: Coefficients, overwrite: bool) -> None:
         """Put the numbers of this step where the kernels read them."""
         self.numbers[:] = (*c, overwrite, 1.0)
-
-    def set_decayed(self, decayed: Sequence[bool]) -> None:
-        """Which variables the weight decay applies to."""
-        self.factors[cpu.DECAY] = decayed
 
     def set_clips(self, clips: Matrix | None) -> None:
         """What each variable's gradient is multiplied with; None where nothing is clipped by norm."""
@@ -213,176 +387,33 @@ class Plan:
             squares[i] = np.square(np.float64(norm) * scale)
         return squares
 
-    def _is_as_known(
-        self, gradients: Sequence[Array | None], signatures: list[object], known: list[Verdict], spans: Matrix
-    ) -> bool:
-        """Read all addresses, where nothing else has changed; False where a closer look is needed."""
-        found = [gradients[i] for i in self.host]
-        if [arrays.signature(self.variables[i]) for i in self.host] != signatures:
-            return False
-        if any(g is not None and arrays.signature(g) != seen.signature for g, seen in zip(found, known, strict=True)):
-            return False
-        if [arrays.memory(array) for _, _, array in self._places] != self._memory:
-            return False
-        addresses = np.array([0 if g is None else arrays.address(g) for g in found], np.int64)
-        lows, highs = self._ranges
-        nearest = np.searchsorted(highs, addresses + spans[0], side="right")
-        beginnings = np.append(lows, np.iinfo(np.int64).max)[nearest]
-        if ((addresses != 0) & (beginnings < addresses + spans[1])).any():
-            return False
-        for k, (g, seen) in enumerate(zip(found, known, strict=True)):
-            if g is not None and not seen.direct:
-                addresses[k] = self._cast(self.host[k], g).address
-        self.table[cpu.G, self.host] = addresses
-        return True
-
-    def _signatures(self) -> tuple[list[object], list[Verdict], Matrix]:
-        """What `_is_as_known` compares the next step's arrays with."""
-        known = [self._verdicts.get(("gradient", i), _UNSEEN) for i in self.host]
-        spans = np.array([[seen.low for seen in known], [seen.high for seen in known]], np.int64)
-        return [self._verdicts["variable", i].signature for i in self.host], known, spans
-
-    def _written_layout(self, k: int) -> Layout:
-        """Where a variable or a slot lies now; it must still be what it was when the optimizer was built."""
-        row, i, array = self._places[k]
-        known = self._slot_layouts[k]
-        if row != cpu.P:
-            if arrays.library(array) == "torch":
-                arrays.check_tensor(self._name(k), array)
-            layout = arrays.host_layout(array)
-            if layout[1:] != known[1:] or not getattr(getattr(array, "flags", None), "writeable", True):
-                raise ValueError(
-                    f"{self._name(k)} has become an array of shape {layout.shape} and dtype "
-                    f"{layout.dtype}, or read-only; expected it to stay as it was built"
-                )
-            return layout
-        seen, signature = self._verdicts.get(("variable", i)), arrays.signature(array)
-        if seen is None or seen.signature != signature:
-            if arrays.library(array) == "array_api":
-                raise ValueError(
-                    f"variable {self.names[i]!r} has moved to {arrays.device(array)}; expected it on the cpu"
-                )
-            arrays.check_variable(self.names[i], array)
-            layout = arrays.host_layout(array)
-            if (layout.shape, layout.dtype) != (known.shape, known.dtype):
-                raise ValueError(
-                    f"variable {self.names[i]!r} has become an array of shape {layout.shape} and dtype {layout.dtype}; "
-                    f"expected shape {known.shape} and dtype {known.dtype}, as built"
-                )
-            seen = self._verdicts["variable", i] = _verdict(signature, layout, True)
-        return seen.layout._replace(address=arrays.address(array))
-
-    def _gradient_layout(self, i: int, gradient: Array | None) -> Layout:
-        """Where a kernel reads a gradient; at address 0, laid out like the last one, where there is none."""
-        seen = self._verdicts.get(("gradient", i))
-        if gradient is None:
-            if seen is not None and seen.direct:
-                return seen.layout._replace(address=0)
-            return (arrays.host_layout(self._scratch[i]) if seen else self._layout_of_slots[i])._replace(address=0)
-        signature = arrays.signature(gradient)
-        if seen is None or signature is None or seen.signature != signature:
-            arrays.check_gradient(self.names[i], gradient, self.variables[i])
-            direct = arrays.read_directly(gradient, self.variables[i])
-            seen = _verdict(signature, arrays.host_layout(gradient), direct)
-        self._check_apart(i, arrays.address(gradient), seen)
-        layout = seen.layout._replace(address=arrays.address(gradient)) if seen.direct else self._cast(i, gradient)
-        self._verdicts["gradient", i] = seen
-        return layout
-
-    def _cast(self, i: int, gradient: Array) -> Layout:
-        """Where a gradient lies that has been cast to what the kernels read."""
-        if i not in self._scratch:
-            dtype = arrays.SLOT[arrays.dtype_name(self.variables[i])]
-            self._scratch[i] = arrays.zeros_like(self.variables[i], dtype)
-        arrays.cast(self._scratch[i], gradient)
-        return arrays.host_layout(self._scratch[i])
-
-    def _claim(self, written: list[Layout]) -> None:
-        """Note the ranges of memory that a step writes; refuse variables that overlap."""
-        whole = [(*arrays.extent(layout), k) for k, layout in enumerate(written)]
-        variables = sorted(whole[: len(self.host)])
-        for position, (_, high, k) in enumerate(variables):
-            for low, _, other in variables[position + 1 :]:
-                if low >= high:
-                    break
-                if arrays.share_memory(written[k], written[other]):
-                    raise ValueError(
-                        f"{self._name(k)} and {self._name(other)} share memory; expected arrays that do not overlap"
-                    )
-        ranges: list[list[int]] = []
-        for low, high, _ in sorted(whole):
-            if ranges and low < ranges[-1][1]:
-                ranges[-1][1] = max(ranges[-1][1], high)
-            elif low < high:
-                ranges.append([low, high])
-        self._ranges = np.array(ranges, np.int64).reshape(-1, 2).T.copy()
-        self._claimed = written
-
-    def _name(self, k: int) -> str:
-        row, i, _ = self._places[k]
-        return f"variable {self.names[i]!r}" if row == cpu.P else f"the {_NAMES[row]} of {self.names[i]!r}"
-
-    def _check_apart(self, i: int, address: int, seen: Verdict) -> None:
-        """Refuse a gradient that shares memory with what a step writes."""
-        lows, highs = self._ranges
-        nearest = int(np.searchsorted(highs, address + seen.low, side="right"))
-        if nearest == lows.size or lows[nearest] >= address + seen.high or seen.low == seen.high:
-            return
-        layout = seen.layout._replace(address=address)
-        for k, other in enumerate(self._claimed):
-            low, high = arrays.extent(other)
-            if low < address + seen.high and address + seen.low < high and arrays.share_memory(layout, other):
-                raise ValueError(
-                    f"the gradient of {self.names[i]!r} shares memory with {self._name(k)}; expected a copy"
-                )
-
-    def _arrange(self, arrangement: Sequence[tuple[Layout, Layout]]) -> Iterator[Group]:
+    def _arrange(self, arrangement: Sequence[tuple[Layout, Layout]]) -> None:
         rows: dict[tuple[str, str, bool | None], list[Matrix]] = {}
-        for i, (p, g) in zip(self.host, arrangement, strict=True):
-            types = _real(p.dtype), _real(g.dtype)
-            for work in _chunks(i, p, g, self._layout_of_slots[i]):
-                sizes = [arrays.ITEMSIZE[types[0]], arrays.ITEMSIZE[types[1]], arrays.ITEMSIZE[arrays.COMPUTE[p.dtype]]]
-                strided = None if (work[0, cpu.P_STEP :] == sizes).all() else True
-                rows.setdefault((*types, strided), []).append(work)
-        for (p_type, g_type, strided), works in rows.items():
-            work = np.concatenate(works)
-            ends = np.cumsum(work[:, cpu.COUNT])
-            work[1:, cpu.START] = ends[:-1]
-            partials, block = np.zeros(len(work)), np.zeros(8, np.int64)
-            own = {
-                cpu.WORK: work,
-                cpu.TABLE: self.table,
-                cpu.FACTORS: self.factors,
-                cpu.NUMBERS: self.numbers,
-                cpu.PARTIALS: partials,
-                cpu.SUMS: self._sums,
-            }
-            for entry, array in own.items():
-                block[entry] = array.ctypes.data
-            block[cpu.CHUNKS], block[cpu.ARRAYS] = len(work), len(self.names)
-            master = True if "master" in self.slots[work[0, cpu.ARRAY]] else None
-            compute = arrays.COMPUTE[p_type]
-            yield Group(
-                p_type, g_type, compute, strided, master, work, partials, block, block.ctypes.data, int(ends[-1])
-            )
+        for types, runs in self._runs(arrangement):
+            work = _chunks(runs)
+            sizes = [arrays.ITEMSIZE[types[0]], arrays.ITEMSIZE[types[1]], arrays.ITEMSIZE[arrays.COMPUTE[types[0]]]]
+            strided = None if (work[0, cpu.P_STEP :] == sizes).all() else True
+            rows.setdefault((*types, strided), []).append(work)
+        self.groups = [self._group(*kind, np.concatenate(works)) for kind, works in rows.items()]
 
-    def _remember(self) -> tuple[Matrix, ...] | None:
-        """What `headers.read` compares the next step's arrays with; None where it cannot read them all."""
-        gradients = [self._verdicts.get(("gradient", i), _UNSEEN) for i in range(len(self.names))]
-        numpy = all(type(array) in _FAST_TYPES for array in (*self.variables, *(a for _, _, a in self._places)))
-        if not numpy or None in self.host or len(self.host) < len(self.names) or not all(g.direct for g in gradients):
-            return None
-        records = []
-        for (_, _, array), layout in zip(self._places, self._claimed, strict=True):
-            low, high = arrays.extent(layout)
-            flags = headers.ALIGNED | headers.WRITEABLE
-            records.append(headers.record(flags, layout, array.dtype, low - layout.address, high - layout.address))
-        for seen in gradients:
-            records.append([0] * 5 if seen is _UNSEEN else seen.record(headers.ALIGNED))
-        starts = np.cumsum([0] + [len(record) for record in records])
-        owned = np.array([id(array) for _, _, array in self._places], np.int64)
-        places = np.array([place[:2] for place in self._places], np.int64)
-        return owned, places, np.concatenate([np.array(record, np.int64) for record in records]), starts
+    def _group(self, p_type: str, g_type: str, strided: bool | None, work: Matrix) -> Group:
+        ends = np.cumsum(work[:, cpu.COUNT])
+        work[1:, cpu.START] = ends[:-1]
+        partials, block = np.zeros(len(work)), np.zeros(8, np.int64)
+        own = {
+            cpu.WORK: work,
+            cpu.TABLE: self.table,
+            cpu.FACTORS: self.factors,
+            cpu.NUMBERS: self.numbers,
+            cpu.PARTIALS: partials,
+            cpu.SUMS: self._sums,
+        }
+        for entry, array in own.items():
+            block[entry] = array.ctypes.data
+        block[cpu.CHUNKS], block[cpu.ARRAYS] = len(work), len(self.names)
+        master = True if "master" in self.slots[work[0, cpu.ARRAY]] else None
+        compute = arrays.COMPUTE[p_type]
+        return Group(p_type, g_type, compute, strided, master, work, partials, block, block.ctypes.data, int(ends[-1]))
 
 
 def _verdict(signature: object, layout: Layout, direct: bool) -> Verdict:
@@ -394,12 +425,12 @@ def _real(dtype: str) -> str:
     return arrays.COMPUTE[dtype] if dtype.startswith("complex") else dtype
 
 
-def _chunks(i: int, p: Layout, g: Layout, slot: Layout) -> Iterator[Matrix]:
-    """The work of one variable: runs along one axis, cut into chunks whose size depends on nothing but the shape."""
+def _runs(i: int, p: Layout, g: Layout, slot: Layout) -> Matrix:
+    """The work of one variable: as few runs along one axis as the strides of all its arrays allow."""
     operands = [_axes(layout) for layout in (p, g, slot)]
     shape = operands[0][0]
     if 0 in shape:
-        return
+        return np.zeros((0, 9), np.int64)
     axes = sorted(
         ((size, strides) for size, *strides in zip(shape, *(o[1] for o in operands), strict=True) if size > 1),
         key=lambda axis: -abs(axis[1][2]),
@@ -418,13 +449,20 @@ def _chunks(i: int, p: Layout, g: Layout, slot: Layout) -> Iterator[Matrix]:
     offsets = np.zeros((1, 3), np.int64)
     for size, strides in merged:
         offsets = (offsets[:, None, :] + np.arange(size)[None, :, None] * np.array(strides)).reshape(-1, 3)
-    starts = np.arange(0, count, CHUNK)
-    work = np.zeros((len(offsets), len(starts), 9), np.int64)
-    work[:, :, cpu.ARRAY] = i
-    work[:, :, cpu.COUNT] = np.minimum(count - starts, CHUNK)
-    work[:, :, cpu.P_AT : cpu.S_AT + 1] = offsets[:, None, :] + starts[None, :, None] * np.array(steps)
-    work[:, :, cpu.P_STEP :] = steps
-    yield work.reshape(-1, 9)
+    runs = np.zeros((len(offsets), 9), np.int64)
+    runs[:, cpu.ARRAY], runs[:, cpu.COUNT] = i, count
+    runs[:, cpu.P_AT : cpu.S_AT + 1] = offsets
+    runs[:, cpu.P_STEP :] = steps
+    return runs
+
+
+def _chunks(runs: Matrix) -> Matrix:
+    """Runs of one variable cut into chunks whose size depends on nothing but its shape."""
+    starts = np.arange(0, runs[0, cpu.COUNT], CHUNK)
+    work = np.repeat(runs[:, None, :], len(starts), axis=1)
+    work[:, :, cpu.COUNT] = np.minimum(runs[0, cpu.COUNT] - starts, CHUNK)
+    work[:, :, cpu.P_AT : cpu.S_AT + 1] += starts[None, :, None] * runs[0, cpu.P_STEP :]
+    return work.reshape(-1, 9)
 
 
 def _axes(layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:

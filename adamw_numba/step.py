@@ -3,7 +3,7 @@
 import math
 import operator
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import starmap
 from typing import Any, NamedTuple
 
@@ -27,8 +27,23 @@ class Built(NamedTuple):
     slots: list[dict[str, Array]]
     decayed: list[bool]
     plan: Any  # of the variables on the host; None if there are none
-    elsewhere: list[int]  # the other variables
+    devices: list[Any]  # the plans of GPUs
+    elsewhere: list[int]  # the variables without compiled kernels
     tensors: list[tuple[int, Array]]  # the variables whose versions torch counts
+
+    @property
+    def resident(self) -> Any:
+        """The plan of the one GPU that everything lies on, which can then decide by itself; None otherwise."""
+        return self.devices[0] if len(self.devices) == 1 and self.plan is None and not self.elsewhere else None
+
+
+class Numbers(NamedTuple):
+    """What a step comes to in numbers: see `numbers_of`."""
+
+    c: Coefficients
+    overwrite: bool  # the variables with their averages
+    is_update: bool  # not only an accumulation
+    factor: float  # what norms of the sums that kernels take are multiplied with
 
 
 def _check_writable(name: str, array: Array) -> None:
@@ -46,6 +61,37 @@ class Prepared(NamedTuple):
     calls: list[Call]
     norm: float | None
     applied: bool
+    launches: Sequence[Call] = ()  # on GPUs; may be repeated
+    counted: bool = True  # by the host; otherwise a GPU counts
+
+
+class Step(NamedTuple):
+    """What a step is to be taken with.
+
+    Attributes
+    ----------
+    iteration : int
+        Calls of `apply` so far.
+    rates_at : callable
+        Learning rate and weight decay at an iteration.
+    rates : pair of float
+        The same at this one.
+    key : object
+        Equal for steps whose rates follow from the iteration alone, in the same way; None where they may not.
+    loss_scale : float
+        What gradients are divided by.
+    nonfinite : {"propagate", "skip", "raise"}
+    waits : bool
+        Whether the host has to know at once if the step was applied.
+    """
+
+    iteration: int
+    rates_at: Callable[[int], tuple[float, float]]
+    rates: tuple[float, float]
+    key: object
+    loss_scale: float
+    nonfinite: str
+    waits: bool
 
 
 def build(names: list[str], variables: list[Array], slots: list[dict[str, Array]], excluded: frozenset[str]) -> Built:
@@ -56,7 +102,8 @@ def build(names: list[str], variables: list[Array], slots: list[dict[str, Array]
     ValueError
         If two variables share memory.
     """
-    elsewhere = [i for i, variable in enumerate(variables) if arrays.library(variable) == "array_api"]
+    places = [arrays.place(variable) for variable in variables]
+    elsewhere = [i for i, place in enumerate(places) if place is None]
     for i in elsewhere:
         if arrays.is_mutable(variables[i]):
             _check_writable(names[i], variables[i])
@@ -64,25 +111,33 @@ def build(names: list[str], variables: list[Array], slots: list[dict[str, Array]
         if any(variables[j] is variables[i] for j in elsewhere if j < i):
             raise ValueError(f"variable {names[i]!r} is given twice; expected every array once")
     decayed = [name not in excluded for name in names]
-    plan = None
-    if len(elsewhere) < len(names):
-        from .plan import Plan  # compiled code, imported at first use
+    plan, devices = None, []
+    for where in dict.fromkeys(place for place in places if place is not None):
+        here = [v if place == where else None for v, place in zip(variables, places, strict=True)]
+        if where == "cpu":
+            from .plan import HostPlan  # compiled code, imported at first use
 
-        plan = Plan(names, [None if i in elsewhere else v for i, v in enumerate(variables)], slots)
-        plan.set_decayed(decayed)
+            plan = HostPlan(names, here, slots, decayed)
+        else:
+            from .device_plan import DevicePlan
+
+            devices.append(DevicePlan(where, names, here, slots, decayed))
     tensors = [(i, variable) for i, variable in enumerate(variables) if arrays.has_version(variable)]
-    return Built(names, variables, slots, decayed, plan, elsewhere, tensors)
+    return Built(names, variables, slots, decayed, plan, devices, elsewhere, tensors)
 
 
-def prepare(
-    hyper: Any,
-    built: Built,
-    gradients: Sequence[Array | None],
-    iteration: int,
-    rates: tuple[float, float],
-    loss_scale: float,
-    nonfinite: str,
-) -> Prepared:
+def numbers_of(hyper: Any, iteration: int, rates: tuple[float, float], loss_scale: float) -> Numbers:
+    """The coefficients and decisions of the step after `iteration` others, before any clip by norm."""
+    micro_steps = hyper.gradient_accumulation_steps
+    updates = iteration // (micro_steps or 1)
+    c = coefficients(hyper, updates, *rates, 1 / loss_scale, 1.0)
+    every = hyper.ema_overwrite_frequency if hyper.use_ema else None
+    is_update = not micro_steps or (iteration + 1) % micro_steps == 0
+    overwrite = bool(is_update and every and (updates + 1) % every == 0)
+    return Numbers(c, overwrite, is_update, 1 / micro_steps if micro_steps else 1 / loss_scale)
+
+
+def prepare(hyper: Any, built: Built, gradients: Sequence[Array | None], taken: Step) -> Prepared:
     """Check the gradients and work out the whole step, without writing anything that the user owns.
 
     Parameters
@@ -90,36 +145,77 @@ def prepare(
     hyper : AdamW
         Anything with its hyperparameters as attributes.
     gradients : list of arrays and None, in the order of the variables
-    iteration : int
-        Calls of `apply` so far.
-    rates : pair of float
-        Learning rate and weight decay.
-    loss_scale : float
-        What gradients are divided by.
-    nonfinite : {"propagate", "skip", "raise"}
+    taken : Step
     """
     _refresh(built, gradients, hyper.threads)
-    micro_steps = hyper.gradient_accumulation_steps
-    is_update = not micro_steps or (iteration + 1) % micro_steps == 0
-    updates = iteration // (micro_steps or 1)
-    c = coefficients(hyper, updates, *rates, 1 / loss_scale, 1.0)
-    norm, clips = None, None
-    if nonfinite != "propagate" or (is_update and (hyper.clipnorm or hyper.global_clipnorm)):
-        factor = 1 / micro_steps if micro_steps else 1 / loss_scale
-        norms, norm = _norms(built, gradients, c, factor, bool(micro_steps))
-        if nonfinite != "propagate" and not math.isfinite(norm):
-            _refuse(built, norms, nonfinite)
+    if built.resident is not None and taken.nonfinite != "raise" and not taken.waits:
+        return _prepare_resident(hyper, built, gradients, taken)
+    if any(device.is_capturing for device in built.devices):
+        raise RuntimeError(
+            "a graph is captured of a step for which the host waits (nonfinite='raise', a LossScaleOptimizer, arrays "
+            "at several places); expected nonfinite='propagate' or 'skip', and all arrays on one GPU"
+        )
+    numbers = numbers_of(hyper, taken.iteration, taken.rates, taken.loss_scale)
+    c, norm, clips = numbers.c, None, None
+    if taken.nonfinite != "propagate" or (numbers.is_update and (hyper.clipnorm or hyper.global_clipnorm)):
+        norms, norm = _norms(hyper, built, gradients, numbers, taken.iteration)
+        if taken.nonfinite != "propagate" and not math.isfinite(norm):
+            _refuse(built, norms, taken.nonfinite)
             return Prepared([], [], [], norm, False)
-        if hyper.global_clipnorm:
+        if numbers.is_update and hyper.global_clipnorm:
             c = c._replace(scale=c.scale * clip_factor(norm, hyper.global_clipnorm))
-        elif hyper.clipnorm:
+        elif numbers.is_update and hyper.clipnorm:
             clips = hyper.clipnorm / np.maximum(norms, hyper.clipnorm)
-    if not is_update:
-        return Prepared([], *_accumulations(built, gradients, c), norm, True)
-    overwrite = hyper.use_ema and bool(hyper.ema_overwrite_frequency)
-    overwrite = overwrite and (updates + 1) % hyper.ema_overwrite_frequency == 0
-    touched = [tensor for i, tensor in built.tensors if overwrite or gradients[i] is not None]
-    return Prepared(touched, *_updates(hyper, built, gradients, c, clips, overwrite), norm, True)
+    numbers = numbers._replace(c=c)
+    launches = _launches(hyper, built, numbers, taken.iteration, clips)
+    if not numbers.is_update:
+        return Prepared([], *_accumulations(built, gradients, c), norm, True, launches)
+    touched = [tensor for i, tensor in built.tensors if numbers.overwrite or gradients[i] is not None]
+    return Prepared(touched, *_updates(hyper, built, gradients, c, clips, numbers.overwrite), norm, True, launches)
+
+
+def _prepare_resident(hyper: Any, built: Built, gradients: Sequence[Array | None], taken: Step) -> Prepared:
+    """A step that the GPU decides and counts by itself: nothing waits."""
+    device, scale = built.resident, taken.loss_scale
+
+    def row_at(iteration: int) -> list[float]:
+        rates = taken.rates if iteration == taken.iteration else taken.rates_at(iteration)
+        return row(hyper, numbers_of(hyper, iteration, rates, scale))
+
+    device.expect(taken.iteration)
+    device.send_ahead(row_at, taken.key)
+    guarded = taken.nonfinite == "skip"
+    knows = device.is_certain and not guarded and not device.is_capturing
+    numbers = numbers_of(hyper, taken.iteration, taken.rates, scale)
+    clipped = bool(hyper.clipnorm or hyper.global_clipnorm) and (numbers.is_update or not knows)
+    launches = device.launches(*_options(hyper), guarded or clipped, clipped, guarded)
+    overwrite = numbers.overwrite or not knows
+    touched = [t for i, t in built.tensors if overwrite or (numbers.is_update and gradients[i] is not None)]
+    call = device.run, launches, True, not knows, guarded or clipped
+    return Prepared(touched, [], [], None, True, [call], counted=knows)
+
+
+def row(hyper: Any, numbers: Numbers, clipnorm: float | None = None) -> list[float]:
+    """The numbers of a step in the columns that a GPU's kernels read (kernels/cuda.py)."""
+    limits = [hyper.clipnorm or 0.0, hyper.global_clipnorm or 0.0] if clipnorm is None else [clipnorm, 0.0]
+    return [*map(float, numbers.c), float(numbers.overwrite), float(numbers.is_update), numbers.factor, *limits]
+
+
+def _options(hyper: Any) -> tuple[bool | None, ...]:
+    wanted = hyper.amsgrad, hyper.use_ema, hyper.gradient_accumulation_steps
+    return tuple(True if option else None for option in wanted)
+
+
+def _launches(hyper: Any, built: Built, numbers: Numbers, iteration: int, clips: Any) -> list[Call]:
+    """The launches of a step that the host has decided."""
+    result: list[Call] = []
+    each = 0.0 if clips is None else hyper.clipnorm
+    for device in built.devices:
+        device.expect(iteration)
+        device.send_rows(iteration, 1, lambda _: row(hyper, numbers, each), None)
+        launches = device.launches(*_options(hyper), bool(each), bool(each), False)
+        result.append((device.run, launches))
+    return result
 
 
 def prepare_one(hyper: Any, built: Built, gradient: Array, i: int, updates: int, learning_rate: float) -> Prepared:
@@ -128,31 +224,45 @@ def prepare_one(hyper: Any, built: Built, gradient: Array, i: int, updates: int,
     _refresh(built, gradients, hyper.threads)
     c = coefficients(hyper, updates, learning_rate, 0.0, 1.0, 1.0)
     touched = [tensor for k, tensor in built.tensors if k == i]
-    updates_of_one = _updates(hyper, built, gradients, c._replace(scale=1.0), None, False, adam_alone=True)
-    return Prepared(touched, *updates_of_one, None, True)
+    c = c._replace(scale=1.0, limit=math.inf)
+    launches: list[Call] = []
+    for device in built.devices:
+        if i in device.own:
+            device.send_rows(0, 1, lambda _: row(hyper, Numbers(c, False, True, 1.0), 0.0), None)
+            top = True if hyper.amsgrad else None
+            launches.append((device.run, device.launches(top, None, None, False, False, False, still=True), False))
+    updates_of_one = _updates(hyper, built, gradients, c, None, False, adam_alone=True)
+    return Prepared(touched, *updates_of_one, None, True, launches)
 
 
 def commit(prepared: Prepared, calls: Iterable[Call]) -> None:
     """Make a prepared step happen, all of it or nothing, together with `calls` on the optimizer's own counters.
 
-    Compiled calls run with no Python bytecode between them, so no interrupt can come in between. Whole-array writes
-    come first and can be repeated: an interrupt among them is kept until the step is complete.
+    Compiled calls run with no Python bytecode between them, so no interrupt can come in between. Launches and
+    whole-array writes come first and can be repeated: an interrupt among them is kept until the step is complete.
     """
     arrays.note_writes(prepared.touched)
     calls = [*prepared.calls, *calls]
-    if not prepared.writes:
+    if not prepared.writes and not prepared.launches:
         deque(starmap(operator.call, calls), maxlen=0)
         return
     begun: list[bool] = []
     calls.insert(0, (begun.append, True))
     try:
-        arrays.write_all(prepared.writes)
+        _write(prepared)
         deque(starmap(operator.call, calls), maxlen=0)
     except BaseException:
         if not begun:
-            arrays.write_all(prepared.writes)
+            if prepared.counted:  # otherwise the GPU's plan has seen to it
+                _write(prepared)
             deque(starmap(operator.call, calls), maxlen=0)
         raise
+
+
+def _write(prepared: Prepared) -> None:
+    for function, *arguments in prepared.launches:
+        function(*arguments)
+    arrays.write_all(prepared.writes)
 
 
 def _refresh(built: Built, gradients: Sequence[Array | None], threads: int | None) -> None:
@@ -168,19 +278,26 @@ def _refresh(built: Built, gradients: Sequence[Array | None], threads: int | Non
     if built.plan is not None:
         built.plan.threads = threads
         built.plan.refresh(gradients)
+    for device in built.devices:
+        device.begin(gradients)
 
 
 def _norms(
-    built: Built, gradients: Sequence[Array | None], c: Coefficients, factor: float, accumulated: bool
+    hyper: Any, built: Built, gradients: Sequence[Array | None], numbers: Numbers, iteration: int
 ) -> tuple[np.ndarray[Any, Any], float]:
-    """The norm of each variable's mean unscaled gradient, and of all together."""
+    """The norm of each variable's mean unscaled gradient, and of all together; waits for GPUs."""
+    c, factor = numbers.c, numbers.factor
+    accumulated = bool(hyper.gradient_accumulation_steps)
     elsewhere = {
         i: float(array_api.norm(gradients[i], built.slots[i].get("gradient_accumulator"), c))
         for i in built.elsewhere
         if gradients[i] is not None
     }
+    for device in built.devices:
+        device.send_rows(iteration, 1, lambda _: row(hyper, numbers), None)
+        elsewhere |= device.norms(True if accumulated else None)
     if built.plan is None:
-        norms = np.array([elsewhere.get(i, 0.0) for i in built.elsewhere]) * factor
+        norms = np.array([elsewhere.get(i, 0.0) for i in range(len(built.names))]) * factor
         return norms, whole_norm(norms)
     built.plan.set_numbers(c, False)
     norms, norm = built.plan.norms(True if accumulated else None, elsewhere)

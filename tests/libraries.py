@@ -51,13 +51,57 @@ def to_jax(array, dtype):
     return jnp.asarray(np.array(array).astype(DTYPES.get(dtype, dtype)))
 
 
+def on_gpu(array, dtype):
+    """One of Numba's device arrays; in its simulator an array on the host that poses as one."""
+    from numba import cuda
+
+    return cuda.to_device(numpy(array, dtype))
+
+
+def gpu_strided(array, dtype):
+    """Every other element of something larger on the GPU."""
+    array = np.asarray(array)
+    large = np.zeros([2 * size for size in array.shape], DTYPES.get(dtype, dtype))
+    large[tuple(slice(None, None, 2) for _ in array.shape)] = array
+    device = on_gpu(large, dtype)
+    return device[tuple(slice(None, None, 2) for _ in array.shape)] if array.ndim else device
+
+
+def to_cupy(array, dtype):
+    import cupy
+
+    return cupy.asarray(numpy(array, dtype))
+
+
+def cupy_fortran(array, dtype):
+    import cupy
+
+    return cupy.asfortranarray(cupy.asarray(numpy(array, dtype)))
+
+
+def torch_on_gpu(array, dtype):
+    return to_torch(array, dtype).cuda()
+
+
+def parameter_on_gpu(array, dtype):
+    return torch.nn.Parameter(torch_on_gpu(array, dtype))
+
+
+def transposed_on_gpu(array, dtype):
+    return transposed(array, dtype).cuda()
+
+
 IN_PLACE = [numpy, fortran, strided, to_torch, parameter, transposed, strict]
 KERNELS = [numpy, fortran, strided, to_torch, parameter, transposed]
 
 
 def look(array):
     """A NumPy copy, in float32 where NumPy lacks the dtype."""
+    if hasattr(array, "copy_to_host"):
+        return np.array(array.copy_to_host())
+    if hasattr(array, "get"):
+        return array.get()
     if isinstance(array, torch.Tensor):
-        array = array.detach()
+        array = array.detach().cpu()
         return (array.float() if array.dtype == torch.bfloat16 else array).numpy().copy()
     return np.array(array, copy=True)

@@ -196,7 +196,7 @@ ARRAYS = {
 def test_headers_agree_with_numpy(case):
     """What compiled code reads from an array's header is what NumPy says; every difference is noticed."""
     array = ARRAYS[case]
-    layout = arrays.host_layout(array)
+    layout = arrays.layout_of(array)
     low, high = arrays.extent(layout)
     known = headers.record(headers.ALIGNED, layout, array.dtype, low - layout.address, high - layout.address)
     table = np.zeros((8, 1), np.int64)

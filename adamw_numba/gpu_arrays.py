@@ -1,0 +1,226 @@
+"""Arrays on a GPU: which library's they are, where they lie, and how they are made, copied and ordered in time.
+
+CuPy arrays, torch tensors, Numba's own device arrays, and whatever has ``shape``, ``dtype`` and the CUDA array
+interface or DLPack. State is allocated by the array's own library; for the last kind by Numba.
+
+No module of this package may be called ``cuda...``: numba-cuda's import hook takes ``adamw_numba.cuda`` for its own.
+"""
+
+import importlib.util
+import math
+import sys
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+Array = Any
+EXTRAS = "pip install 'adamw-numba[cuda13]' (or [cuda12], for a driver of CUDA 12)"
+_DLPACK_CUDA = 2
+
+
+def is_cuda_array(array: Array) -> bool:
+    """Whether an array lies on a GPU and may be updated there in place; JAX's are immutable."""
+    if isinstance(array, (np.ndarray, np.generic)) or array_api_compat.is_jax_array(array):
+        return False
+    if array_api_compat.is_torch_array(array):
+        return bool(array.device.type == "cuda")
+    if is_numba(array) or array_api_compat.is_cupy_array(array):
+        return True
+    if not (hasattr(array, "shape") and hasattr(array, "dtype")):
+        return False
+    return hasattr(type(array), "__cuda_array_interface__") or _dlpack_device(array)[0] == _DLPACK_CUDA
+
+
+def is_numba(array: Array) -> bool:
+    """Whether an array is one of Numba's device arrays."""
+    return bool(getattr(type(array), "__cuda_ndarray__", False))
+
+
+def is_foreign(array: Array) -> bool:
+    """Whether a GPU array's library has no Array-API namespace."""
+    return not (array_api_compat.is_torch_array(array) or array_api_compat.is_cupy_array(array))
+
+
+def require(name: str, array: Array) -> None:
+    """Refuse a GPU array that cannot be used here, with what to install.
+
+    Raises
+    ------
+    ImportError
+        If numba-cuda is missing.
+    RuntimeError
+        If there is no usable driver or GPU.
+    """
+    what = f"{name} is a {type(array).__module__}.{type(array).__qualname__} on a GPU"
+    if importlib.util.find_spec("numba_cuda") is None:
+        raise ImportError(f"{what}, which needs numba-cuda: {EXTRAS}")
+    from numba import cuda as compiler
+
+    cuda: Any = compiler
+    if not cuda.is_available():
+        error = str(cuda.cuda_error() or "cuda.is_available() is False").strip().partition("\n")[0]
+        raise RuntimeError(f"{what}, but Numba finds no usable GPU here ({error}); expected a driver and {EXTRAS}")
+
+
+def device_index(array: Array) -> int:
+    """The number of the GPU an array lies on."""
+    if array_api_compat.is_torch_array(array):
+        return int(array.device.index or 0)
+    if array_api_compat.is_cupy_array(array):
+        return int(array.device.id)
+    if is_numba(array):
+        context = getattr(getattr(array, "gpu_data", None), "context", None)
+        return int(context.device.id) if context is not None else 0
+    kind, index = _dlpack_device(array)
+    if kind == _DLPACK_CUDA:
+        return index
+    try:
+        return int(_view(array).device_id)
+    except (ImportError, RuntimeError):  # no driver, which `require` has words for
+        return 0
+
+
+def layout(array: Array) -> tuple[int, tuple[int, ...], tuple[int, ...], str]:
+    """Address, shape, strides in bytes, and the name of the dtype."""
+    if array_api_compat.is_torch_array(array):
+        size = array.element_size()
+        strides = tuple(stride * size for stride in array.stride())
+        return array.data_ptr(), tuple(array.shape), strides, str(array.dtype).rpartition(".")[2]
+    if array_api_compat.is_cupy_array(array):
+        return array.data.ptr, array.shape, array.strides, array.dtype.name
+    if is_numba(array):
+        return address(array), tuple(array.shape), tuple(array.strides), np.dtype(array.dtype).name
+    view = _view(array)
+    dtype = np.dtype(view.dtype)
+    counts = view.strides if view.strides is not None else _contiguous(view.shape)
+    return view.ptr, tuple(view.shape), tuple(count * dtype.itemsize for count in counts), dtype.name
+
+
+def signature(array: Array) -> object:
+    """All that a verdict on an array rests on, other than its address; None where it cannot be read."""
+    try:
+        return type(array), *layout(array)[1:], device_index(array)
+    except (ImportError, RuntimeError):
+        return None
+
+
+def address(array: Array) -> int:
+    """Where one of Numba's device arrays lies (in the simulator: on the host)."""
+    if _is_simulated():
+        host: int = array._ary.ctypes.data
+        return host
+    return int(array.device_ctypes_pointer.value or 0)
+
+
+def is_read_only(array: Array) -> bool:
+    """Whether a GPU array says that it must not be written."""
+    return is_foreign(array) and not is_numba(array) and bool(_view(array).readonly)
+
+
+def zeros_like(array: Array, dtype: str) -> Array:
+    """Zeros of an array's library, shape, memory order and device; of Numba for what has no namespace."""
+    if array_api_compat.is_torch_array(array):
+        torch = sys.modules["torch"]
+        return torch.zeros_like(array.detach(), dtype=getattr(torch, dtype))
+    if array_api_compat.is_cupy_array(array):
+        cupy = sys.modules["cupy"]
+        with array.device:
+            return cupy.zeros_like(array, dtype=dtype)
+    from numba import cuda
+
+    _, shape, strides, name = layout(array)
+    order = "F" if strides == _contiguous(shape[::-1], np.dtype(name).itemsize)[::-1] else "C"
+    with cuda.gpus[device_index(array)]:
+        return cuda.to_device(np.zeros(shape, dtype, order=order))  # type: ignore[call-overload]
+
+
+def write(array: Array, value: np.ndarray[Any, Any]) -> None:
+    """Assign a NumPy array to an array without a namespace."""
+    target = array if is_numba(array) else _numba_view(array)
+    value = value.astype(target.dtype, copy=False)
+    if target.ndim == 0 or target.flags["C_CONTIGUOUS"] or target.flags["F_CONTIGUOUS"]:
+        order = "C" if target.ndim == 0 or target.flags["C_CONTIGUOUS"] else "F"
+        target.copy_to_device(np.array(value, order=order))  # type: ignore[call-overload]
+    else:
+        target[...] = value
+
+
+def to_numpy(array: Array) -> np.ndarray[Any, Any]:
+    """A copy on the host, through pinned memory, which a GPU copies to without help; torch's bfloat16 as float32."""
+    if array_api_compat.is_torch_array(array):
+        torch = sys.modules["torch"]
+        array = array.detach().resolve_conj().resolve_neg()
+        pinned = torch.empty(array.shape, dtype=array.dtype, pin_memory=True).copy_(array)
+        return np.array((pinned.float() if array.dtype == torch.bfloat16 else pinned).numpy())
+    if array_api_compat.is_cupy_array(array):
+        import cupyx
+
+        with array.device:
+            return np.array(array.get(out=cupyx.empty_pinned(array.shape, array.dtype), order="C"))
+    from numba import cuda
+
+    source = array if is_numba(array) else _numba_view(array)
+    contiguous = source.ndim == 0 or source.flags["C_CONTIGUOUS"] or source.flags["F_CONTIGUOUS"]
+    if source.size == 0 or not contiguous:
+        return np.array(source.copy_to_host())
+    order = "C" if source.ndim == 0 or source.flags["C_CONTIGUOUS"] else "F"
+    host = cuda.pinned_array(source.shape, source.dtype, order=order)
+    stream = cuda.legacy_default_stream()
+    source.copy_to_host(host, stream)
+    stream.synchronize()
+    return np.array(host)
+
+
+def current_stream(array: Array, device: int) -> tuple[int, Any]:
+    """The handle of the stream on which an array's library works now, and what keeps it alive."""
+    if array_api_compat.is_torch_array(array):
+        stream = sys.modules["torch"].cuda.current_stream(device)
+        return int(stream.cuda_stream), stream
+    if array_api_compat.is_cupy_array(array):
+        stream = sys.modules["cupy"].cuda.get_current_stream()
+        return int(stream.ptr), stream
+    interface = getattr(array, "__cuda_array_interface__", None) or {}
+    handle = interface.get("stream") or 0
+    return (0 if handle == 1 else int(handle)), None  # 1 is another name of the legacy default stream
+
+
+def _is_simulated() -> bool:
+    from numba import config
+
+    return bool(config.ENABLE_CUDASIM)  # type: ignore[attr-defined]
+
+
+def _contiguous(shape: tuple[int, ...], size: int = 1) -> tuple[int, ...]:
+    """Strides in C order."""
+    return tuple(size * math.prod(shape[k + 1 :]) for k in range(len(shape)))
+
+
+def _dlpack_device(array: Array) -> tuple[int, int]:
+    try:
+        kind, index = array.__dlpack_device__()
+        return int(kind), int(index)
+    except (AttributeError, TypeError, ValueError, RuntimeError, BufferError):
+        return 0, 0
+
+
+def _view(array: Array) -> Any:
+    """What an array's CUDA array interface or DLPack says of it, without waiting for its stream."""
+    from cuda.core.utils import StridedMemoryView
+
+    return StridedMemoryView.from_any_interface(array, stream_ptr=-1)
+
+
+def _numba_view(array: Array) -> Any:
+    """One of Numba's device arrays over the memory of another library's."""
+    from numba import cuda
+
+    where, shape, strides, dtype = layout(array)
+    interface = {
+        "data": (where, False),
+        "shape": shape,
+        "strides": strides,
+        "typestr": np.dtype(dtype).str,
+        "version": 3,
+    }
+    return cuda.from_cuda_array_interface(interface, owner=array, sync=False)

@@ -1,0 +1,242 @@
+"""A GPU's memory by address: the only file that knows how the CUDA compiler spells a load, a store or an atomic.
+
+Kernels (cuda.py) are written in terms of these functions alone, so that another compiler, or numba-cuda's successor,
+means another version of this file. There are two: intrinsics for numba-cuda, and, for its simulator
+(``NUMBA_ENABLE_CUDASIM=1``), plain Python that reads the host's memory, where the simulator's "device" arrays lie.
+
+`word`, `put_word` and `add_word` (atomic; returns what was there) treat one int64, `number(dtype)` makes a pair of
+functions that read and write one float. `elements(storage, width, streaming)` makes a pair ``load(out, address)`` and
+``store(values, address)`` for `width` neighbours, between memory and a local array of the compute type: in accesses of
+128 bits where they fill them; `streaming` says that nobody reads the same bytes again soon. `rounded(storage)` is what
+storing and loading makes of a number.
+"""
+
+import ctypes
+from functools import cache
+
+import numpy as np
+from llvmlite import ir
+from numba import config, cuda
+
+SIMULATED = bool(config.ENABLE_CUDASIM)
+SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+ACCESS = 16  # bytes: the widest that one thread can make
+_GLOBAL = 1  # the address space
+
+
+def _simulated():
+    import ml_dtypes  # a package of the tests
+
+    dtypes = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float64": np.float64}
+
+    def memory(address, dtype, count=1):
+        size = np.dtype(dtype).itemsize * count
+        return np.frombuffer((ctypes.c_char * size).from_address(int(address)), dtype)
+
+    def word(address):
+        return int(memory(address, np.int64)[0])
+
+    def put_word(address, value):
+        memory(address, np.int64)[0] = value
+
+    def add_word(address, value):
+        old = word(address)
+        put_word(address, old + value)
+        return old
+
+    def number(dtype):
+        def get(address):
+            return memory(address, dtypes[dtype])[0]
+
+        def put(address, value):
+            memory(address, dtypes[dtype])[0] = value
+
+        return get, put
+
+    def elements(storage, width, streaming):
+        def load(out, address):
+            assert width == 1 or address % ACCESS == 0
+            out[:width] = memory(address, dtypes[storage], width)
+
+        def store(values, address):
+            assert width == 1 or address % ACCESS == 0
+            with np.errstate(over="ignore"):
+                memory(address, dtypes[storage], width)[:] = values[:width]
+
+        return load, store
+
+    def rounded(storage):
+        def round_trip(x):
+            with np.errstate(over="ignore"):
+                return np.float32(np.float32(x).astype(dtypes[storage]))
+
+        return round_trip
+
+    return word, put_word, add_word, number, elements, rounded
+
+
+def _compiled():
+    from numba.cuda import types
+    from numba.cuda.extending import intrinsic
+
+    word_type, byte2, float_type = ir.IntType(64), ir.IntType(16), ir.FloatType()
+    floats = {"float32": (types.float32, float_type), "float64": (types.float64, ir.DoubleType())}
+    raw = {"float16": byte2, "bfloat16": byte2, "float32": float_type, "float64": ir.DoubleType()}
+
+    def pointer(builder, address, kind):
+        return builder.inttoptr(address, ir.PointerType(kind, _GLOBAL))
+
+    def index(i):
+        return ir.Constant(ir.IntType(32), i)
+
+    def plain(kind, numba_type):
+        """Read and write one value."""
+
+        @intrinsic
+        def get(typingctx, address):
+            def codegen(context, builder, signature, args):
+                return builder.load(pointer(builder, args[0], kind))
+
+            return numba_type(types.int64), codegen
+
+        @intrinsic
+        def put(typingctx, address, value):
+            def codegen(context, builder, signature, args):
+                builder.store(args[1], pointer(builder, args[0], kind))
+                return context.get_dummy_value()
+
+            return types.void(types.int64, numba_type), codegen
+
+        return get, put
+
+    word, put_word = plain(word_type, types.int64)
+
+    @intrinsic
+    def add_word(typingctx, address, value):
+        def codegen(context, builder, signature, args):
+            return builder.atomic_rmw("add", pointer(builder, args[0], word_type), args[1], "monotonic")
+
+        return types.int64(types.int64, types.int64), codegen
+
+    def number(dtype):
+        numba_type, kind = floats[dtype]
+        return plain(kind, numba_type)
+
+    def widen(builder, x, storage):
+        if storage == "bfloat16":
+            return builder.bitcast(builder.shl(builder.zext(x, ir.IntType(32)), index(16)), float_type)
+        if storage == "float16":
+            return builder.fpext(builder.bitcast(x, ir.HalfType()), float_type)
+        return x
+
+    def narrow(builder, x, storage):
+        if storage == "bfloat16":
+            convert = ir.FunctionType(byte2, [float_type])
+            return builder.asm(convert, "cvt.rn.bf16.f32 $0, $1;", "=h,f", [x], side_effect=False)
+        if storage == "float16":
+            return builder.bitcast(builder.fptrunc(x, ir.HalfType()), byte2)
+        return x
+
+    def together(builder, storage, count, address, values=None):
+        """Read, or write, all registers of one access by an instruction of our own."""
+        letter, kind, suffix = {
+            "float32": ("f", float_type, "f32"),
+            "float64": ("d", ir.DoubleType(), "f64"),
+            "pairs": ("r", ir.IntType(32), "b32"),
+        }[storage]
+        hint = "" if storage == "pairs" else ".cs"
+        names = ", ".join(f"${i + (values is not None)}" for i in range(count))
+        if values is None:
+            text, constraints = (
+                f"ld.global{hint}.v{count}.{suffix} {{{names}}}, [${count}];",
+                [f"={letter}"] * count + ["l"],
+            )
+            function = ir.FunctionType(ir.LiteralStructType([kind] * count), [word_type])
+            value = builder.asm(function, text, ",".join(constraints), [address], side_effect=True)
+            return [builder.extract_value(value, i) for i in range(count)]
+        text, constraints = f"st.global{hint}.v{count}.{suffix} [$0], {{{names}}};", ["l"] + [letter] * count
+        function = ir.FunctionType(ir.VoidType(), [word_type] + [kind] * count)
+        return builder.asm(function, text, ",".join(constraints), [address, *values], side_effect=True)
+
+    def read(builder, address, storage, count, streaming):
+        """A few raw elements in one access."""
+        kind = raw[storage]
+        if count == 1:
+            return [builder.load(pointer(builder, address, kind))]
+        if kind is byte2:  # the compiler would make two accesses of it
+            pairs = together(builder, "pairs", count // 2, address)
+            halves = [(pair, builder.lshr(pair, index(16))) for pair in pairs]
+            return [builder.trunc(half, byte2) for two in halves for half in two]
+        if streaming:
+            return together(builder, storage, count, address)
+        value = builder.load(pointer(builder, address, ir.VectorType(kind, count)))
+        value.align = ACCESS
+        return [builder.extract_element(value, index(i)) for i in range(count)]
+
+    def write(builder, address, values, storage, streaming):
+        kind, count = raw[storage], len(values)
+        if count == 1:
+            builder.store(values[0], pointer(builder, address, kind))
+        elif kind is byte2:
+            wide = [builder.zext(value, ir.IntType(32)) for value in values]
+            pairs = [builder.or_(wide[i], builder.shl(wide[i + 1], index(16))) for i in range(0, count, 2)]
+            together(builder, "pairs", count // 2, address, pairs)
+        elif streaming:
+            together(builder, storage, count, address, values)
+        else:
+            vector = ir.Constant(ir.VectorType(kind, count), ir.Undefined)
+            for i, value in enumerate(values):
+                vector = builder.insert_element(vector, value, index(i))
+            builder.store(vector, pointer(builder, address, vector.type)).align = ACCESS
+
+    def accesses(width, storage):
+        """How many elements one access takes, and at which elements they begin."""
+        count = min(width, ACCESS // SIZES[storage])
+        return count, range(0, width, count)
+
+    def elements(storage, width, streaming):
+        size = SIZES[storage]
+        count, starts = accesses(width, storage)
+
+        @intrinsic
+        def load(typingctx, out, address):
+            def codegen(context, builder, signature, args):
+                data = context.make_array(signature.args[0])(context, builder, args[0]).data
+                for start in starts:
+                    at = builder.add(args[1], ir.Constant(word_type, start * size))
+                    for i, x in enumerate(read(builder, at, storage, count, streaming)):
+                        builder.store(widen(builder, x, storage), builder.gep(data, [index(start + i)]))
+                return context.get_dummy_value()
+
+            return types.void(out, types.int64), codegen
+
+        @intrinsic
+        def store(typingctx, values, address):
+            def codegen(context, builder, signature, args):
+                data = context.make_array(signature.args[0])(context, builder, args[0]).data
+                for start in starts:
+                    at = builder.add(args[1], ir.Constant(word_type, start * size))
+                    numbers = [builder.load(builder.gep(data, [index(start + i)])) for i in range(count)]
+                    write(builder, at, [narrow(builder, x, storage) for x in numbers], storage, streaming)
+                return context.get_dummy_value()
+
+            return types.void(values, types.int64), codegen
+
+        return load, store
+
+    def rounded(storage):
+        @intrinsic
+        def round_trip(typingctx, x):
+            def codegen(context, builder, signature, args):
+                return widen(builder, narrow(builder, args[0], storage), storage)
+
+            return types.float32(types.float32), codegen
+
+        return round_trip
+
+    return word, put_word, add_word, number, elements, rounded
+
+
+word, put_word, add_word, number, elements, rounded = _simulated() if SIMULATED else _compiled()
+number, elements, rounded = cache(number), cache(elements), cache(rounded)
+device_function = cuda.jit(device=True)
