@@ -93,7 +93,7 @@ class Mirror:
         event.synchronize()
         buffer[...] = self.host
         self.device.copy_to_device(buffer, stream)
-        _KEPT.append(buffer)  # as long as the graph, whose end nobody tells
+        _KEPT.append(buffer)
         self._is_sent = False
 
     def refill(self) -> None:
@@ -106,7 +106,7 @@ class Mirror:
         self._ring.append((cuda.pinned_array(self.host.shape, self.host.dtype), event))
 
 
-_KEPT: list[Matrix] = []
+_KEPT: list[Any] = []  # what captured graphs use, whose end nobody tells
 
 
 class DevicePlan(Plan):
@@ -408,6 +408,8 @@ class DevicePlan(Plan):
     def _note(self, counts: bool, decides: bool, normed: bool) -> None:
         if self._is_capturing:
             self.has_captures, self.is_certain, self.pending = True, False, True
+            tables = self._table, self._rows, self._control, self._partials, self._norms, self._scales
+            _KEPT.append((tables, self._ranges_of_partials, self._lists, self.groups))
         elif counts:
             self._launched += 1
             self.is_certain = self.is_certain and not decides
@@ -458,8 +460,11 @@ class DevicePlan(Plan):
     # Laying out
 
     def _arrange(self, arrangement: Sequence[tuple[Layout, Layout]]) -> None:
-        if self._is_capturing:
-            raise RuntimeError("arrays have changed when a graph is captured; expected one step with them before it")
+        if self._is_capturing or self.has_captures:
+            raise RuntimeError(
+                "arrays have changed their dtype or layout when, or since, a graph was captured; expected them to stay "
+                "as they were, or another optimizer"
+            )
         kinds: dict[tuple[str, str], list[Matrix]] = {}
         for types, runs in self._runs(arrangement):
             kinds.setdefault(types, []).append(_with_decay(runs, self._decayed))

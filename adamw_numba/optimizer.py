@@ -584,8 +584,7 @@ class AdamW:
             If the optimizer is not built, or ``steps`` is no positive integer.
         """
         built = self._require_built("update_hyperparameters")
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"`steps` must be an integer >= 1. Received: steps={steps!r}")
+        hp.integer(1, optional=False)("steps", steps)
         if built.resident is None:
             return
         with self._lock:

@@ -1,0 +1,229 @@
+"""A step on a GPU next to torch's: `python -m benchmarks.gpu` (needs numba-cuda, torch with CUDA; CuPy if installed).
+
+All times are taken with events, in turns of one process; what is printed are ratios of medians, with the middle half of
+the ratios of single turns. `--quick` takes smaller arrays, `--json FILE` keeps all the times.
+"""
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+import platform
+import statistics
+import sys
+import time
+
+import numpy as np
+import torch
+
+from adamw_numba import AdamW
+
+MILLION = 2**20
+LARGE = {"64M": 64 * MILLION, "256M": 256 * MILLION}
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="16M elements instead of 64M and 256M")
+    parser.add_argument("--turns", type=int, default=15, help="times that each contender is timed (default: 15)")
+    parser.add_argument("--json", metavar="FILE", help="write every time, in milliseconds")
+    options = parser.parse_args()
+    if options.turns < 3:
+        parser.error(f"--turns is {options.turns}; expected at least 3")
+    if not torch.cuda.is_available():
+        sys.exit("torch finds no GPU here; expected one, and torch built for CUDA")
+    print(describe(), flush=True)
+    results = {}
+    sizes = {"16M": 16 * MILLION} if options.quick else LARGE
+    for name, make, bar in workloads(sizes):
+        torch.cuda.empty_cache()
+        try:
+            contenders = make()
+        except torch.cuda.OutOfMemoryError:
+            print(f"{name:44} does not fit into this GPU's memory")
+            continue
+        times = interleaved(contenders, options.turns)
+        results[name] = times
+        report(name, times, bar)
+        del contenders
+    for count in (1, 10, 100, 1000):
+        times = host_times(count, options.turns)
+        results[f"host, {count} arrays"] = times
+        ours, theirs = (1e3 * statistics.median(times[key]) for key in ("adamw_numba", "torch fused"))
+        print(
+            f"host time of a step, {count:5} arrays of 100         {ours:8.1f} us; torch fused {theirs:8.1f} us (bar: 20 us)"
+        )
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump({"machine": describe(), "milliseconds": results}, file, indent=1)
+
+
+def describe():
+    """The device, the versions and the command: what a figure is worth nothing without."""
+    packages = ("adamw-numba", "numba", "numba-cuda", "torch", "cupy-cuda13x", "cupy-cuda12x")
+    versions = []
+    for package in packages:
+        try:
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return (
+        f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}; Python {platform.python_version()}, "
+        f"{', '.join(versions)}\ncommand: python -m benchmarks.gpu {' '.join(sys.argv[1:])}"
+    )
+
+
+def interleaved(contenders, turns):
+    """Milliseconds of each contender in each turn, by events around enough calls to fill a millisecond."""
+    repeats = {}
+    for name, call in contenders.items():
+        for _ in range(3):
+            call()
+        repeats[name] = max(1, int(2 / max(timed(call, 1), 1e-3)))
+    times = {name: [] for name in contenders}
+    for turn in range(turns):
+        order = list(contenders) if turn % 2 else list(contenders)[::-1]
+        for name in order:
+            times[name].append(timed(contenders[name], repeats[name]))
+    return times
+
+
+def timed(call, repeats):
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / repeats
+
+
+def report(name, times, bar):
+    ours = np.array(times["adamw_numba"])
+    for other, theirs in times.items():
+        if other != "adamw_numba":
+            ratios = np.array(theirs) / ours
+            low, high = np.quantile(ratios, [0.25, 0.75])
+            ratio = statistics.median(theirs) / statistics.median(times["adamw_numba"])
+            want = f"  (bar: {bar[other]})" if other in bar else ""
+            print(f"{name:44} {other:28} / adamw_numba = {ratio:6.2f}  [{low:.2f}, {high:.2f}]{want}", flush=True)
+
+
+def workloads(sizes):
+    """Name, what makes the contenders, and the bars of their times over ours."""
+    for label, n in sizes.items():
+        yield (
+            f"{label} float32",
+            lambda n=n: plain(n, torch.float32, 28),
+            {"copy of the bytes": 0.9, "torch fused": 1.0},
+        )
+        yield f"{label} bfloat16 (30 bytes)", lambda n=n: plain(n, torch.bfloat16, 30), {"copy of the bytes": 0.9}
+    first = next(iter(sizes.values()))
+    yield "clip, AMSGrad, average", lambda: full([first]), {"torch composed": 1.3}
+    yield "clip, AMSGrad, average, 300 arrays", lambda: full([first // 300] * 300), {"torch composed": 1.3}
+    yield "1,000 arrays of 1,000", lambda: several([1000] * 1000), {"torch fused": 4}
+    yield "one array of 65,536", lambda: several([65536]), {"torch fused": 2}
+    yield "one array of 65,536, in a graph", lambda: in_graphs([65536]), {"torch fused": 2}
+    yield "1,000 arrays of 1,000, in a graph", lambda: in_graphs([1000] * 1000), {"torch fused": 2}
+
+
+def arrays(sizes, dtype=torch.float32):
+    parameters = [torch.nn.Parameter(torch.randn(n, device="cuda", dtype=dtype)) for n in sizes]
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    return parameters
+
+
+def ours(parameters, **options):
+    optimizer = AdamW(1e-3, weight_decay=0.01, epsilon=1e-8, **options)
+    optimizer.build(parameters)
+    gradients = [p.grad for p in parameters]
+    return lambda: optimizer.apply(gradients)
+
+
+def fused(parameters, **options):
+    return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01, fused=True, **options).step
+
+
+def plain(n, dtype, bytes_per_element):
+    """One large array: as many bytes copied on the device, half of them read and half written; torch's step."""
+    source = torch.empty(n * bytes_per_element // 2, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    contenders = {"adamw_numba": ours(arrays([n], dtype)), "copy of the bytes": lambda: target.copy_(source)}
+    if dtype is torch.float32:
+        contenders["torch fused"] = fused(arrays([n]))
+    return contenders
+
+
+def full(sizes):
+    parameters = arrays(sizes)
+    step = fused(parameters, amsgrad=True)
+    averages = [p.detach().clone() for p in parameters]
+
+    def composed():
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+        step()
+        torch._foreach_lerp_(averages, [p.detach() for p in parameters], 0.01)
+
+    return {
+        "adamw_numba": ours(arrays(sizes), global_clipnorm=1.0, amsgrad=True, use_ema=True),
+        "torch composed": composed,
+    }
+
+
+def several(sizes):
+    contenders = {"adamw_numba": ours(arrays(sizes)), "torch fused": fused(arrays(sizes))}
+    try:
+        import cupy
+    except ImportError:
+        return contenders
+    variables = [cupy.random.standard_normal(n, dtype=np.float32) for n in sizes]
+    gradients = [cupy.random.standard_normal(n, dtype=np.float32) for n in sizes]
+    optimizer = AdamW(1e-3, weight_decay=0.01, epsilon=1e-8)
+    optimizer.build(variables)
+    stream = cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream)
+
+    def step():
+        with stream:
+            optimizer.apply(gradients)
+
+    return contenders | {"adamw_numba on CuPy arrays": step}
+
+
+def in_graphs(sizes):
+    """The steps alone, captured: no host time."""
+    contenders = {}
+    for name, step in {
+        "adamw_numba": ours(arrays(sizes)),
+        "torch fused": fused(arrays(sizes), capturable=True),
+    }.items():
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        contenders[name] = graph.replay
+    return contenders
+
+
+def host_times(count, turns):
+    """Milliseconds until the call returns, the GPU being idle before."""
+    contenders = {"adamw_numba": ours(arrays([100] * count)), "torch fused": fused(arrays([100] * count))}
+    for call, _ in itertools.product(contenders.values(), range(5)):
+        call()
+    times = {name: [] for name in contenders}
+    for _ in range(3 * turns):
+        for name, call in contenders.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            call()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+if __name__ == "__main__":
+    main()
