@@ -251,7 +251,7 @@ def report(given: argparse.Namespace, truth: Array, estimate: Array, photons: Ar
         save_picture(given.output, truth, estimate, photons, rows)
         print(f"Picture: {given.output}")
     else:
-        print("No picture: matplotlib is not installed; `pip install "adamw-numba[plot]"` brings it")
+        print("No picture: matplotlib is not installed; `pip install 'adamw-numba[plot]'` brings it")
     return 0 if recovered else 1
 
 
