@@ -50,9 +50,8 @@ def main():
         times = host_times(count, options.turns)
         results[f"host, {count} arrays"] = times
         ours, theirs = (1e3 * statistics.median(times[key]) for key in ("adamw_numba", "torch fused"))
-        print(
-            f"host time of a step, {count:5} arrays of 100         {ours:8.1f} us; torch fused {theirs:8.1f} us (bar: 20 us)"
-        )
+        label = f"host time of a step, {count} arrays of 100"
+        print(f"{label:44} {ours:8.1f} us; torch fused {theirs:8.1f} us  (bar: 20 us)")
     if options.json:
         with open(options.json, "w") as file:
             json.dump({"machine": describe(), "milliseconds": results}, file, indent=1)
