@@ -10,6 +10,7 @@ from . import arrays
 from .arrays import Array, Layout
 from .kernels import cpu, headers
 from .kernels.threads import MOST_PARTS, job_calls
+from .tensors import Tensors
 from .update import Coefficients
 
 CHUNK = 16_384  # elements
@@ -19,7 +20,6 @@ RESCUE = 2.0**-600  # brings the square of any finite float64 into range
 Call = tuple[Any, ...]
 Flag = bool | None  # True or None: None is what Numba compiles away
 Matrix = np.ndarray[Any, Any]
-_FAST_TYPES = {np.ndarray, np.memmap, type(None)}
 _ROWS = {
     "momentum": cpu.M,
     "velocity": cpu.V,
@@ -54,14 +54,10 @@ class Verdict(NamedTuple):
     low: int  # the extent, relative to the address
     high: int
     direct: bool
-
-    def record(self, flags: int) -> list[int]:
-        """The same, for `headers.read`; of a NumPy array."""
-        signature: Any = self.signature
-        return headers.record(flags, self.layout, signature[1], self.low, self.high)
+    record: list[int]  # the same, for `headers.read`; of a gradient
 
 
-_UNSEEN = Verdict("no gradient yet", Layout(0, (), (), "float32"), 0, 0, True)
+_UNSEEN = Verdict("no gradient yet", Layout(0, (), (), "float32"), 0, 0, True, headers.UNSEEN)
 
 
 class Plan:
@@ -104,7 +100,8 @@ class Plan:
         self._claimed: list[Layout] = []
         self._memory: list[tuple[int, int]] = []
         self._ranges = np.zeros((2, 0), np.int64)
-        self._headers: tuple[Matrix, ...] | None = None
+        self._reader: headers.Reader | None = None
+        self._tensors: Tensors | None = None
         self._known: tuple[list[object], list[Verdict], Matrix] | None = None
         self.refresh([None] * len(names))
 
@@ -117,18 +114,15 @@ class Plan:
             If a gradient does not fit its variable or shares memory with what a step writes, or a variable has become
             another kind of array. Nothing that the user owns has been written.
         """
-        kinds = set(map(type, gradients))
-        if any(issubclass(kind, np.generic) for kind in kinds):
-            gradients = self._held = [np.asarray(g) if isinstance(g, np.generic) else g for g in gradients]
-            kinds = set(map(type, gradients))
-        if self._headers is not None and kinds <= _FAST_TYPES:
-            objects = np.fromiter(map(id, gradients), np.int64, len(gradients))
-            owned, places, *known = self._headers
-            if headers.read(owned, places, objects, id(None), *known, *self._ranges, self.table):
-                return
-        elif self._known is not None and self._is_as_known(gradients, *self._known):
+        if self.reads(gradients):
             return
-        self._headers = self._known = None
+        if any(issubclass(kind, np.generic) for kind in set(map(type, gradients))):
+            gradients = self._held = [np.asarray(g) if isinstance(g, np.generic) else g for g in gradients]
+            if self.reads(gradients):
+                return
+        if self._reader is None and self._known is not None and self._is_as_known(gradients, *self._known):
+            return
+        self._reader = self._tensors = self._known = None
         written = [self._written_layout(k) for k in range(len(self._places))]
         if written != self._claimed:
             self._claim(written)
@@ -144,7 +138,13 @@ class Plan:
             self.table[cpu.G, i] = g.address
         self._memory = [arrays.memory(array) for _, _, array in self._places]
         self._known = self._signatures()
-        self._headers = self._remember()
+        self._remember()
+
+    def reads(self, gradients: Sequence[Array | None]) -> bool:
+        """Read the address of every array in one compiled call; False where the slower checks are needed."""
+        if self._reader is None or not self._reader.read(gradients):
+            return False
+        return self._tensors is None or self._tensors.are_as_known(gradients)
 
     def update_calls(
         self, c: Coefficients, top: Flag, average: Flag, total: Flag, limit: Flag, overwrite: bool
@@ -269,7 +269,7 @@ class Plan:
                     f"variable {self.names[i]!r} has become an array of shape {layout.shape} and dtype {layout.dtype}; "
                     f"expected shape {known.shape} and dtype {known.dtype}, as built"
                 )
-            seen = self._verdicts["variable", i] = _verdict(signature, layout, True)
+            seen = self._verdicts["variable", i] = _verdict(array, signature, layout, True)
         return seen.layout._replace(address=arrays.address(array))
 
     def _gradient_layout(self, i: int, gradient: Array | None) -> Layout:
@@ -283,7 +283,7 @@ class Plan:
         if seen is None or signature is None or seen.signature != signature:
             arrays.check_gradient(self.names[i], gradient, self.variables[i])
             direct = arrays.read_directly(gradient, self.variables[i])
-            seen = _verdict(signature, arrays.host_layout(gradient), direct)
+            seen = _verdict(gradient, signature, arrays.host_layout(gradient), direct)
         self._check_apart(i, arrays.address(gradient), seen)
         layout = seen.layout._replace(address=arrays.address(gradient)) if seen.direct else self._cast(i, gradient)
         self._verdicts["gradient", i] = seen
@@ -366,28 +366,32 @@ class Plan:
                 p_type, g_type, compute, strided, master, work, partials, block, block.ctypes.data, int(ends[-1])
             )
 
-    def _remember(self) -> tuple[Matrix, ...] | None:
-        """What `headers.read` compares the next step's arrays with; None where it cannot read them all."""
+    def _remember(self) -> None:
+        """Note what `reads` compares the next step's arrays with, if it can read them all."""
         gradients = [self._verdicts.get(("gradient", i), _UNSEEN) for i in range(len(self.names))]
-        numpy = all(type(array) in _FAST_TYPES for array in (*self.variables, *(a for _, _, a in self._places)))
-        if not numpy or None in self.host or len(self.host) < len(self.names) or not all(g.direct for g in gradients):
-            return None
+        if len(self.host) < len(self.names) or not all(seen.direct for seen in gradients):
+            return
         records = []
         for (_, _, array), layout in zip(self._places, self._claimed, strict=True):
             low, high = arrays.extent(layout)
             flags = headers.ALIGNED | headers.WRITEABLE
-            records.append(headers.record(flags, layout, array.dtype, low - layout.address, high - layout.address))
-        for seen in gradients:
-            records.append([0] * 5 if seen is _UNSEEN else seen.record(headers.ALIGNED))
-        starts = np.cumsum([0] + [len(record) for record in records])
-        owned = np.array([id(array) for _, _, array in self._places], np.int64)
-        places = np.array([place[:2] for place in self._places], np.int64)
-        return owned, places, np.concatenate([np.array(record, np.int64) for record in records]), starts
+            records.append(headers.record(array, layout, low - layout.address, high - layout.address, flags))
+        if headers.UNSEEN in records:
+            return
+        owned, places = [array for _, _, array in self._places], [place[:2] for place in self._places]
+        found = [seen.record for seen in gradients]
+        self._reader = headers.Reader(owned, places, records, found, self._ranges, self.table)
+        columns = [i for i in self.host if not isinstance(self.variables[i], np.ndarray)]
+        if columns:
+            written = [array for array in owned if not isinstance(array, np.ndarray)]
+            signatures = [None if gradients[i] is _UNSEEN else gradients[i].signature for i in columns]
+            self._tensors = Tensors(written, [self.variables[i] for i in columns], columns, signatures)
 
 
-def _verdict(signature: object, layout: Layout, direct: bool) -> Verdict:
-    low, high = arrays.extent(layout)
-    return Verdict(signature, layout, low - layout.address, high - layout.address, direct)
+def _verdict(array: Array, signature: object, layout: Layout, direct: bool) -> Verdict:
+    low, high = (end - layout.address for end in arrays.extent(layout))
+    record = headers.record(array, layout, low, high, headers.ALIGNED)
+    return Verdict(signature, layout, low, high, direct, record)
 
 
 def _real(dtype: str) -> str:
