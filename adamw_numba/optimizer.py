@@ -512,7 +512,8 @@ class AdamW:
             raise RuntimeError("a callable rate has itself taken a step; expected it to return a number only")
         if not 0 <= number < 2**62 or not iteration.flags.writeable:
             raise ValueError(f"the iteration is {number} or read-only; expected a counter that can go on")
-        prepared = step.prepare(self, built, gradients, number, rates, loss_scale, nonfinite)
+        given = self, built, gradients, number, rates, loss_scale, nonfinite
+        prepared = step.repeated(*given) or step.prepare(*given)
         calls: list[Call] = [(operator.setitem, self._last, 0, LastStep(prepared.norm, prepared.applied, rates[0]))]
         if prepared.applied:
             calls.append((operator.setitem, iteration, (), number + 1))

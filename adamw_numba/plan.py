@@ -1,5 +1,6 @@
 """Many arrays become one table of addresses and one work list: built once, refreshed at each step."""
 
+import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -9,12 +10,14 @@ import numpy as np
 from . import arrays
 from .arrays import Array, Layout
 from .kernels import cpu, headers
-from .kernels.threads import MOST_PARTS, job_calls
+from .kernels.threads import MOST_PARTS, SERIAL_BELOW, job_calls
 from .tensors import Tensors
 from .update import Coefficients
 
 CHUNK = 16_384  # elements
 _LARGEST = sys.float_info.max
+_NUMBERS = struct.Struct(f"={cpu.HOW_MANY}d")  # packing takes a third of what assigning a tuple does
+_RATES = struct.Struct("=2d")  # the first two
 RESCUE = 2.0**-600  # brings the square of any finite float64 into range
 
 Call = tuple[Any, ...]
@@ -77,16 +80,22 @@ class Plan:
         What each variable multiplies the decay and the scale of its gradient with.
     threads : int or None
         The most threads to use; None for Numba's own number.
+    repeat : object
+        What the owner notes about the last step, gone as soon as other numbers are set.
     """
 
     def __init__(self, names: Sequence[str], variables: Sequence[Array], slots: Sequence[dict[str, Array]]) -> None:
         self.names, self.variables, self.slots = names, variables, slots
         self.threads: int | None = None
+        self.repeat: Any = None
         self.host = [i for i, variable in enumerate(variables) if variable is not None]
         self.table = np.zeros((8, len(names)), np.int64)
         self.factors = np.ones((2, len(names)))
         self.numbers = np.zeros(cpu.HOW_MANY)
+        self._packed = memoryview(self.numbers)  # type: ignore[arg-type]
         self.groups: list[Group] = []
+        self._clipped = False
+        self._kernels: dict[tuple[Any, ...], list[int]] = {}  # their addresses, by options: one for each group
         self._sums = np.zeros((MOST_PARTS, cpu.LANES))
         self._verdicts: dict[tuple[str, int], Verdict] = {}
         self._scratch: dict[int, Array] = {}
@@ -130,6 +139,7 @@ class Plan:
         arrangement = [(p._replace(address=0), g._replace(address=0)) for p, g in pairs]
         if arrangement != self._arrangement:
             self._arrangement = []
+            self._kernels = {}
             self.groups = list(self._arrange(arrangement))
             self._arrangement = arrangement
         for (row, i, _), layout in zip(self._places, written, strict=True):
@@ -152,17 +162,23 @@ class Plan:
         """The calls that update every variable which has a gradient, and move the averages of the others."""
         self.set_numbers(c, overwrite)
         return self._calls(
-            lambda g: cpu.update_kernel(g.p_type, g.g_type, g.compute, top, average, total, g.master, limit, g.strided)
+            ("update", top, average, total, limit),
+            lambda g: cpu.update_kernel(g.p_type, g.g_type, g.compute, top, average, total, g.master, limit, g.strided),
         )
 
     def accumulate_calls(self, c: Coefficients) -> list[Call]:
         """The calls that add every gradient to its accumulator."""
         self.set_numbers(c, False)
-        return self._calls(lambda g: cpu.accumulate_kernel(g.g_type, g.compute, g.strided))
+        return self._calls(("accumulate",), lambda g: cpu.accumulate_kernel(g.g_type, g.compute, g.strided))
 
     def set_numbers(self, c: Coefficients, overwrite: bool) -> None:
         """Put the numbers of this step where the kernels read them."""
-        self.numbers[:] = (*c, overwrite, 1.0)
+        self.repeat = None
+        _NUMBERS.pack_into(self._packed, 0, *c, overwrite, 1.0)
+
+    def set_rates(self, alpha: float, decay: float) -> None:
+        """The same, where all other numbers are those of the last step."""
+        _RATES.pack_into(self._packed, 0, alpha, decay)
 
     def set_decayed(self, decayed: Sequence[bool]) -> None:
         """Which variables the weight decay applies to."""
@@ -170,13 +186,22 @@ class Plan:
 
     def set_clips(self, clips: Matrix | None) -> None:
         """What each variable's gradient is multiplied with; None where nothing is clipped by norm."""
-        self.factors[cpu.CLIP] = 1.0 if clips is None else clips
+        if clips is not None or self._clipped:
+            self.factors[cpu.CLIP] = 1.0 if clips is None else clips
+            self._clipped = clips is not None
 
-    def _calls(self, kernel: Callable[[Group], Any]) -> list[Call]:
+    def needs_helpers(self) -> bool:
+        """Whether some group is large enough for other threads."""
+        return self.threads != 1 and any(group.elements >= SERIAL_BELOW for group in self.groups)
+
+    def _calls(self, key: tuple[Any, ...], kernel: Callable[[Group], Any]) -> list[Call]:
         """What to call, with no Python in between, to run a kernel over every group; what is new is compiled here."""
+        addresses = self._kernels.get(key)
+        if addresses is None:
+            addresses = self._kernels[key] = [kernel(group).address for group in self.groups]
         result: list[Call] = []
-        for group in self.groups:
-            result += job_calls(kernel(group).address, group.block_address, group.elements, self.threads)
+        for address, group in zip(addresses, self.groups, strict=True):
+            result += job_calls(address, group.block_address, group.elements, self.threads)
         return result
 
     def norms(self, total: Flag, elsewhere: dict[int, float]) -> tuple[Matrix, float]:
@@ -205,7 +230,9 @@ class Plan:
     def _squares(self, total: bool | None, scale: float, elsewhere: dict[int, float]) -> Matrix:
         squares = np.zeros(len(self.names))
         self.numbers[cpu.SQUARE_SCALE] = scale
-        for function, *arguments in self._calls(lambda g: cpu.square_kernel(g.g_type, g.compute, total, g.strided)):
+        for function, *arguments in self._calls(
+            ("square", total), lambda g: cpu.square_kernel(g.g_type, g.compute, total, g.strided)
+        ):
             function(*arguments)
         for group in self.groups:
             cpu.gather_squares(group.work, group.partials, squares)

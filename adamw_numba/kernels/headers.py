@@ -1,9 +1,9 @@
 """Addresses of many arrays in one compiled call, read from the arrays' own headers.
 
-A NumPy array's header is the ``PyArrayObject_fields`` of NumPy's C API, whose layout NumPy promises to keep; Numba reads
-it too. A torch tensor describes itself through DLPack's C exchange API, where its type offers that (torch 2.10 on): a
-``DLTensor``, filled in without a call of Python. What is known of each array lies in one row of int64 (see `record`); an
-array that is not exactly as known is left to the slower check in plan.py.
+A NumPy array's header is the ``PyArrayObject_fields`` of NumPy's C API, whose layout NumPy promises to keep; Numba
+reads it too. A torch tensor describes itself through DLPack's C exchange API, where its type offers that (torch 2.10
+on): a ``DLTensor``, filled in without a call of Python. What is known of each array lies in one row of int64 (see
+`record`); an array that is not exactly as known is left to the slower check in plan.py.
 """
 
 import ctypes
@@ -102,7 +102,7 @@ class Reader:
         self._address = self._block.ctypes.data
         self._count = len(gradient_records)
 
-    def read(self, gradients: list[Any]) -> bool:
+    def read(self, gradients: Sequence[Any]) -> bool:
         """Put the gradients' addresses into the table; False where a closer look is needed."""
         return type(gradients) is list and len(gradients) == self._count and read(id(gradients), self._address)
 
