@@ -116,6 +116,8 @@ class AdamW:
     nonfinite: str = _checked(hp.choice("propagate", "skip", "raise"))
     threads: int | None = _checked(hp.integer(1))
     master_weights: bool = _checked(hp.flag, frozen=True)
+    _weight_decay_rate: hp.Rate | None
+    _settings: object  # another one after every change of a hyperparameter
 
     def __init__(
         self,
@@ -219,8 +221,8 @@ class AdamW:
     @property
     def last_step(self) -> LastStep | None:
         """What the last call of `apply` did; None before the first."""
-        last: LastStep | None = self._last[0]
-        return last
+        last: tuple[float | None, bool, float] | None = self._last[0]
+        return None if last is None else LastStep(*last)
 
     @property
     def skipped_steps(self) -> int:
@@ -508,13 +510,14 @@ class AdamW:
         iteration = self._state.scalars["iteration"]
         number = iteration.item()
         rates = self._rates(number)
-        if iteration.item() != number:
+        if (self._learning_rate or self._weight_decay_rate) and iteration.item() != number:
             raise RuntimeError("a callable rate has itself taken a step; expected it to return a number only")
         if not 0 <= number < 2**62 or not iteration.flags.writeable:
             raise ValueError(f"the iteration is {number} or read-only; expected a counter that can go on")
-        given = self, built, gradients, number, rates, loss_scale, nonfinite
-        prepared = step.repeated(*given) or step.prepare(*given)
-        calls: list[Call] = [(operator.setitem, self._last, 0, LastStep(prepared.norm, prepared.applied, rates[0]))]
+        prepared = step.repeated(self, built, gradients, number, rates, loss_scale, nonfinite)
+        if prepared is None:
+            prepared = step.prepare(self, built, gradients, number, rates, loss_scale, nonfinite)
+        calls: list[Call] = [(operator.setitem, self._last, 0, (prepared.norm, prepared.applied, rates[0]))]
         if prepared.applied:
             calls.append((operator.setitem, iteration, (), number + 1))
         else:
@@ -527,12 +530,13 @@ class AdamW:
             learning_rate = self._learning_rate(number)
         elif learning_rate is None:
             learning_rate = self._state.scalars["learning_rate"].item()
-        decay = self.__dict__["_weight_decay_rate"]
+        decay = self._weight_decay_rate
         return learning_rate, self.weight_decay if decay is None else decay(number)
 
     def _match(self, grads: Container, variables: Container | None) -> tuple[Any, Sequence[Array | None]]:
         """What is built, here if need be, and the gradients in its order; no gradients at all are an empty list."""
-        self._check_not_swapped()
+        if self._swapped:
+            self._check_not_swapped()
         if variables is None:
             if self._built is None:
                 raise ValueError(

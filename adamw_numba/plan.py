@@ -10,13 +10,14 @@ import numpy as np
 from . import arrays
 from .arrays import Array, Layout
 from .kernels import cpu, headers
-from .kernels.threads import MOST_PARTS, SERIAL_BELOW, job_calls
+from .kernels.threads import MOST_PARTS, job_calls
 from .tensors import Tensors
 from .update import Coefficients
 
 CHUNK = 16_384  # elements
 _LARGEST = sys.float_info.max
 _NUMBERS = struct.Struct(f"={cpu.HOW_MANY}d")  # packing takes a third of what assigning a tuple does
+_FAILED = -1
 _RATES = struct.Struct("=2d")  # the first two
 RESCUE = 2.0**-600  # brings the square of any finite float64 into range
 
@@ -123,11 +124,11 @@ class Plan:
             If a gradient does not fit its variable or shares memory with what a step writes, or a variable has become
             another kind of array. Nothing that the user owns has been written.
         """
-        if self.reads(gradients):
+        if self.reads(gradients) != _FAILED:
             return
         if any(issubclass(kind, np.generic) for kind in set(map(type, gradients))):
             gradients = self._held = [np.asarray(g) if isinstance(g, np.generic) else g for g in gradients]
-            if self.reads(gradients):
+            if self.reads(gradients) != _FAILED:
                 return
         if self._reader is None and self._known is not None and self._is_as_known(gradients, *self._known):
             return
@@ -150,11 +151,15 @@ class Plan:
         self._known = self._signatures()
         self._remember()
 
-    def reads(self, gradients: Sequence[Array | None]) -> bool:
-        """Read the address of every array in one compiled call; False where the slower checks are needed."""
-        if self._reader is None or not self._reader.read(gradients):
-            return False
-        return self._tensors is None or self._tensors.are_as_known(gradients)
+    def reads(self, gradients: Sequence[Array | None]) -> int:
+        """Read the address of every array in one compiled call; how many gradients there are, -1 if that fails."""
+        reader = self._reader
+        if reader is None or type(gradients) is not list or len(gradients) != reader.count:
+            return _FAILED
+        present: int = headers.read(id(gradients), reader.address)
+        if present < 0 or self._tensors is None or self._tensors.are_as_known(gradients):
+            return present
+        return _FAILED
 
     def update_calls(
         self, c: Coefficients, top: Flag, average: Flag, total: Flag, limit: Flag, overwrite: bool
@@ -190,9 +195,9 @@ class Plan:
             self.factors[cpu.CLIP] = 1.0 if clips is None else clips
             self._clipped = clips is not None
 
-    def needs_helpers(self) -> bool:
-        """Whether some group is large enough for other threads."""
-        return self.threads != 1 and any(group.elements >= SERIAL_BELOW for group in self.groups)
+    def can_repeat(self, calls: Sequence[Call]) -> bool:
+        """Whether calls can be made again: those with helpers are used up."""
+        return all(function is cpu.run_serial for function, *_ in calls)
 
     def _calls(self, key: tuple[Any, ...], kernel: Callable[[Group], Any]) -> list[Call]:
         """What to call, with no Python in between, to run a kernel over every group; what is new is compiled here."""

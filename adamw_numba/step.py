@@ -17,7 +17,6 @@ from .update import Coefficients
 
 Call = tuple[Any, ...]
 Write = tuple[Array, Array]
-_NONE = type(None)
 _run = deque[Any](maxlen=0).extend  # takes each result of an iterator, and keeps none
 
 
@@ -55,7 +54,8 @@ class Repeat(NamedTuple):
 
     settings: object
     loss_scale: float
-    log_betas: tuple[float, float]
+    log_beta_1: float
+    log_beta_2: float
     prepared: Prepared
 
 
@@ -149,27 +149,27 @@ def repeated(
 
     A few microseconds instead of ten: all checks of arrays are one compiled call, and two numbers are new.
     """
-    last: Repeat | None = built.plan.repeat if built.plan is not None else None
-    if (
-        last is None
-        or last.settings is not hyper._settings
-        or (last.loss_scale, "propagate") != (loss_scale, nonfinite)
-    ):
+    plan = built.plan
+    if plan is None or plan.repeat is None:
         return None
-    if not iteration or _NONE in map(type, gradients) or not built.plan.reads(gradients):
+    settings, scale, log_beta_1, log_beta_2, prepared = plan.repeat
+    if settings is not hyper._settings or scale != loss_scale or nonfinite != "propagate" or not iteration:
         return None
-    built.plan.set_rates(step_size(iteration, rates[0], *last.log_betas), rates[0] * rates[1])
-    return last.prepared
+    if plan.reads(gradients) != len(gradients):
+        return None
+    rate, weight_decay = rates
+    plan.set_rates(step_size(iteration, rate, log_beta_1, log_beta_2), rate * weight_decay)
+    again: Prepared = prepared
+    return again
 
 
 def _note(hyper: Any, built: Built, gradients: Sequence[Array | None], loss_scale: float, prepared: Prepared) -> None:
     """Keep a step for `repeated`, if every variable has its part in it and one thread is enough."""
     overwrites = hyper.use_ema and hyper.ema_overwrite_frequency
-    if built.plan is None or built.elsewhere or overwrites or built.plan.needs_helpers():
+    if built.plan is None or built.elsewhere or overwrites or not built.plan.can_repeat(prepared.calls):
         return
-    if _NONE not in map(type, gradients) and built.plan.reads(gradients):
-        betas = log(hyper.beta_1), log(hyper.beta_2)
-        built.plan.repeat = Repeat(hyper._settings, loss_scale, betas, prepared)
+    if built.plan.reads(gradients) == len(gradients):
+        built.plan.repeat = Repeat(hyper._settings, loss_scale, log(hyper.beta_1), log(hyper.beta_2), prepared)
 
 
 def prepare_one(hyper: Any, built: Built, gradient: Array, i: int, updates: int, learning_rate: float) -> Prepared:
@@ -188,7 +188,8 @@ def commit(prepared: Prepared, calls: Iterable[Call]) -> None:
     Compiled calls run with no Python bytecode between them, so no interrupt can come in between. Whole-array writes
     come first and can be repeated: an interrupt among them is kept until the step is complete.
     """
-    arrays.note_writes(prepared.touched)
+    if prepared.touched:
+        arrays.note_writes(prepared.touched)
     calls = [*prepared.calls, *calls]
     if not prepared.writes:
         _run(starmap(operator.call, calls))

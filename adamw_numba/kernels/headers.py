@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from .cpu import G, _cached, _call_plain, _pointer
+from .cpu import G, _cached, _call_plain, _entry, _pointer
 
 _HEAD = object.__basicsize__  # bytes of PyObject_HEAD, whose last word is the type
 _WORD = 8
@@ -71,6 +71,13 @@ class Reader:
     ranges : array of int64, shape (2, n)
         The beginnings and ends of the memory that a step writes, in order.
     table : array of int64
+
+    Attributes
+    ----------
+    address : int
+        Of what `read` needs.
+    count : int
+        How many gradients there are.
     """
 
     def __init__(
@@ -99,12 +106,8 @@ class Reader:
         self._block[OWNED_COUNT], self._block[GRADIENTS] = len(owned), len(gradient_records)
         self._block[RANGES] = ranges.shape[1]
         self._block[NONE], self._block[CLEAR] = id(None), _CLEAR
-        self._address = self._block.ctypes.data
-        self._count = len(gradient_records)
-
-    def read(self, gradients: Sequence[Any]) -> bool:
-        """Put the gradients' addresses into the table; False where a closer look is needed."""
-        return type(gradients) is list and len(gradients) == self._count and read(id(gradients), self._address)
+        self.address = int(self._block.ctypes.data)
+        self.count = len(gradient_records)
 
 
 @intrinsic
@@ -164,9 +167,14 @@ def _is_apart(lows, highs, low, high):
     return nearest == lows.size or lows[nearest] >= high or low == high
 
 
-@_cached(njit, types.boolean(types.intp, types.intp))
+@_entry
+@_cached(njit, types.intp(types.intp, types.intp))
 def read(gradients, address):
-    """`Reader.read`, of a list at an address in memory; the interpreter's lock is held."""
+    """Put the gradients' addresses into the table; return how many there are, or -1 where a closer look is needed.
+
+    `gradients` is the address of a list of as many as the reader expects, `address` that of the reader. The
+    interpreter's lock is held.
+    """
     block = _words(address, 13)
     owned, table, starts = _words(block[OWNED], block[OWNED_COUNT]), _words(block[TABLE], 1), block[STARTS]
     count, tensor, clear = block[GRADIENTS], block[TENSOR], block[CLEAR]
@@ -174,9 +182,10 @@ def read(gradients, address):
     known, places = _words(block[KNOWN], starts[owned.size + count]), _words(block[PLACES], owned.size)
     table = _words(block[TABLE], 8 * count)
     lows, highs = _words(block[LOWS], block[RANGES]), _words(block[HIGHS], block[RANGES])
+    present = 0
     for k in range(owned.size):
         if _address_as_known(owned[k], known[starts[k] :], tensor, clear) != table[places[k]]:
-            return False
+            return _MISSING
     items = _words(_words(gradients + _ITEMS, 1)[0], count)
     for i in range(count):
         table[G * count + i] = 0
@@ -185,9 +194,10 @@ def read(gradients, address):
         row = known[starts[owned.size + i] :]
         data = _address_as_known(items[i], row, tensor, clear)
         if data == _MISSING or not _is_apart(lows, highs, data + row[LOW], data + row[HIGH]):
-            return False
+            return _MISSING
         table[G * count + i] = data
-    return True
+        present += 1
+    return present
 
 
 _capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
