@@ -40,7 +40,6 @@ from .workloads import (
 
 STEPS = 3  # to agree on
 SECONDS, QUICK_SECONDS = 4.0, 0.3  # for each pair
-SLOW = 0.5  # seconds a step, from which on a quick run takes three rounds at once
 QUICK = {"one-1M": ("plain",), "one-65k": ("plain",), "one-10": ("plain",), "resnet50": ("plain", "full", "16-bit"),
          "mlp": ("plain", "full"), "many-small": ("plain",)}  # fmt: skip
 SLOW_TO_COMPILE = {"many-small": ("optax", "Keras on JAX", "Keras on JAX, jitted"),
@@ -73,11 +72,11 @@ def agree(one: Contender, other: Contender, given: Arrays, step: Step) -> float:
     return worst
 
 
-def timer(contender: Contender, given: Arrays, fresh: bool, repeats: int) -> Callable[[bool], float]:
+def timer(contender: Contender, given: Arrays, fresh: bool, count: int) -> Callable[[bool], float]:
     """A function that takes steps, and returns the seconds of one."""
 
     def call(counts: bool) -> float:
-        total, times = 0.0, repeats if counts else 1
+        total, times = 0.0, count if counts else 1
         for _ in range(times):
             contender.give([g.copy() for g in given]) if fresh else contender.again()
             start = time.perf_counter()
@@ -98,8 +97,8 @@ def pair(
     agree(our, other, given, step)
     for kind in kinds:
         both = {"ours": our, name: other}
-        repeats = {key: _repeats(timer(c, given, kind == "fresh", 1)) for key, c in both.items()}
-        calls = {key: timer(c, given, kind == "fresh", repeats[key]) for key, c in both.items()}
+        fresh = kind == "fresh"
+        calls = {key: timer(c, given, fresh, repeats(c, given, fresh)) for key, c in both.items()}
         times = interleaved(calls, seconds)
         ratios = [theirs / mine for theirs, mine in zip(times[name], times["ours"], strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4)
@@ -109,7 +108,9 @@ def pair(
                "rounds": len(ratios)}  # fmt: skip
 
 
-def _repeats(call: Callable[[bool], float]) -> int:
+def repeats(contender: Contender, given: Arrays, fresh: bool = False) -> int:
+    """How many steps make a millisecond."""
+    call = timer(contender, given, fresh, 1)
     call(False)
     return int(np.clip(1e-3 / call(True), 1, 100))
 

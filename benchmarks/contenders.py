@@ -15,11 +15,11 @@ from adamw_numba import AdamW
 from .workloads import EMA_MOMENTUM, EPSILON, LEARNING_RATE, LOSS_SCALE, WEIGHT_DECAY, Arrays, Contender, Step
 
 
-class Absent(Exception):
+class Absent(Exception):  # noqa: N818 - a finding, not a mistake
     """A library that is not installed, or does not work here."""
 
 
-class Unable(Exception):
+class Unable(Exception):  # noqa: N818
     """A library that has no step like that."""
 
 
