@@ -168,7 +168,7 @@ def _note(hyper: Any, built: Built, gradients: Sequence[Array | None], loss_scal
     overwrites = hyper.use_ema and hyper.ema_overwrite_frequency
     if built.plan is None or built.elsewhere or overwrites or not built.plan.can_repeat(prepared.calls):
         return
-    if built.plan.reads(gradients) == len(gradients):
+    if all(gradient is not None for gradient in gradients):
         built.plan.repeat = Repeat(hyper._settings, loss_scale, log(hyper.beta_1), log(hyper.beta_2), prepared)
 
 

@@ -270,6 +270,23 @@ def test_tensors_that_differ_in_what_headers_do_not_tell(case, dtype):
     assert torch.equal(variable, expected)
 
 
+@pytest.mark.parametrize("make", [libraries.to_torch, libraries.parameter])
+def test_a_torch_without_the_exchange_of_headers(make, monkeypatch):
+    """Before 2.10: every tensor is asked in Python, with the same result."""
+    results = []
+    for old in (False, True):
+        if old:
+            monkeypatch.setattr(headers, "exporter", lambda kind: 0)
+        variables = [make(np.ones(size), "float32") for size in (3, 4)]
+        steps = [[make(np.full(size, k), "float32") for size in (3, 4)] for k in range(4)]
+        optimizer = train(variables, steps, use_ema=True)
+        with pytest.raises(ValueError, match="shares memory"):
+            optimizer.apply([steps[0][0], optimizer.averages[1][:]])
+        results.append([libraries.look(a) for a in [*variables, *optimizer.variables]])
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_containers_of_every_kind():
     shapes = {"layers": [{"kernel": (2, 3), "bias": (3,)}, {"kernel": (3, 1)}], "scale": ()}
     tree = {"layers": [{k: np.ones(s) for k, s in layer.items()} for layer in shapes["layers"]], "scale": np.ones(())}
