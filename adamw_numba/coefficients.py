@@ -25,12 +25,10 @@ def coefficients(
         Where ``sqrt``, ``expm1`` and ``where`` come from: `math`, or the namespace of a traced `updates`.
     """
     micro_steps = hyper.gradient_accumulation_steps
-    correction_1 = -xp.expm1((updates + 1) * _log(hyper.beta_1))
-    correction_2 = -xp.expm1((updates + 1) * _log(hyper.beta_2))
     rate = 1 - hyper.ema_momentum
     first = (1.0 if updates == 0 else rate) if xp is math else xp.where(updates == 0, 1.0, rate)
     return Coefficients(
-        alpha=learning_rate * xp.sqrt(correction_2) / correction_1,
+        alpha=step_size(updates, learning_rate, log(hyper.beta_1), log(hyper.beta_2), xp),
         decay=learning_rate * weight_decay,
         beta_1c=1 - hyper.beta_1,
         beta_2=hyper.beta_2,
@@ -41,6 +39,13 @@ def coefficients(
         limit=hyper.clipvalue or math.inf,
         average_c=first,
     )
+
+
+def step_size(updates: Any, learning_rate: Any, log_beta_1: float, log_beta_2: float, xp: Any = math) -> Any:
+    """The learning rate with both bias corrections in it (Kingma & Ba 2015, end of section 2)."""
+    correction_1 = -xp.expm1((updates + 1) * log_beta_1)
+    correction_2 = -xp.expm1((updates + 1) * log_beta_2)
+    return learning_rate * xp.sqrt(correction_2) / correction_1
 
 
 def clip_factor(norm: Any, limit: float, maximum: Any = max) -> Any:
@@ -54,5 +59,6 @@ def whole_norm(norms: np.ndarray[Any, Any]) -> float:
     return peak * float(np.linalg.norm(norms / peak)) if 0 < peak < math.inf else peak
 
 
-def _log(beta: float) -> float:
+def log(beta: float) -> float:
+    """The logarithm of a decay rate, which may be 0."""
     return math.log(beta) if beta else -math.inf

@@ -42,7 +42,7 @@ class Hyperparameter:
                     "Only one of `clipnorm`, `clipvalue` and `global_clipnorm` can be set. "
                     f"Received: {self.name}={value}, while {others}"
                 )
-        changes = {self.name: value}
+        changes = {self.name: value, "_settings": object()}  # another one with every change
         if self.check is rate:
             changes[f"_{self.name}_rate"] = Rate(self.name, value) if callable(value) else None
         instance.__dict__.update(changes)

@@ -20,7 +20,7 @@ def gradients(built: Built, grads: Container, warn: bool = True) -> Sequence[Arr
     ValueError
         If a count or a name differs, or every gradient is None.
     """
-    if type(grads) is list and len(grads) == len(built.names) and not set(map(type, grads)) & _NOT_FLAT:
+    if type(grads) is list and len(grads) == len(built.names) and _NOT_FLAT.isdisjoint(map(type, grads)):
         return list(grads)  # the caller's may change while we work
     names, leaves = flatten(grads, "grads")
     return _present(built.names, in_order(names, leaves, built.names, "grads"), warn) if leaves else []

@@ -116,6 +116,8 @@ class AdamW:
     nonfinite: str = _checked(hp.choice("propagate", "skip", "raise"))
     threads: int | None = _checked(hp.integer(1))
     master_weights: bool = _checked(hp.flag, frozen=True)
+    _weight_decay_rate: hp.Rate | None
+    _settings: object  # another one after every change of a hyperparameter
 
     def __init__(
         self,
@@ -222,8 +224,8 @@ class AdamW:
     def last_step(self) -> LastStep | None:
         """What the last call of `apply` did; None before the first."""
         self._catch_up()
-        last: LastStep | None = self._last[0]
-        return last
+        last: tuple[float | None, bool, float] | None = self._last[0]
+        return None if last is None else LastStep(*last)
 
     @property
     def skipped_steps(self) -> int:
@@ -509,20 +511,23 @@ class AdamW:
         nonfinite: str,
         more: Callable[[bool], list[Call]] | None = None,
     ) -> None:
-        iteration, key = self._state.scalars["iteration"], self._key(loss_scale)
+        iteration = self._state.scalars["iteration"]
+        key = self._key(loss_scale) if built.devices else None
         for device in built.devices:
             asks = device.has_captures or key is None or more or nonfinite == "raise"
             if not device.is_certain and asks and not device.looks_captured():
                 self._catch_up()
         number = iteration.item()
         rates = self._rates(number)
-        if iteration.item() != number:
+        if (self._learning_rate or self._weight_decay_rate) and iteration.item() != number:
             raise RuntimeError("a callable rate has itself taken a step; expected it to return a number only")
         if not 0 <= number < 2**62 or not iteration.flags.writeable:
             raise ValueError(f"the iteration is {number} or read-only; expected a counter that can go on")
-        taken = step.Step(number, self._rates, rates, key, loss_scale, nonfinite, waits=more is not None)
-        prepared = step.prepare(self, built, gradients, taken)
-        calls: list[Call] = [(operator.setitem, self._last, 0, LastStep(prepared.norm, prepared.applied, rates[0]))]
+        prepared = step.repeated(self, built, gradients, number, rates, loss_scale, nonfinite)
+        if prepared is None:
+            taken = step.Step(number, self._rates, rates, key, loss_scale, nonfinite, waits=more is not None)
+            prepared = step.prepare(self, built, gradients, taken)
+        calls: list[Call] = [(operator.setitem, self._last, 0, (prepared.norm, prepared.applied, rates[0]))]
         if not prepared.applied:
             calls.append((operator.setitem, self._last, 1, self._last[1] + 1))
         elif prepared.counted:
@@ -535,7 +540,7 @@ class AdamW:
             learning_rate = self._learning_rate(number)
         elif learning_rate is None:
             learning_rate = self._state.scalars["learning_rate"].item()
-        decay = self.__dict__["_weight_decay_rate"]
+        decay = self._weight_decay_rate
         return learning_rate, self.weight_decay if decay is None else decay(number)
 
     def _key(self, loss_scale: float) -> object:
@@ -545,7 +550,7 @@ class AdamW:
         if any(callable(rate) and type(rate).__module__ != schedules.__name__ for rate in rates):
             return None
         own = self._state.scalars["learning_rate"].item() if rates[0] is None else None
-        return own, *rates, loss_scale, *_NUMBERS(self)
+        return own, rates[0], loss_scale, self._settings
 
     def _catch_up(self) -> None:
         """Ask a GPU that decides and counts by itself, if there is anything to ask; waits for it."""
@@ -560,7 +565,7 @@ class AdamW:
             device.skipped = 0
             if self._last[0] is not None or report.iteration:
                 rate = self._rates(report.iteration - report.applied)[0] if self._key(1.0) else self._last[0][2]
-                self._last[0] = LastStep(report.norm, report.applied, rate)
+                self._last[0] = report.norm, report.applied, rate
 
     def _places(self) -> list[Place]:
         self._catch_up()
@@ -599,7 +604,8 @@ class AdamW:
 
     def _match(self, grads: Container, variables: Container | None) -> tuple[Any, Sequence[Array | None]]:
         """What is built, here if need be, and the gradients in its order; no gradients at all are an empty list."""
-        self._check_not_swapped()
+        if self._swapped:
+            self._check_not_swapped()
         if variables is None:
             if self._built is None:
                 raise ValueError(
@@ -796,9 +802,6 @@ def _renew_locks() -> None:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_locks)
 
-_NUMBERS = operator.attrgetter(
-    "beta_1", "beta_2", "epsilon", "ema_momentum", "ema_overwrite_frequency", "clipnorm", "global_clipnorm", "clipvalue"
-)
 _CHECKED = [key for key, value in vars(AdamW).items() if isinstance(value, hp.Hyperparameter)]
 _ELSEWHERE = {
     "lr": "learning_rate",

@@ -1,5 +1,6 @@
 """Many arrays become one table of addresses and one work list: built once, refreshed at each step."""
 
+import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -10,16 +11,19 @@ from . import arrays
 from .arrays import Array, Layout
 from .kernels import cpu, headers
 from .kernels.threads import MOST_PARTS, job_calls
+from .tensors import Tensors
 from .update import Coefficients
 
 CHUNK = 16_384  # elements
 _LARGEST = sys.float_info.max
+_NUMBERS = struct.Struct(f"={cpu.HOW_MANY}d")  # packing takes a third of what assigning a tuple does
+_FAILED = -1
+_RATES = struct.Struct("=2d")  # the first two
 RESCUE = 2.0**-600  # brings the square of any finite float64 into range
 
 Call = tuple[Any, ...]
 Flag = bool | None  # True or None: None is what Numba compiles away
 Matrix = np.ndarray[Any, Any]
-_FAST_TYPES = {np.ndarray, np.memmap, type(None)}
 _ROWS = {
     "momentum": cpu.M,
     "velocity": cpu.V,
@@ -54,14 +58,10 @@ class Verdict(NamedTuple):
     low: int  # the extent, relative to the address
     high: int
     direct: bool
-
-    def record(self, flags: int) -> list[int]:
-        """The same, for `headers.read`; of a NumPy array."""
-        signature: Any = self.signature
-        return headers.record(flags, self.layout, signature[1], self.low, self.high)
+    record: list[int]  # the same, for `headers.read`; of a gradient
 
 
-_UNSEEN = Verdict("no gradient yet", Layout(0, (), (), "float32"), 0, 0, True)
+_UNSEEN = Verdict("no gradient yet", Layout(0, (), (), "float32"), 0, 0, True, headers.UNSEEN)
 
 
 class Plan:
@@ -103,7 +103,8 @@ class Plan:
         self._claimed: list[Layout] = []
         self._memory: list[tuple[int, int]] = []
         self._ranges = np.zeros((2, 0), np.int64)
-        self._headers: tuple[Matrix, ...] | None = None
+        self._reader: headers.Reader | None = None
+        self._tensors: Tensors | None = None
         self._known: tuple[list[object], list[Verdict], Matrix] | None = None
         self.refresh([None] * len(names))
 
@@ -116,18 +117,15 @@ class Plan:
             If a gradient does not fit its variable or shares memory with what a step writes, or a variable has become
             another kind of array. Nothing that the user owns has been written.
         """
-        kinds = set(map(type, gradients))
-        if any(issubclass(kind, np.generic) for kind in kinds):
-            gradients = self._held = [np.asarray(g) if isinstance(g, np.generic) else g for g in gradients]
-            kinds = set(map(type, gradients))
-        if self._headers is not None and kinds <= _FAST_TYPES:
-            objects = np.fromiter(map(id, gradients), np.int64, len(gradients))
-            owned, places, *known = self._headers
-            if headers.read(owned, places, objects, id(None), *known, *self._ranges, self.table):
-                return
-        elif self._known is not None and self._is_as_known(gradients, *self._known):
+        if self.reads(gradients) != _FAILED:
             return
-        self._headers = self._known = None
+        if any(issubclass(kind, np.generic) for kind in set(map(type, gradients))):
+            gradients = self._held = [np.asarray(g) if isinstance(g, np.generic) else g for g in gradients]
+            if self.reads(gradients) != _FAILED:
+                return
+        if self._reader is None and self._known is not None and self._is_as_known(gradients, *self._known):
+            return
+        self._reader = self._tensors = self._known = None
         written = [self._written_layout(k) for k in range(len(self._places))]
         if written != self._claimed:
             self._claim(written)
@@ -143,7 +141,17 @@ class Plan:
             self.table[cpu.G, i] = g.address
         self._memory = [arrays.memory(array) for _, _, array in self._places]
         self._known = self._signatures()
-        self._headers = self._remember()
+        self._remember()
+
+    def reads(self, gradients: Sequence[Array | None]) -> int:
+        """Read the address of every array in one compiled call; how many gradients there are, -1 if that fails."""
+        reader = self._reader
+        if reader is None or type(gradients) is not list or len(gradients) != reader.count:
+            return _FAILED
+        present: int = headers.read(id(gradients), reader.address)
+        if present < 0 or self._tensors is None or self._tensors.are_as_known(gradients):
+            return present
+        return _FAILED
 
     def _is_as_known(
         self, gradients: Sequence[Array | None], signatures: list[object], known: list[Verdict], spans: Matrix
@@ -201,7 +209,7 @@ class Plan:
                     f"variable {self.names[i]!r} has become an array of shape {layout.shape} and dtype {layout.dtype}; "
                     f"expected shape {known.shape} and dtype {known.dtype}, as built"
                 )
-            seen = self._verdicts["variable", i] = _verdict(signature, layout, True)
+            seen = self._verdicts["variable", i] = _verdict(array, signature, layout, True)
         return seen.layout._replace(address=arrays.address(array))
 
     def _gradient_layout(self, i: int, gradient: Array | None) -> Layout:
@@ -215,7 +223,7 @@ class Plan:
         if seen is None or signature is None or seen.signature != signature:
             arrays.check_gradient(self.names[i], gradient, self.variables[i])
             direct = arrays.read_directly(gradient, self.variables[i])
-            seen = _verdict(signature, arrays.layout_of(gradient), direct)
+            seen = _verdict(gradient, signature, arrays.layout_of(gradient), direct)
         self._check_apart(i, arrays.address(gradient), seen)
         layout = seen.layout._replace(address=arrays.address(gradient)) if seen.direct else self._cast(i, gradient)
         self._verdicts["gradient", i] = seen
@@ -279,23 +287,26 @@ class Plan:
             if len(runs):
                 yield (_real(p.dtype), _real(g.dtype)), runs
 
-    def _remember(self) -> tuple[Matrix, ...] | None:
-        """What `headers.read` compares the next step's arrays with; None where it cannot read them all."""
+    def _remember(self) -> None:
+        """Note what `reads` compares the next step's arrays with, if it can read them all."""
         gradients = [self._verdicts.get(("gradient", i), _UNSEEN) for i in range(len(self.names))]
-        numpy = all(type(array) in _FAST_TYPES for array in (*self.variables, *(a for _, _, a in self._places)))
-        if not numpy or None in self.own or len(self.own) < len(self.names) or not all(g.direct for g in gradients):
-            return None
+        if len(self.own) < len(self.names) or not all(seen.direct for seen in gradients):
+            return
         records = []
         for (_, _, array), layout in zip(self._places, self._claimed, strict=True):
             low, high = arrays.extent(layout)
             flags = headers.ALIGNED | headers.WRITEABLE
-            records.append(headers.record(flags, layout, array.dtype, low - layout.address, high - layout.address))
-        for seen in gradients:
-            records.append([0] * 5 if seen is _UNSEEN else seen.record(headers.ALIGNED))
-        starts = np.cumsum([0] + [len(record) for record in records])
-        owned = np.array([id(array) for _, _, array in self._places], np.int64)
-        places = np.array([place[:2] for place in self._places], np.int64)
-        return owned, places, np.concatenate([np.array(record, np.int64) for record in records]), starts
+            records.append(headers.record(array, layout, low - layout.address, high - layout.address, flags))
+        if headers.UNSEEN in records:
+            return
+        owned, places = [array for _, _, array in self._places], [place[:2] for place in self._places]
+        found = [seen.record for seen in gradients]
+        self._reader = headers.Reader(owned, places, records, found, self._ranges, self.table)
+        columns = [i for i in self.own if not isinstance(self.variables[i], np.ndarray)]
+        if columns:
+            written = [array for array in owned if not isinstance(array, np.ndarray)]
+            signatures = [None if gradients[i] is _UNSEEN else gradients[i].signature for i in columns]
+            self._tensors = Tensors(written, [self.variables[i] for i in columns], columns, signatures)
 
 
 class HostPlan(Plan):
@@ -307,6 +318,8 @@ class HostPlan(Plan):
         What each variable multiplies the decay and the scale of its gradient with.
     threads : int or None
         The most threads to use; None for Numba's own number.
+    repeat : object
+        What the owner notes about the last step, gone as soon as other numbers are set.
     """
 
     def __init__(
@@ -320,6 +333,10 @@ class HostPlan(Plan):
         self.factors = np.ones((2, len(names)))
         self.factors[cpu.DECAY] = decayed
         self.numbers = np.zeros(cpu.HOW_MANY)
+        self._packed = memoryview(self.numbers)  # type: ignore[arg-type]
+        self._clipped = False
+        self._kernels: dict[tuple[Any, ...], list[int]] = {}  # their addresses, by options: one for each group
+        self.repeat: Any = None
         self.groups: list[Group] = []
         self._sums = np.zeros((MOST_PARTS, cpu.LANES))
         super().__init__("cpu", names, variables, slots)
@@ -330,27 +347,42 @@ class HostPlan(Plan):
         """The calls that update every variable which has a gradient, and move the averages of the others."""
         self.set_numbers(c, overwrite)
         return self._calls(
-            lambda g: cpu.update_kernel(g.p_type, g.g_type, g.compute, top, average, total, g.master, limit, g.strided)
+            ("update", top, average, total, limit),
+            lambda g: cpu.update_kernel(g.p_type, g.g_type, g.compute, top, average, total, g.master, limit, g.strided),
         )
 
     def accumulate_calls(self, c: Coefficients) -> list[Call]:
         """The calls that add every gradient to its accumulator."""
         self.set_numbers(c, False)
-        return self._calls(lambda g: cpu.accumulate_kernel(g.g_type, g.compute, g.strided))
+        return self._calls(("accumulate",), lambda g: cpu.accumulate_kernel(g.g_type, g.compute, g.strided))
 
     def set_numbers(self, c: Coefficients, overwrite: bool) -> None:
         """Put the numbers of this step where the kernels read them."""
-        self.numbers[:] = (*c, overwrite, 1.0)
+        self.repeat = None
+        _NUMBERS.pack_into(self._packed, 0, *c, overwrite, 1.0)
+
+    def set_rates(self, alpha: float, decay: float) -> None:
+        """The same, where all other numbers are those of the last step."""
+        _RATES.pack_into(self._packed, 0, alpha, decay)
 
     def set_clips(self, clips: Matrix | None) -> None:
         """What each variable's gradient is multiplied with; None where nothing is clipped by norm."""
-        self.factors[cpu.CLIP] = 1.0 if clips is None else clips
+        if clips is not None or self._clipped:
+            self.factors[cpu.CLIP] = 1.0 if clips is None else clips
+            self._clipped = clips is not None
 
-    def _calls(self, kernel: Callable[[Group], Any]) -> list[Call]:
+    def can_repeat(self, calls: Sequence[Call]) -> bool:
+        """Whether calls can be made again: those with helpers are used up."""
+        return all(function is cpu.run_serial for function, *_ in calls)
+
+    def _calls(self, key: tuple[Any, ...], kernel: Callable[[Group], Any]) -> list[Call]:
         """What to call, with no Python in between, to run a kernel over every group; what is new is compiled here."""
+        addresses = self._kernels.get(key)
+        if addresses is None:
+            addresses = self._kernels[key] = [kernel(group).address for group in self.groups]
         result: list[Call] = []
-        for group in self.groups:
-            result += job_calls(kernel(group).address, group.block_address, group.elements, self.threads)
+        for address, group in zip(addresses, self.groups, strict=True):
+            result += job_calls(address, group.block_address, group.elements, self.threads)
         return result
 
     def norms(self, total: Flag, elsewhere: dict[int, float]) -> tuple[Matrix, float]:
@@ -379,7 +411,9 @@ class HostPlan(Plan):
     def _squares(self, total: bool | None, scale: float, elsewhere: dict[int, float]) -> Matrix:
         squares = np.zeros(len(self.names))
         self.numbers[cpu.SQUARE_SCALE] = scale
-        for function, *arguments in self._calls(lambda g: cpu.square_kernel(g.g_type, g.compute, total, g.strided)):
+        for function, *arguments in self._calls(
+            ("square", total), lambda g: cpu.square_kernel(g.g_type, g.compute, total, g.strided)
+        ):
             function(*arguments)
         for group in self.groups:
             cpu.gather_squares(group.work, group.partials, squares)
@@ -394,6 +428,7 @@ class HostPlan(Plan):
             sizes = [arrays.ITEMSIZE[types[0]], arrays.ITEMSIZE[types[1]], arrays.ITEMSIZE[arrays.COMPUTE[types[0]]]]
             strided = None if (work[0, cpu.P_STEP :] == sizes).all() else True
             rows.setdefault((*types, strided), []).append(work)
+        self._kernels = {}
         self.groups = [self._group(*kind, np.concatenate(works)) for kind, works in rows.items()]
 
     def _group(self, p_type: str, g_type: str, strided: bool | None, work: Matrix) -> Group:
@@ -416,9 +451,10 @@ class HostPlan(Plan):
         return Group(p_type, g_type, compute, strided, master, work, partials, block, block.ctypes.data, int(ends[-1]))
 
 
-def _verdict(signature: object, layout: Layout, direct: bool) -> Verdict:
-    low, high = arrays.extent(layout)
-    return Verdict(signature, layout, low - layout.address, high - layout.address, direct)
+def _verdict(array: Array, signature: object, layout: Layout, direct: bool) -> Verdict:
+    low, high = (end - layout.address for end in arrays.extent(layout))
+    record = headers.record(array, layout, low, high, headers.ALIGNED)
+    return Verdict(signature, layout, low, high, direct, record)
 
 
 def _real(dtype: str) -> str:

@@ -1,0 +1,231 @@
+"""Every optimizer side by side on this machine, in one table.
+
+    python -m benchmarks.compare [--quick] [--json FILE] [--plot FILE.svg]
+
+Each contender takes turns with ours in one process, doing the same step, and has first to arrive at the same variables.
+The table holds medians, and the ratio of the contender's time to ours, round by round, with its quartiles: larger than
+1 where ours is faster. The rows of the limit hold the time that the bare streams of memory take, over ours.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import contenders, costs, model, report
+from .contenders import PROCESSES, Absent, Unable
+from .workloads import (
+    LEARNING_RATE,
+    OPTIONS,
+    SMALL,
+    WORKLOADS,
+    Arrays,
+    Contender,
+    Shapes,
+    Step,
+    gradients,
+    interleaved,
+    step_of,
+    values,
+)
+
+STEPS = 3  # to agree on
+SECONDS, QUICK_SECONDS = 4.0, 0.3  # for each pair
+QUICK = {"one-1M": ("plain",), "one-65k": ("plain",), "one-10": ("plain",), "resnet50": ("plain", "full", "16-bit"),
+         "mlp": ("plain", "full"), "many-small": ("plain",)}  # fmt: skip
+SLOW_TO_COMPILE = {"many-small": ("optax", "Keras on JAX", "Keras on JAX, jitted"),
+                   "resnet50": ("Keras on JAX", "Keras on JAX, jitted")}  # fmt: skip
+SWEEP = [10, 100, 1000, 4000, 2**14, 2**16, 2**18, 2**20, 2**22, 2**24, 2**26]
+COUNTS = [10, 100, 1000]  # of arrays of 100
+Row = dict[str, Any]
+
+
+def agree(one: Contender, other: Contender, given: Arrays, step: Step) -> float:
+    """The largest difference of two contenders' variables after a few steps.
+
+    Raises
+    ------
+    AssertionError
+        If they have not done the same work.
+    """
+    for contender in (one, other):
+        contender.give(given)
+        for _ in range(STEPS):
+            contender.again()
+            contender.step()
+    worst = 0.0
+    for a, b in zip(one.look(), other.look(), strict=False):
+        allowed = 2.0**-7 * np.abs(b) + 1e-4 if step.bits == 16 else 2e-3 * STEPS * LEARNING_RATE
+        difference = np.abs(a - b)
+        if not (difference <= allowed).all():
+            raise AssertionError(f"variables differ by {difference.max()} after {STEPS} steps; expected the same work")
+        worst = max(worst, float(difference.max(initial=0)))
+    return worst
+
+
+def timer(contender: Contender, given: Arrays, fresh: bool, count: int) -> Callable[[bool], float]:
+    """A function that takes steps, and returns the seconds of one."""
+
+    def call(counts: bool) -> float:
+        total, times = 0.0, count if counts else 1
+        for _ in range(times):
+            contender.give([g.copy() for g in given]) if fresh else contender.again()
+            start = time.perf_counter()
+            contender.step()
+            total += time.perf_counter() - start
+        return total / times
+
+    return call
+
+
+def pair(
+    name: str, make: contenders.Maker, shapes: Shapes, option: str, kinds: list[str], seconds: float
+) -> Iterator[Row]:
+    """One contender beside ours: the check that they agree, then rows of times."""
+    given, start = gradients(shapes, option), values(shapes)
+    step = step_of(option, given)
+    other, our = make(start, step), contenders.ours(start, step)
+    agree(our, other, given, step)
+    for kind in kinds:
+        both = {"ours": our, name: other}
+        fresh = kind == "fresh"
+        calls = {key: timer(c, given, fresh, repeats(c, given, fresh)) for key, c in both.items()}
+        times = interleaved(calls, seconds)
+        ratios = [theirs / mine for theirs, mine in zip(times[name], times["ours"], strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4)
+        medians = {key: statistics.median(series) for key, series in times.items()}
+        yield {"contender": name, "option": option, "gradients": kind, "ours": medians["ours"],
+               "theirs": medians[name], "ratio": medians[name] / medians["ours"], "low": low, "high": high,
+               "rounds": len(ratios)}  # fmt: skip
+
+
+def repeats(contender: Contender, given: Arrays, fresh: bool = False) -> int:
+    """How many steps make a millisecond."""
+    call = timer(contender, given, fresh, 1)
+    call(False)
+    return int(np.clip(1e-3 / call(True), 1, 100))
+
+
+def cells(quick: bool, wanted: list[str], options: list[str]) -> Iterator[tuple[str, str]]:
+    """Workloads and options, in the order of the tables."""
+    for workload in WORKLOADS:
+        for option in OPTIONS:
+            chosen = not quick or option in QUICK.get(workload, ())
+            if chosen and workload in (wanted or WORKLOADS) and option in (options or OPTIONS):
+                yield workload, option
+
+
+def worker(arguments: argparse.Namespace) -> Iterator[Row]:
+    """What one process measures: rows, and what it lacks."""
+    warnings.simplefilter("ignore")
+    quick, makers = arguments.quick, PROCESSES[arguments.worker]
+    absent: set[str] = set()
+    for workload, option in cells(quick, arguments.workload, arguments.option):
+        for name, make in makers.items():
+            skipped = quick and name in SLOW_TO_COMPILE.get(workload, ())
+            if name in absent or skipped or (arguments.contender and name not in arguments.contender):
+                continue
+            kinds = ["same", "fresh"] if workload in SMALL and name != "limit" else ["same"]
+            seconds = QUICK_SECONDS if quick else SECONDS
+            try:
+                for row in pair(name, make, WORKLOADS[workload], option, kinds, seconds):
+                    yield {"workload": workload, **row}
+            except Unable:
+                continue
+            except Absent as error:
+                absent.add(name)
+                yield {"absent": name, "why": str(error)}
+    if arguments.worker == "torch" and not (arguments.workload or arguments.option or arguments.contender):
+        yield from sweep(quick)
+
+
+def sweep(quick: bool) -> Iterator[Row]:
+    """One array of many sizes, and many arrays of one size: what the plot shows and the model of the cost rests on."""
+    sizes = [[(n,)] for n in SWEEP if not quick or n <= 2**22]
+    for shapes in [*sizes, *([(100,)] * count for count in COUNTS)]:
+        for name in ("limit", "NumPy", "torch fused"):
+            for row in pair(name, PROCESSES["torch"][name], shapes, "plain", ["same"], 0.1 if quick else 2.0):
+                yield {"sweep": [len(shapes), shapes[0][0]], **row}
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All processes, one after another; what they found, by kind."""
+    found: dict[str, Any] = {"rows": [], "sweep": [], "absent": {}}
+    for process in PROCESSES:
+        command = [sys.executable, "-m", "benchmarks.compare", "--worker", process]
+        for key in ("workload", "option", "contender"):
+            command += [text for value in getattr(arguments, key) for text in (f"--{key}", value)]
+        environment = os.environ | {"KERAS_BACKEND": process, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
+        with subprocess.Popen(
+            command + ["--quick"] * arguments.quick, env=environment, stdout=subprocess.PIPE, text=True
+        ) as child:
+            for line in child.stdout or ():
+                _take(found, line)
+        if child.returncode:
+            raise SystemExit(f"the process of {process} ended with status {child.returncode}")
+    return found
+
+
+def _take(found: dict[str, Any], line: str) -> None:
+    if not line.startswith("{"):  # what libraries print
+        return
+    row = json.loads(line)
+    if "absent" in row:
+        found["absent"][row["absent"]] = row["why"]
+        print(f"not installed: {row['absent']}: {row['why']}", flush=True)
+    elif "sweep" in row:
+        found["sweep"].append(row)
+    else:
+        found["rows"].append(row)
+        print(report.line(row), flush=True)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer workloads and rounds: some two minutes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep what was measured")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="time against size; needs matplotlib")
+    names = [name for makers in PROCESSES.values() for name in makers]
+    for key, choices in (("workload", [*WORKLOADS]), ("option", [*OPTIONS]), ("contender", names)):
+        parser.add_argument(f"--{key}", action="append", default=[], choices=choices, help="only this; may be repeated")
+    parser.add_argument("--worker", choices=PROCESSES, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, and keep."""
+    options = parse(arguments)
+    if options.worker:
+        for row in worker(options):
+            print(json.dumps(row), flush=True)
+        return 0
+    if options.plot:
+        report.need_matplotlib()
+    print(report.HEADING, flush=True)
+    found = {"machine": report.machine(), "command": " ".join(["python -m benchmarks.compare", *sys.argv[1:]])}
+    found |= run(options)
+    if not (options.workload or options.option or options.contender):
+        found["costs"] = costs.measure(options.quick)
+        print(report.costs(found["costs"]))
+    if found["sweep"]:
+        found["model"] = model.fit(found["sweep"], found["rows"])
+        print(report.model(found["model"]))
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    if options.plot:
+        report.plot(found["sweep"], options.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

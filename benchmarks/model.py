@@ -1,0 +1,58 @@
+"""What a plain step of ours costs: bytes over bandwidth, and a constant for the step, each array and the helpers."""
+
+from typing import Any
+
+import numpy as np
+
+from .workloads import WORKLOADS, elements
+
+BYTES = 28  # of a float32 parameter, read and written by the plain step
+PARALLEL_FROM = 2**19  # elements: where helpers join in
+MEMORY_FROM = 2**23  # elements, of which four arrays no longer fit any cache: 128 MiB
+TERMS = ("step", "array", "helpers", "cache, one thread", "cache, all threads", "memory")
+
+
+def _terms(arrays: int, count: int) -> list[float]:
+    """How often each constant of `TERMS` counts."""
+    parallel = count >= PARALLEL_FROM
+    far = count >= MEMORY_FROM
+    data = BYTES * count
+    return [1, arrays, parallel, data * (not parallel), data * (parallel and not far), data * far]
+
+
+def _fitted(points: list[tuple[int, int, float]]) -> np.ndarray[Any, Any]:
+    """Constants with the smallest relative errors, none of them negative."""
+    seconds = np.array([time for _, _, time in points])
+    terms = np.array([_terms(arrays, count) for arrays, count, _ in points]) / seconds[:, None]
+    scale = np.abs(terms).max(0)
+    scale[scale == 0] = 1
+    free = np.ones(len(TERMS), bool)
+    while True:
+        constants = np.zeros(len(TERMS))
+        constants[free] = np.linalg.lstsq(terms[:, free] / scale[free], np.ones(len(points)), rcond=None)[0]
+        if (constants >= 0).all():
+            return constants / scale
+        free &= constants >= 0
+
+
+def fit(sweep: list[dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The constants, from the sweep alone, and what they say about the workloads, which they have not seen."""
+    times: dict[tuple[int, int], list[float]] = {}
+    for row in sweep:
+        arrays, size = row["sweep"]
+        times.setdefault((arrays, arrays * size), []).append(row["ours"])
+    constants = _fitted([(*key, float(np.median(value))) for key, value in times.items()])
+    found: dict[str, Any] = {"seconds": dict(zip(TERMS[:3], constants[:3].tolist(), strict=True))}
+    found["bytes per second"] = {t: 1 / c if c else None for t, c in zip(TERMS[3:], constants[3:], strict=True)}
+    measured: dict[str, list[float]] = {}
+    for row in rows:
+        if (row["option"], row["gradients"]) == ("plain", "same"):
+            measured.setdefault(row["workload"], []).append(row["ours"])
+    found["workloads"] = {
+        name: {
+            "measured": float(np.median(seconds)),
+            "predicted": float(np.dot(_terms(len(WORKLOADS[name]), elements(WORKLOADS[name])), constants)),
+        }
+        for name, seconds in measured.items()
+    }
+    return found

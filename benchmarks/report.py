@@ -1,0 +1,209 @@
+"""What was measured, as text, as a plot, and as the tables of docs/benchmarks.md.
+
+    python -m benchmarks.report FILE.json
+
+puts the tables of a run into docs/benchmarks.md, between its markers, and the plot beside it.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from .workloads import OPTIONS, WORKLOADS
+
+DOCS = Path(__file__).parents[1] / "docs"
+HEADING = (
+    f"{'workload':11s} {'option':7s} {'gradients':9s} {'contender':22s} {'ours':>10s} {'theirs':>10s}  theirs/ours"
+)
+PACKAGES = ("numpy", "numba", "torch", "jax", "optax", "keras", "deepspeed", "bitsandbytes")
+Found = dict[str, Any]
+
+
+def duration(seconds: float) -> str:
+    """Three digits and a unit."""
+    unit, size = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e-3)) if seconds >= s), ("us", 1e-6))
+    return f"{seconds / size:.3g} {unit}"
+
+
+def _ratio(row: Found) -> str:
+    return f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+
+
+def line(row: Found) -> str:
+    """One row of the table that a run prints."""
+    return (
+        f"{row['workload']:11s} {row['option']:7s} {row['gradients']:9s} {row['contender']:22s} "
+        f"{duration(row['ours']):>10s} {duration(row['theirs']):>10s}  {_ratio(row)}"
+    )
+
+
+def machine() -> Found:
+    """What the figures belong to."""
+    model = platform.processor() or platform.machine()
+    if sys.platform == "linux":
+        names = re.findall(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+        model = names[0] if names else model
+    found = {
+        "processor": model,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+    found["versions"] = {"Python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found["versions"][package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def costs(found: Found) -> str:
+    """Imports, first steps, compilation and memory, one line each."""
+    lines = [
+        f"import numpy {duration(found['import']['numpy'])}, then adamw_numba {duration(found['import']['adamw_numba'])}"
+    ]
+    lines.append(
+        f"first step {duration(found['first step']['cold'])}, with cached kernels {duration(found['first step']['warm'])}"
+    )
+    lines += [f"further variant: {name} {duration(seconds)}" for name, seconds in found["compile"].items()]
+    for key in ("memory plain", "memory full"):
+        for name, memory in found.get(key, {}).items():
+            lines.append(
+                f"{key}: {name}: resident memory grows by {memory['resident'] / 1e6:.1f} MB during a step; "
+                f"{memory['allocated'] / 1e6:.3f} MB allocated through Python and NumPy"
+            )
+    return "\n".join(lines)
+
+
+def model(found: Found) -> str:
+    """The constants of the cost, and what they predict."""
+    lines = [f"{name}: {duration(seconds) if seconds else '0'}" for name, seconds in found["seconds"].items()]
+    lines += [f"{name}: {rate / 1e9:.1f} GB/s" for name, rate in found["bytes per second"].items() if rate]
+    for name, times in found["workloads"].items():
+        error = times["predicted"] / times["measured"] - 1
+        lines.append(
+            f"{name}: measured {duration(times['measured'])}, predicted {duration(times['predicted'])} ({error:+.0%})"
+        )
+    return "\n".join(lines)
+
+
+def need_matplotlib() -> Any:
+    """The library that draws; imported here alone."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("--plot needs matplotlib: pip install 'adamw-numba[bench]'") from None
+    matplotlib.use("svg")
+    return matplotlib
+
+
+def plot(sweep: list[Found], file: Path) -> None:
+    """Time of a step against the size of one array."""
+    matplotlib = need_matplotlib()
+    matplotlib.rcParams["svg.hashsalt"] = "adamw_numba"
+    from matplotlib import pyplot
+
+    curves: dict[str, dict[int, float]] = {}
+    for row in sweep:
+        count, size = row["sweep"]
+        if count == 1:
+            curves.setdefault("adamw_numba", {})[size] = row["ours"]
+            curves.setdefault(row["contender"], {})[size] = row["theirs"]
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, curve in curves.items():
+        axes.loglog(list(curve), list(curve.values()), "k:" if name == "limit" else "o-", label=name, markersize=3)
+    axes.set(xlabel="elements of one float32 array", ylabel="seconds per step")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def _table(heading: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in [heading, ["---"] * len(heading), *rows]]
+    return "\n".join(lines)
+
+
+def ratio_table(found: Found, option: str) -> str:
+    """One option: a column for each workload, a row for each contender; the ratio of the times, and ours in the head."""
+    rows = [row for row in found["rows"] if row["option"] == option and row["gradients"] == "same"]
+    workloads = [name for name in WORKLOADS if any(row["workload"] == name for row in rows)]
+    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    cell = {(row["contender"], row["workload"]): row for row in rows}
+    mine = [next(duration(row["ours"]) for row in rows if row["workload"] == name) for name in workloads]
+    body = [["**ours**", *mine]]
+    for contender in contenders:
+        entries = [cell.get((contender, name)) for name in workloads]
+        body.append([contender, *(f"{row['ratio']:.2f}" if row else "" for row in entries)])
+    return _table(["", *workloads], body)
+
+
+def fresh_table(found: Found) -> str:
+    """Small workloads: new gradient arrays at each step beside the same ones."""
+    rows = {(r["workload"], r["contender"], r["gradients"]): r for r in found["rows"] if r["option"] == "plain"}
+    body = []
+    for workload, contender, kind in rows:
+        if kind == "fresh":
+            same, fresh = rows[workload, contender, "same"], rows[workload, contender, "fresh"]
+            body.append(
+                [
+                    workload,
+                    contender,
+                    duration(fresh["ours"]),
+                    duration(fresh["theirs"]),
+                    _ratio(fresh),
+                    f"{same['ratio']:.2f}",
+                ]
+            )
+    return _table(["workload", "contender", "ours", "theirs", "ratio", "ratio, same arrays"], body)
+
+
+def sections(found: Found) -> dict[str, str]:
+    """The parts of docs/benchmarks.md that are measured."""
+    machine, versions = found["machine"], found["machine"]["versions"]
+    named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    absent = "; ".join(found["absent"]) or "nothing"
+    result = {
+        "machine": f"{machine['processor']}, {machine['cores']} cores; {named}.\n`{found['command']}`\nNot installed: {absent}.",
+        "fresh": fresh_table(found),
+        "costs": "```\n" + costs(found["costs"]) + "\n```",
+        "model": "```\n" + model(found["model"]) + "\n```",
+    }
+    return result | {option: ratio_table(found, option) for option in OPTIONS}
+
+
+def render(text: str, parts: dict[str, str]) -> str:
+    """Put each part between ``<!-- name -->`` and ``<!-- end -->``.
+
+    Raises
+    ------
+    ValueError
+        If the text has no place for one.
+    """
+    for name, part in parts.items():
+        pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.S)
+        if not pattern.search(text):
+            raise ValueError(
+                f"the text has no place for {name!r}; expected the markers <!-- {name} --> and <!-- end -->"
+            )
+        text = pattern.sub(lambda match, part=part: f"{match[1]}{part}\n{match[2]}", text)
+    return text
+
+
+def main(arguments: list[str]) -> int:
+    """Bring docs/benchmarks.md and its plot up to date with a run."""
+    if len(arguments) != 1:
+        raise SystemExit("usage: python -m benchmarks.report FILE.json")
+    found = json.loads(Path(arguments[0]).read_text())
+    page = DOCS / "benchmarks.md"
+    page.write_text(render(page.read_text(), sections(found)))
+    plot(found["sweep"], DOCS / "benchmarks.svg")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

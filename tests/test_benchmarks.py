@@ -1,0 +1,83 @@
+"""The comparison compares like with like: every contender that is installed takes the same steps as ours."""
+
+import json
+
+import numpy as np
+import pytest
+
+from adamw_numba import AdamW
+from benchmarks import compare, contenders, model, report, workloads
+
+SHAPES = [(40, 3), (7,), (1,)]
+HERE = contenders.PROCESSES["torch"] | {"optax": contenders.optax}  # the tests have Keras on torch
+
+
+@pytest.mark.parametrize("option", workloads.OPTIONS)
+@pytest.mark.parametrize("name", HERE)
+def test_contenders_do_the_same_work(name, option):
+    given, start = workloads.gradients(SHAPES, option), workloads.values(SHAPES)
+    step = workloads.step_of(option, given)
+    try:
+        other = HERE[name](start, step)
+    except (contenders.Unable, contenders.Absent) as reason:
+        pytest.skip(str(reason))
+    assert compare.agree(contenders.ours(start, step), other, given, step) < 1e-2
+    assert name == "limit" or not np.array_equal(other.look()[0], start[0])
+
+
+@pytest.mark.parametrize("change", [{"learning_rate": 1.1e-3}, {"weight_decay": 0.1}, {"global_clipnorm": 1e-9}])
+def test_other_work_is_noticed(change, monkeypatch):
+    given, start = workloads.gradients(SHAPES, "plain"), workloads.values(SHAPES)
+    ours = contenders.ours(start, workloads.Step())
+    monkeypatch.setattr(contenders, "AdamW", lambda **options: AdamW(**options | change))
+    with pytest.raises(AssertionError, match="same work"):
+        compare.agree(contenders.ours(start, workloads.Step()), ours, given, workloads.Step())
+
+
+@pytest.mark.parametrize(
+    ("name", "arrays", "parameters"),
+    [("resnet50", 161, 25_557_032), ("gpt2", 148, 124_439_808), ("mlp", 6, 55_050), ("many-small", 1000, 100_000)],
+)
+def test_workloads(name, arrays, parameters):
+    assert (len(workloads.WORKLOADS[name]), workloads.elements(workloads.WORKLOADS[name])) == (arrays, parameters)
+
+
+def test_turns():
+    calls = []
+    times = workloads.interleaved({k: lambda counts, k=k: calls.append((k, counts)) or 1.0 for k in "ab"}, 0.0, least=2)
+    assert calls == [(k, counts) for _ in range(2) for k in "ab" for counts in (False, True)]
+    assert times == {"a": [1.0, 1.0], "b": [1.0, 1.0]}
+
+
+def test_the_model_finds_its_constants():
+    """From exact times of known constants."""
+    rates = np.array([4e-6, 1e-7, 2e-5, 1 / 40e9, 1 / 60e9, 1 / 20e9])
+    points = [(1, n) for n in compare.SWEEP] + [(count, 100) for count in compare.COUNTS]
+    sweep = [{"sweep": [k, n], "ours": float(np.dot(model._terms(k, k * n), rates))} for k, n in points]
+    found = model.fit(sweep, [{"workload": "mlp", "option": "plain", "gradients": "same", "ours": 1.0}])
+    assert [*found["seconds"].values()] == pytest.approx(rates[:3], rel=1e-6)
+    assert [*found["bytes per second"].values()] == pytest.approx(1 / rates[3:], rel=1e-6)
+    expected = 4e-6 + 6e-7 + 28 * 55_050 / 40e9
+    assert found["workloads"]["mlp"]["predicted"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_page_has_a_place_for_every_part():
+    row = {"workload": "mlp", "contender": "NumPy", "gradients": "same", "ours": 1e-5, "theirs": 2e-5, "ratio": 2.0,
+           "low": 1.5, "high": 2.5, "rounds": 3}  # fmt: skip
+    found = {
+        "machine": report.machine(),
+        "command": "a command",
+        "absent": {"DeepSpeed CPUAdam": "why"},
+        "rows": [row | {"option": option} for option in workloads.OPTIONS] + [row | {"option": "plain", "gradients": "fresh"}],
+        "costs": {"import": {"numpy": 0.1, "adamw_numba": 0.02}, "first step": {"cold": 2.0, "warm": 0.2}, "compile": {"norm": 0.3}},
+        "model": {"seconds": {"step": 1e-6}, "bytes per second": {"memory": 2e10}, "workloads": {"mlp": {"measured": 2.0, "predicted": 2.1}}},
+    }  # fmt: skip
+    page = report.render((report.DOCS / "benchmarks.md").read_text(), report.sections(json.loads(json.dumps(found))))
+    for text in (
+        "| NumPy | 2.00 |",
+        "Not installed: DeepSpeed CPUAdam",
+        "predicted 2.1 s (+5%)",
+        "2.00 (1.50 to 2.50)",
+    ):
+        assert text in page
+    assert report.render(page, report.sections(found)) == page

@@ -1,0 +1,109 @@
+"""A step that is taken like the last one, without being prepared anew, has the same bits as one that is."""
+
+import copy
+
+import libraries
+import numpy as np
+import pytest
+import torch
+
+from adamw_numba import AdamW, schedules, step
+
+OPTIONS = {
+    "plain": {},
+    "everything": {"amsgrad": True, "use_ema": True, "clipvalue": 0.5, "loss_scale_factor": 8.0},
+    "overwrite": {"use_ema": True, "ema_overwrite_frequency": 2},
+    "schedules": {
+        "learning_rate": schedules.CosineDecay(0.1, 9),
+        "weight_decay": lambda step: 0.01 * step,
+    },
+    "no momentum": {"beta_1": 0.0, "beta_2": 0.0},
+    "clip": {"clipnorm": 0.5},
+    "skip": {"nonfinite": "skip"},
+    "accumulation": {"gradient_accumulation_steps": 2},
+}
+
+
+def restart(optimizer, gradients):
+    weights = [np.array(libraries.look(a)) for a in optimizer.variables]
+    weights[0][...] = 0
+    optimizer.set_weights(weights)
+
+
+def without_one(optimizer, gradients):
+    with pytest.warns(UserWarning, match="Gradients do not exist"):
+        optimizer.apply([None, gradients[1]])
+
+
+def refused(optimizer, gradients):
+    with pytest.raises(ValueError, match="has shape"):
+        optimizer.apply(gradients[::-1])
+
+
+EVENTS = {
+    "nothing": lambda o, g: None,
+    "another rate": lambda o, g: setattr(o, "learning_rate", 0.03),
+    "another decay": lambda o, g: setattr(o, "weight_decay", 0.2),
+    "another beta": lambda o, g: setattr(o, "beta_2", 0.9),
+    "another epsilon": lambda o, g: setattr(o, "epsilon", 0.1),
+    "another momentum": lambda o, g: setattr(o, "ema_momentum", 0.5),
+    "another loss scale": lambda o, g: setattr(o, "loss_scale_factor", 2.0),
+    "one thread": lambda o, g: setattr(o, "threads", 1),
+    "a clip and back": lambda o, g: [setattr(o, "global_clipnorm", 0.1), o.apply(g), setattr(o, "global_clipnorm", None)],
+    "raise": lambda o, g: setattr(o, "nonfinite", "raise"),
+    "restart": restart,
+    "without one": without_one,
+    "Adam alone": lambda o, g: o.update_step(g[0], o.trainable_variables[0], 0.1),
+    "gradients of another dtype": lambda o, g: o.apply([libraries.numpy(libraries.look(a), "float64") if isinstance(a, np.ndarray) else a.double() for a in g]),
+    "a refused step": refused,
+}  # fmt: skip
+
+
+def trained(options, event, make, anew):
+    random = np.random.default_rng(0)
+    optimizer = AdamW(**{"learning_rate": 0.1} | options)
+    optimizer.build([make(random.normal(size=shape), "float32") for shape in ((3, 5), (7,))])
+    for number in range(8):
+        gradients = [make(random.normal(size=shape), "float32") for shape in ((3, 5), (7,))]
+        if number == 5:
+            event(optimizer, gradients)
+        if anew:
+            optimizer.threads = optimizer.threads  # forgets the last step
+        optimizer.apply(gradients)
+    return [libraries.look(a) for a in [*optimizer.trainable_variables, *optimizer.variables]], optimizer.last_step
+
+
+CASES = [(o, "nothing") for o in OPTIONS] + [(o, e) for o in ("plain", "everything") for e in EVENTS if e != "nothing"]
+CASES = [case for case in CASES if case != ("everything", "a clip and back")]  # it has a clip by value
+
+
+@pytest.mark.parametrize(("options", "event"), CASES)
+@pytest.mark.parametrize("make", [libraries.numpy, libraries.parameter])
+def test_bits(options, event, make):
+    results = [trained(OPTIONS[options], EVENTS[event], make, anew) for anew in (False, True)]
+    assert results[0][1] == results[1][1]
+    for one, other in zip(results[0][0], results[1][0], strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("make", [libraries.numpy, libraries.parameter])
+def test_which_steps_are_prepared(make, monkeypatch):
+    """Of steady steps the first two alone; copies begin anew; a torch graph notices every step."""
+    counted = []
+    prepare = step.prepare
+    monkeypatch.setattr(step, "prepare", lambda *a: counted.append(1) or prepare(*a))
+    variable, gradient = make(np.ones(3), "float32"), make(np.ones(3), "float32")
+    optimizer = AdamW(0.1)
+    optimizer.build([variable])
+    for _ in range(5):
+        optimizer.apply([gradient])
+    assert len(counted) == 2
+    if isinstance(variable, torch.Tensor):
+        stale = (variable**2).sum()
+        optimizer.apply([gradient])
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            stale.backward()
+    copied = copy.deepcopy(optimizer)
+    copied.apply([gradient])
+    assert len(counted) == 3
+    assert not np.array_equal(*(libraries.look(o.trainable_variables[0]) for o in (optimizer, copied)))
