@@ -48,12 +48,6 @@ def _cached(decorator, *signature, **options):
     return decorate
 
 
-def _entry(function):
-    """A function of one signature as Python calls it, without Numba's choice by types: a third of the cost."""
-    (compiled,) = function.overloads.values()
-    return compiled.entry_point
-
-
 _jit = _cached(njit)
 _kernel = _cached(cfunc, types.void(types.intp, types.intp, types.intp))
 _update = _jit(make_update(math.sqrt, np.maximum, np.minimum))
@@ -385,7 +379,6 @@ def _fetch_add(typingctx, address, value):
 # These three run while a step is committed: compiled here and now, not at their first call.
 
 
-@_entry
 @_cached(njit, types.void(types.intp, types.intp), nogil=True)
 def run_serial(address, block):
     """Call a kernel for all of its work."""

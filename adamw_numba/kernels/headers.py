@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from .cpu import G, _cached, _call_plain, _entry, _pointer
+from .cpu import G, _cached, _call_plain, _pointer
 
 _HEAD = object.__basicsize__  # bytes of PyObject_HEAD, whose last word is the type
 _WORD = 8
@@ -127,7 +127,7 @@ def _words(address, count):
     return carray(_pointer(address, np.int64(0)), count)
 
 
-@_cached(njit, types.boolean(types.intp, types.intp, types.intp, types.intp))
+@_cached(njit)
 def describe(array, exporter, tensor, clear):
     """Have a tensor fill in a DLTensor; False, and no exception set, where it cannot."""
     if _describe(exporter, array, tensor) == 0:
@@ -167,7 +167,6 @@ def _is_apart(lows, highs, low, high):
     return nearest == lows.size or lows[nearest] >= high or low == high
 
 
-@_entry
 @_cached(njit, types.intp(types.intp, types.intp))
 def read(gradients, address):
     """Put the gradients' addresses into the table; return how many there are, or -1 where a closer look is needed.
