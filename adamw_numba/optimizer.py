@@ -411,9 +411,13 @@ class AdamW:
             If some gradients are None.
         """
         with self._lock:
+            scale = self.loss_scale_factor or 1.0
+            plan = self._built.plan if self._built and trainable_variables is None and not self._swapped else None
+            if plan is not None and step.take_again(self, plan, grads, scale, self._state.scalars, self._last):
+                return
             built, gradients = self._match(grads, trainable_variables)
             if gradients:
-                self._step(built, gradients, self.loss_scale_factor or 1.0, self.nonfinite)
+                self._step(built, gradients, scale, self.nonfinite)
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Array | None, Array]]) -> int:
         """Take one step with ``(gradient, variable)`` pairs, as `zip` makes them.
@@ -517,22 +521,26 @@ class AdamW:
             asks = device.has_captures or key is None or more or nonfinite == "raise"
             if not device.is_certain and asks and not device.looks_captured():
                 self._catch_up()
-        number = iteration.item()
-        rates = self._rates(number)
-        if (self._learning_rate or self._weight_decay_rate) and iteration.item() != number:
-            raise RuntimeError("a callable rate has itself taken a step; expected it to return a number only")
+        number, rates = self._rates_now()
         if not 0 <= number < 2**62 or not iteration.flags.writeable:
             raise ValueError(f"the iteration is {number} or read-only; expected a counter that can go on")
-        prepared = step.repeated(self, built, gradients, number, rates, loss_scale, nonfinite)
-        if prepared is None:
-            taken = step.Step(number, self._rates, rates, key, loss_scale, nonfinite, waits=more is not None)
-            prepared = step.prepare(self, built, gradients, taken)
+        taken = step.Step(number, self._rates, rates, key, loss_scale, nonfinite, waits=more is not None)
+        prepared = step.prepare(self, built, gradients, taken)
         calls: list[Call] = [(operator.setitem, self._last, 0, (prepared.norm, prepared.applied, rates[0]))]
         if not prepared.applied:
             calls.append((operator.setitem, self._last, 1, self._last[1] + 1))
         elif prepared.counted:
             calls.append((operator.setitem, iteration, (), number + 1))
         step.commit(prepared, calls + more(prepared.applied) if more else calls)
+
+    def _rates_now(self) -> tuple[int, tuple[Any, Any]]:
+        """The iteration, and learning rate and weight decay at it."""
+        iteration = self._state.scalars["iteration"]
+        number = iteration.item()
+        rates = self._rates(number)
+        if (self._learning_rate or self._weight_decay_rate) and iteration.item() != number:
+            raise RuntimeError("a callable rate has itself taken a step; expected it to return a number only")
+        return number, rates
 
     def _rates(self, number: Any, learning_rate: Any = None) -> tuple[Any, Any]:
         """Learning rate and weight decay at a step; the learning rate as given where it is a number."""
