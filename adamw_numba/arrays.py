@@ -312,6 +312,9 @@ def write(array: Array, value: Array) -> None:
         array[...] = value
     elif library(array) == "cuda" and gpu_arrays.is_foreign(array):
         gpu_arrays.write(array, to_numpy(value))
+    elif array_api_compat.is_cupy_array(array):
+        with array.device:
+            array[...] = namespace(array).asarray(value)
     else:
         xp = namespace(array)
         array[...] = xp.astype(xp.asarray(value, device=array_api_compat.device(array)), array.dtype)
@@ -349,7 +352,8 @@ def cast(scratch: Array, value: Array) -> None:
     elif array_api_compat.is_torch_array(scratch):
         scratch.copy_(value.detach())
     elif array_api_compat.is_cupy_array(scratch):
-        scratch[...] = value
+        with scratch.device:
+            scratch[...] = value
     else:
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             gpu_arrays.write(scratch, gpu_arrays.to_numpy(value))

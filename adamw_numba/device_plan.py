@@ -23,8 +23,9 @@ from .plan import Flag, Matrix, Plan
 
 _cuda: Any = cuda  # without stubs
 AHEAD = 64  # rows that are sent at once
-_PINNED = 4  # buffers, so that sending need not wait for what was sent before
-_NO_STREAM = (0, 1, 2)  # the default streams, which cannot be captured
+_MOST_PINNED = 32  # buffers, so that sending need not wait for what was sent before
+_SPARES = 8  # buffers for steps that are captured
+_NO_STREAM = (0, 1)  # the legacy default stream, which cannot be captured
 
 Launch = tuple[Any, int, int, int]  # a configured kernel, and what it is called with
 
@@ -58,9 +59,9 @@ class Mirror:
         self._sent = np.empty_like(host)
         self.device = cuda.to_device(host)
         self._ring: deque[tuple[Matrix, Any]] = deque()
-        for _ in range(_PINNED):
-            self._add_buffer()
+        self._spares: list[Matrix] = []  # never sent, so that no event has to be asked while a graph is captured
         self._is_sent = False
+        self.refill()
 
     @property
     def address(self) -> int:
@@ -75,8 +76,9 @@ class Mirror:
         """Bring the device up to date, in the order of a stream."""
         if self._is_sent and np.array_equal(self.host, self._sent):
             return
-        if not self._ring:
-            self._add_buffer()
+        self._is_sent = False  # also if this is interrupted
+        if len(self._ring) < _MOST_PINNED and not (self._ring and _is_over(self._ring[0][1])):
+            self._ring.appendleft((self._buffer(), cuda.event()))
         buffer, event = self._ring[0]
         event.synchronize()
         buffer[...] = self._sent[...] = self.host
@@ -87,10 +89,9 @@ class Mirror:
 
     def send_captured(self, stream: Any) -> None:
         """Have a graph send what is here now at each of its replays: from a buffer that is its own from now on."""
-        if not self._ring:
-            raise RuntimeError("too many steps are being captured; expected a step between two captures")
-        buffer, event = self._ring.popleft()
-        event.synchronize()
+        if not self._spares:
+            raise RuntimeError(f"more than {_SPARES} steps are captured; expected an eager step between two captures")
+        buffer = self._spares.pop()
         buffer[...] = self.host
         self.device.copy_to_device(buffer, stream)
         _KEPT.append(buffer)
@@ -98,12 +99,12 @@ class Mirror:
 
     def refill(self) -> None:
         """Replace the buffers that captured graphs have taken."""
-        while len(self._ring) < _PINNED:
-            self._add_buffer()
+        while len(self._spares) < _SPARES:
+            self._spares.append(self._buffer())
 
-    def _add_buffer(self) -> None:
-        event: Any = cuda.event()
-        self._ring.append((cuda.pinned_array(self.host.shape, self.host.dtype), event))
+    def _buffer(self) -> Matrix:
+        buffer: Matrix = cuda.pinned_array(self.host.shape, self.host.dtype)
+        return buffer
 
 
 _KEPT: list[Any] = []  # what captured graphs use, whose end nobody tells
@@ -119,7 +120,9 @@ class DevicePlan(Plan):
     is_certain : bool
         Whether the host knows: not after a step that the GPU may have skipped, nor once a graph was captured.
     pending : bool
-        Whether the last step has a report that nobody has asked for.
+        Whether the GPU may have counted otherwise than the host, and nobody has asked.
+    norm_pending : bool
+        Whether it holds a norm that nobody has asked for.
     skipped : int
         Steps that were skipped, by the reports so far; whoever counts them sets it back.
     """
@@ -139,7 +142,10 @@ class DevicePlan(Plan):
         # The GPU had counted `_least` steps when `_at_least` had been launched, of `_launched` by now.
         self._least = self._at_least = self._launched = 0
         self._glance: tuple[Matrix, Any, int] | None = None
-        self.is_certain, self.pending, self.has_captures = True, False, False
+        self.is_certain, self.pending, self.norm_pending, self.has_captures = True, False, False, False
+        self._completed: object = None
+        self._loaded: set[Any] = set()
+        self._captured_flags = 0
         self.has_norm, self.is_guarded = False, False
         self._interrupted: list[Launch] = []
         self._key: object = None
@@ -149,7 +155,13 @@ class DevicePlan(Plan):
         self._streams: list[tuple[int, Any]] = []
         self._handle, self._owner, self._is_capturing = -1, None, False
         self.skipped = self._skipped_before = 0
-        self._producers = list({arrays.library_name(v): v for v in variables if v is not None}.values())
+        here = [variable for variable in variables if variable is not None]
+        foreign = [variable for variable in here if gpu_arrays.is_foreign(variable)]
+        self._has_foreign = bool(foreign)
+        self._producers = [
+            *{arrays.library_name(v): v for v in here if not gpu_arrays.is_foreign(v)}.values(),
+            *foreign,
+        ]
         with self.current():
             self._event: Any = cuda.event()
             self._table = Mirror(np.zeros((8, len(names)), np.int64))
@@ -173,6 +185,8 @@ class DevicePlan(Plan):
         with self.current():
             self._take_streams(gradients)
             self.refresh(gradients)
+            for handle, _ in self._streams[1:]:  # also after what `refresh` has cast in them
+                self._wait(handle, self._handle)
             self._table.host[...] = self.table
             if self._is_capturing:
                 self._table.send_captured(self._stream)
@@ -191,15 +205,16 @@ class DevicePlan(Plan):
 
     def looks_captured(self) -> bool:
         """Whether a step that began now would be."""
-        return _is_capturing(gpu_arrays.current_stream(self._producers[0], self._device)[0])
+        with self.current():
+            return _is_capturing(gpu_arrays.current_stream(self._producers[0], self._device)[0])
 
     def _take_streams(self, gradients: Sequence[Array | None]) -> None:
-        """Launch on the first library's stream, after all that the others, and the last step's, have under way."""
+        """Launch on the first library's stream, after all that the last step's has under way."""
         streams = dict(gpu_arrays.current_stream(array, self._device) for array in self._producers)
-        for i in self.own:
-            g = gradients[i]
-            if g is not None and type(g) is not type(self.variables[i]) and gpu_arrays.is_cuda_array(g):
-                streams |= dict([gpu_arrays.current_stream(g, self._device)])
+        if self._has_foreign:  # whose stream is each array's own
+            for g in gradients:
+                if g is not None and gpu_arrays.is_cuda_array(g) and gpu_arrays.is_foreign(g):
+                    streams |= dict([gpu_arrays.current_stream(g, self._device, next(iter(streams)))])
         before, owner_before = self._handle, self._owner
         self._streams = list(streams.items())
         self._handle, self._owner = self._streams[0]
@@ -209,8 +224,8 @@ class DevicePlan(Plan):
         if not self._is_capturing and before not in (-1, self._handle):
             self._wait(before, self._handle)
             del owner_before
-        for handle, _ in self._streams[1:]:
-            self._wait(handle, self._handle)
+        if self._is_capturing and len(self._streams) > 1:
+            raise RuntimeError("a graph is captured of a step over arrays of several streams; expected one stream")
 
     def _wait(self, earlier: int, later: int) -> None:
         self._event.record(_stream(earlier))
@@ -254,10 +269,11 @@ class DevicePlan(Plan):
         with self.current():
             self._look_ahead()
             wanted = count if key is None else count + AHEAD
+            rows = np.array([row_at(k) for k in range(first, first + wanted)])
             if wanted > self._capacity:
                 self._make_rows(wanted)
                 self._write_blocks()
-            self._fill_rows(first, np.array([row_at(k) for k in range(first, first + wanted)]))
+            self._fill_rows(first, rows)
             self._rows.send(self._stream or _stream(0))
             self._header, self._key = (first, first + wanted), key
 
@@ -280,7 +296,8 @@ class DevicePlan(Plan):
         if self._glance is None:
             self._glance = cuda.pinned_array(self._control.shape, np.int64), cuda.event(), -1
         words, event, launched = self._glance
-        event.synchronize()
+        if not _is_over(event):
+            return
         if launched >= self._at_least:
             self._least, self._at_least = int(words[kernels.COUNTERS]), launched
         self._control.copy_to_host(words, self._stream)
@@ -309,10 +326,17 @@ class DevicePlan(Plan):
         if self._is_capturing:
             raise RuntimeError("the iteration has been changed while a graph is captured; expected that before it")
         with self.current():
-            (self._stream or _stream(0)).synchronize()
+            _wait_for_all()
+            self._collect(self._control.copy_to_host())
             self._control.copy_to_device(self._control_words(iteration))
+            _wait_for_all()
         self._count_from(iteration)
         self.is_certain, self._skipped_before = not self.has_captures, 0
+
+    def _collect(self, words: Matrix) -> None:
+        """Count the skipped steps that the control words tell of."""
+        self.skipped += int(words[kernels.SKIPPED]) - self._skipped_before
+        self._skipped_before = int(words[kernels.SKIPPED])
 
     def _count_from(self, iteration: int) -> None:
         self.iteration = self._least = iteration
@@ -326,17 +350,29 @@ class DevicePlan(Plan):
     # Launching
 
     def launches(
-        self, top: Flag, average: Flag, total: Flag, norm: bool, clipped: bool, guarded: bool, still: bool = False
+        self,
+        top: Flag,
+        average: Flag,
+        total: Flag,
+        norm: bool,
+        clipped: bool,
+        guarded: bool,
+        still: bool = False,
+        loads_norm: bool = False,
     ) -> list[Launch]:
-        """What to launch for one step; norms, where one is needed, first."""
+        """What to launch for one step; norms, where one is needed, first (or only loaded, for a graph to come)."""
         self.is_guarded = guarded
         flags = clipped * kernels.CLIPPED | guarded * kernels.GUARDED | still * kernels.STILL
         knows = self.is_certain and not self._is_capturing and not guarded and not still
         expected = self.iteration if knows else -1
-        result = self.norm_launches(total, flags & kernels.STILL) if norm else []
-        for group in self.groups:
-            kernel = kernels.update_kernel(group.p_type, group.g_type, group.compute, top, average, total, group.master)
-            result.append((self._configure(kernel, group.chunks), group.address, flags, expected))
+        with self.current():
+            result = self.norm_launches(total, flags & kernels.STILL) if norm or loads_norm else []
+            result = result if norm else []
+            for group in self.groups:
+                kernel = kernels.update_kernel(
+                    group.p_type, group.g_type, group.compute, top, average, total, group.master
+                )
+                result.append((self._configure(kernel, group.chunks), group.address, flags, expected))
         return result
 
     def norm_launches(self, total: Flag, flags: int, decide: bool = True) -> list[Launch]:
@@ -358,8 +394,9 @@ class DevicePlan(Plan):
             return lambda *words: kernel[grid, kernels.BLOCK](*words)
         key = kernel, grid, self._handle
         if key not in self._configured:
-            if self._is_capturing and not any(known is kernel for known, _, _ in self._configured):
+            if self._is_capturing and kernel not in self._loaded:
                 raise RuntimeError("a kernel is not loaded yet when a graph is captured; expected one step before it")
+            self._loaded.add(kernel)
             if len(self._configured) > 256:
                 self._configured.clear()
             with warnings.catch_warnings():
@@ -370,8 +407,8 @@ class DevicePlan(Plan):
     def run(self, launches: Sequence[Launch], counts: bool = True, decides: bool = False, normed: bool = False) -> None:
         """Launch a step.
 
-        What an interrupt cuts off is launched nevertheless if the GPU decides; otherwise the same call can be repeated,
-        since the host knows which step it is, and the GPU does each step once.
+        What an interrupt cuts off is launched nevertheless, once something was written; repeated with the very same
+        list, this does nothing then.
 
         Parameters
         ----------
@@ -382,6 +419,8 @@ class DevicePlan(Plan):
         normed : bool
             Whether a norm is taken.
         """
+        if launches is self._completed:
+            return
         first = len(launches) - len(self.groups)
         begun: list[bool] = []
         with self.current():
@@ -390,33 +429,46 @@ class DevicePlan(Plan):
                     kernel(*words)
                 begun.append(True)
                 self._run(launches[first:])
+                self._finish(launches, counts, decides, normed)
             except BaseException:
-                if begun and decides:  # the first may have been launched: only if it has, the others do something
-                    self._interrupted = list(launches[first + 1 :])
+                if begun and self._completed is not launches:
+                    # Where the GPU decides, the first may have been launched: only then the others do something.
+                    self._interrupted = list(launches[first + 1 if decides else first :])
                     self._run(self._interrupted)
-                    self._note(counts, decides, normed)
+                    self._finish(launches, counts, decides, normed)
                 raise
-            for handle, _ in self._streams[1:]:
-                self._wait(self._handle, handle)
-        self._note(counts, decides, normed)
 
     def _run(self, launches: Sequence[Launch]) -> None:
         for kernel, *words in launches:
             kernel(*words)
         self._interrupted = []
 
-    def _note(self, counts: bool, decides: bool, normed: bool) -> None:
+    def _finish(self, launches: Sequence[Launch], counts: bool, decides: bool, normed: bool) -> None:
+        """Have the other streams wait, and note the step, at once."""
+        for handle, _ in self._streams[1:]:
+            self._wait(self._handle, handle)
+        changes: dict[str, Any] = {"_completed": launches, "has_norm": normed}
         if self._is_capturing:
-            self.has_captures, self.is_certain, self.pending = True, False, True
             tables = self._table, self._rows, self._control, self._partials, self._norms, self._scales
             _KEPT.append((tables, self._ranges_of_partials, self._lists, self.groups))
+            changes |= {"has_captures": True, "is_certain": False, "pending": True}
+            changes["_captured_flags"] = launches[-1][2] & (kernels.CLIPPED | kernels.GUARDED)
         elif counts:
-            self._launched += 1
-            self.is_certain = self.is_certain and not decides
+            changes["_launched"] = self._launched + 1
+            changes["is_certain"] = self.is_certain and not decides
+            changes["pending"], changes["norm_pending"] = decides or self.has_captures, normed
             if not decides:
-                self._count_from(self.iteration + 1)
-            self.pending = decides or normed
-        self.has_norm = normed
+                changes |= {"iteration": self.iteration + 1, "_least": self.iteration + 1}
+                changes["_at_least"] = self._launched + 1
+        self.__dict__.update(changes)
+
+    def check_captured(self, clipped: bool, guarded: bool) -> None:
+        """Refuse options that captured steps cannot follow."""
+        if self.has_captures and (clipped * kernels.CLIPPED | guarded * kernels.GUARDED) & ~self._captured_flags:
+            raise RuntimeError(
+                "clipping by norm, or nonfinite='skip', was turned on after a graph was captured without it; expected "
+                "another capture"
+            )
 
     # Asking
 
@@ -441,10 +493,10 @@ class DevicePlan(Plan):
                 f"a captured graph was replayed beyond iteration {words[kernels.COUNTERS]}, for which no coefficients "
                 "were sent, and did nothing from then on; expected update_hyperparameters(steps) before so many replays"
             )
-        self.skipped += int(words[kernels.SKIPPED]) - self._skipped_before
-        self._skipped_before = int(words[kernels.SKIPPED])
+        self._collect(words)
         self._count_from(int(words[kernels.COUNTERS]))
-        self.pending, self.is_certain = self.has_captures, not self.has_captures
+        self.pending = self.norm_pending = self.has_captures
+        self.is_certain = not self.has_captures
         norm = float(words[kernels.NORM : kernels.NORM + 1].view(np.float64)[0])
         applied = bool(words[kernels.GO]) or not self.is_guarded
         return Report(self.iteration, norm if self.has_norm else None, applied)
@@ -470,10 +522,13 @@ class DevicePlan(Plan):
             kinds.setdefault(types, []).append(_with_decay(runs, self._decayed))
         works = {kind: np.concatenate(runs) for kind, runs in kinds.items()}
         works = works or {("float32", "float32"): np.zeros((0, kernels.RUN_COLUMNS), np.int64)}
+        told, was_certain, was_pending = self.iteration, self.is_certain, self.pending
         iteration = self.report().iteration if self.groups else self.iteration
         with self.current():
             self._lay_out(works)
         self.set_iteration(iteration)
+        if not was_certain:  # the owner has yet to be told
+            self.iteration, self.is_certain, self.pending = told, False, was_pending
 
     def _lay_out(self, works: dict[tuple[str, str], Matrix]) -> None:
         n = len(self.names)
@@ -488,6 +543,7 @@ class DevicePlan(Plan):
                 rows = np.flatnonzero(work[:, kernels.ARRAY] == i)
                 ranges[i] = offset + (own_ends[rows[0] - 1] if rows[0] else 0), offset + own_ends[rows[-1]]
         self._control = cuda.to_device(np.zeros(kernels.COUNTERS + len(works), np.int64))
+        self._skipped_before = 0
         self._partials, self._norms = cuda.to_device(np.zeros((max(offsets[-1], 1), 3))), cuda.to_device(np.zeros(n))
         self._scales = cuda.to_device(np.zeros(n, np.float32)), cuda.to_device(np.zeros(n))
         self._ranges_of_partials = cuda.to_device(ranges)
@@ -542,6 +598,7 @@ class DevicePlan(Plan):
             for entry, address in (addresses | {k: gpu_arrays.address(x) for k, x in lists.items()}).items():
                 words[entry] = address
             group.block.copy_to_device(words)
+        _wait_for_all()  # a copy from ordinary memory may still be under way, in no other stream's order
 
 
 def chunk_of(elements: int, processors: int) -> int:
@@ -566,6 +623,11 @@ def _or_one(x: Matrix) -> Matrix:
 
 def _processors() -> int:
     return 1 if SIMULATED else int(_cuda.get_current_device().MULTIPROCESSOR_COUNT)
+
+
+def _is_over(event: Any) -> bool:
+    """Whether what an event marks has happened."""
+    return SIMULATED or bool(event.query())
 
 
 def _wait_for_all() -> None:

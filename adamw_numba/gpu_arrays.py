@@ -77,7 +77,7 @@ def device_index(array: Array) -> int:
         return index
     try:
         return int(_view(array).device_id)
-    except (ImportError, RuntimeError):  # no driver, which `require` has words for
+    except (ImportError, RuntimeError, BufferError):  # no driver, which `require` has words for
         return 0
 
 
@@ -101,7 +101,7 @@ def signature(array: Array) -> object:
     """All that a verdict on an array rests on, other than its address; None where it cannot be read."""
     try:
         return type(array), *layout(array)[1:], device_index(array)
-    except (ImportError, RuntimeError):
+    except (ImportError, RuntimeError, BufferError):
         return None
 
 
@@ -137,6 +137,7 @@ def zeros_like(array: Array, dtype: str) -> Array:
 
 def write(array: Array, value: np.ndarray[Any, Any]) -> None:
     """Assign a NumPy array to an array without a namespace."""
+    _wait(array)
     target = array if is_numba(array) else _numba_view(array)
     value = value.astype(target.dtype, copy=False)
     if target.ndim == 0 or target.flags["C_CONTIGUOUS"] or target.flags["F_CONTIGUOUS"]:
@@ -144,6 +145,7 @@ def write(array: Array, value: np.ndarray[Any, Any]) -> None:
         target.copy_to_device(np.array(value, order=order))  # type: ignore[call-overload]
     else:
         target[...] = value
+    _wait(array)
 
 
 def to_numpy(array: Array) -> np.ndarray[Any, Any]:
@@ -151,7 +153,7 @@ def to_numpy(array: Array) -> np.ndarray[Any, Any]:
     if array_api_compat.is_torch_array(array):
         torch = sys.modules["torch"]
         array = array.detach().resolve_conj().resolve_neg()
-        pinned = torch.empty(array.shape, dtype=array.dtype, pin_memory=True).copy_(array)
+        pinned = torch.empty(array.shape, dtype=array.dtype, device="cpu", pin_memory=True).copy_(array)
         return np.array((pinned.float() if array.dtype == torch.bfloat16 else pinned).numpy())
     if array_api_compat.is_cupy_array(array):
         import cupyx
@@ -160,6 +162,7 @@ def to_numpy(array: Array) -> np.ndarray[Any, Any]:
             return np.array(array.get(out=cupyx.empty_pinned(array.shape, array.dtype), order="C"))
     from numba import cuda
 
+    _wait(array)
     source = array if is_numba(array) else _numba_view(array)
     contiguous = source.ndim == 0 or source.flags["C_CONTIGUOUS"] or source.flags["F_CONTIGUOUS"]
     if source.size == 0 or not contiguous:
@@ -172,17 +175,31 @@ def to_numpy(array: Array) -> np.ndarray[Any, Any]:
     return np.array(host)
 
 
-def current_stream(array: Array, device: int) -> tuple[int, Any]:
-    """The handle of the stream on which an array's library works now, and what keeps it alive."""
+def current_stream(array: Array, device: int, consumer: int = 0) -> tuple[int, Any]:
+    """The handle of the stream on which an array's library, or the array, works now, and what keeps it alive.
+
+    Of an array that speaks DLPack alone, its library makes the stream `consumer` wait for it.
+    """
     if array_api_compat.is_torch_array(array):
         stream = sys.modules["torch"].cuda.current_stream(device)
         return int(stream.cuda_stream), stream
     if array_api_compat.is_cupy_array(array):
         stream = sys.modules["cupy"].cuda.get_current_stream()
         return int(stream.ptr), stream
-    interface = getattr(array, "__cuda_array_interface__", None) or {}
-    handle = interface.get("stream") or 0
+    interface = getattr(array, "__cuda_array_interface__", None)
+    if interface is None and not is_numba(array):
+        _view(array, consumer or 1)
+    handle = (interface or {}).get("stream") or 0
     return (0 if handle == 1 else int(handle)), None  # 1 is another name of the legacy default stream
+
+
+def _wait(array: Array) -> None:
+    """Wait for a GPU, before and after copies that no stream orders."""
+    from numba import cuda as compiler
+
+    cuda: Any = compiler
+    with cuda.gpus[device_index(array)]:
+        cuda.synchronize()
 
 
 def _is_simulated() -> bool:
@@ -204,11 +221,11 @@ def _dlpack_device(array: Array) -> tuple[int, int]:
         return 0, 0
 
 
-def _view(array: Array) -> Any:
-    """What an array's CUDA array interface or DLPack says of it, without waiting for its stream."""
+def _view(array: Array, stream: int = -1) -> Any:
+    """What an array's CUDA array interface or DLPack says of it; -1 is no stream that would have to wait for it."""
     from cuda.core.utils import StridedMemoryView
 
-    return StridedMemoryView.from_any_interface(array, stream_ptr=-1)
+    return StridedMemoryView.from_any_interface(array, stream_ptr=stream)
 
 
 def _numba_view(array: Array) -> Any:

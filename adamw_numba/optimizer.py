@@ -223,7 +223,7 @@ class AdamW:
     @property
     def last_step(self) -> LastStep | None:
         """What the last call of `apply` did; None before the first."""
-        self._catch_up()
+        self._catch_up(norm=True)
         last: tuple[float | None, bool, float] | None = self._last[0]
         return None if last is None else LastStep(*last)
 
@@ -560,15 +560,16 @@ class AdamW:
         own = self._state.scalars["learning_rate"].item() if rates[0] is None else None
         return own, rates[0], loss_scale, self._settings
 
-    def _catch_up(self) -> None:
+    def _catch_up(self, norm: bool = False) -> None:
         """Ask a GPU that decides and counts by itself, if there is anything to ask; waits for it."""
         device = self._built and self._built.resident
-        if not device or not device.pending:
+        if not device or not (device.pending or (norm and device.norm_pending)):
             return
         with self._lock:
-            report = device.report()
+            counts, report = device.pending, device.report()
             iteration = self._state.scalars["iteration"]
-            iteration[...] = report.iteration
+            if counts:  # otherwise the host has counted along, and may have been written
+                iteration[...] = report.iteration
             self._last[1] += device.skipped
             device.skipped = 0
             if self._last[0] is not None or report.iteration:
@@ -602,6 +603,7 @@ class AdamW:
             return
         with self._lock:
             self._catch_up()
+            built.resident.check_captured(bool(self.clipnorm or self.global_clipnorm), self.nonfinite == "skip")
             first, scale = self._state.scalars["iteration"].item(), self.loss_scale_factor or 1.0
             built.resident.send_rows_now(
                 first,

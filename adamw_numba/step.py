@@ -245,8 +245,9 @@ def _prepare_resident(hyper: Any, built: Built, gradients: Sequence[Array | None
     guarded = taken.nonfinite == "skip"
     knows = device.is_certain and not guarded and not device.is_capturing
     numbers = numbers_of(hyper, taken.iteration, taken.rates, scale)
-    clipped = bool(hyper.clipnorm or hyper.global_clipnorm) and (numbers.is_update or not knows)
-    launches = device.launches(*_options(hyper), guarded or clipped, clipped, guarded)
+    clips = bool(hyper.clipnorm or hyper.global_clipnorm)
+    clipped = clips and (numbers.is_update or not knows)
+    launches = device.launches(*_options(hyper), guarded or clipped, clipped, guarded, loads_norm=clips)
     overwrite = numbers.overwrite or not knows
     touched = [t for i, t in built.tensors if overwrite or (numbers.is_update and gradients[i] is not None)]
     call = device.run, launches, True, not knows, guarded or clipped
@@ -286,6 +287,10 @@ def prepare_one(hyper: Any, built: Built, gradient: Array, i: int, updates: int,
     launches: list[Call] = []
     for device in built.devices:
         if i in device.own:
+            if device.has_captures:
+                raise RuntimeError(
+                    "`update_step` would take the rows of a captured graph; expected no capture before it"
+                )
             device.send_rows(0, 1, lambda _: row(hyper, Numbers(c, False, True, 1.0), 0.0), None)
             top = True if hyper.amsgrad else None
             launches.append((device.run, device.launches(top, None, None, False, False, False, still=True), False))

@@ -180,6 +180,76 @@ def test_the_gpu_skips_by_itself(options):
     assert equal(found, expected)
 
 
+@pytest.mark.parametrize("before", [0, 3])
+def test_the_layout_of_gradients_changes_among_skipped_steps(before):
+    """What the GPU has counted alone is not lost when the tables are made anew."""
+    x, y = array(np.ones(6), "float64"), np.ones(6)
+    optimizer, cpu = AdamW(0.1), AdamW(0.1)
+    optimizer.build([x])
+    cpu.build([y])
+    g, wide = np.linspace(1, 2, 6), np.repeat(np.linspace(1, 2, 6), 2)
+    bad = g * np.nan
+    for _ in range(before):
+        optimizer.apply([array(g, "float64")])
+        cpu.apply([g])
+    optimizer.nonfinite = cpu.nonfinite = "skip"
+    for gradient in (g, bad, g, g):
+        optimizer.apply([array(gradient, "float64")])
+        cpu.apply([gradient])
+    optimizer.apply([array(wide, "float64")[::2]])
+    cpu.apply([wide[::2]])
+    np.testing.assert_allclose(libraries.look(x), y, rtol=1e-14)
+    assert (optimizer.iterations, optimizer.skipped_steps) == (cpu.iterations, cpu.skipped_steps) == (before + 4, 1)
+
+
+@pytest.mark.parametrize("what", ["addresses", "rows"])
+def test_an_interrupt_while_something_is_sent(what, monkeypatch):
+    from adamw_numba.device_plan import Mirror
+
+    x, y = array(np.ones(4), "float64"), np.ones(4)
+    optimizer, cpu = AdamW(0.1, beta_1=0.0), AdamW(0.1, beta_1=0.0)
+    optimizer.build([x])
+    cpu.build([y])
+    gradients = [array(np.ones(4), "float64"), array(np.full(4, -3.0), "float64")]
+    optimizer.apply([gradients[0]])
+    cpu.apply([np.ones(4)])
+    if what == "rows":
+        optimizer.learning_rate = cpu.learning_rate = 0.01
+    send = Mirror.send
+
+    class Interrupted:
+        def copy_to_device(self, *args):
+            raise KeyboardInterrupt
+
+    def interrupted(mirror, stream):
+        device, mirror.device = mirror.device, Interrupted()
+        try:
+            send(mirror, stream)
+        finally:
+            mirror.device = device
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Mirror, "send", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.apply([gradients[what == "addresses"]])
+    for _ in range(2):
+        optimizer.apply([gradients[1]])
+        cpu.apply([np.full(4, -3.0)])
+    np.testing.assert_allclose(libraries.look(x), y, rtol=1e-14)
+
+
+def test_the_iteration_is_written_after_a_norm():
+    optimizer = AdamW(0.1, global_clipnorm=1.0)
+    optimizer.build([array(np.ones(3))])
+    optimizer.apply([array(np.ones(3))])
+    iteration = optimizer.variables[0]
+    iteration[...] = 40
+    assert optimizer.iterations == 40
+    assert math.isclose(optimizer.last_step.gradient_norm, math.sqrt(3))
+    optimizer.apply([array(np.ones(3))])
+    assert optimizer.iterations == 41
+
+
 def test_many_skips_outlast_the_rows(monkeypatch):
     """The host learns only now and then how far the GPU has counted."""
     from adamw_numba import device_plan
@@ -333,7 +403,10 @@ def test_two_storages_take_two_launches_and_one_step():
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("nth", range(6))
-@pytest.mark.parametrize("options", [{"global_clipnorm": 1.0}, {"nonfinite": "skip"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"global_clipnorm": 1.0}, {"nonfinite": "skip"}, {"global_clipnorm": 1.0, "gradient_accumulation_steps": 2}],
+)
 def test_an_interrupt_among_the_launches(when, nth, options, monkeypatch):
     """Two kinds of arrays, so several launches: the step is taken, or not begun."""
     from adamw_numba.device_plan import DevicePlan
@@ -343,7 +416,8 @@ def test_an_interrupt_among_the_launches(when, nth, options, monkeypatch):
         optimizer = AdamW(0.1, **options)
         optimizer.build(variables)
         gradients = [array(np.ones(4), "float32"), array(np.ones(4), "float64")]
-        optimizer.apply(gradients)
+        for _ in range(3 if "gradient_accumulation_steps" in options else 1):
+            optimizer.apply(gradients)
         before = [libraries.look(v).copy() for v in variables]
         count = iter(range(10**6))
         configure = DevicePlan._configure
@@ -381,7 +455,8 @@ def test_an_interrupt_among_the_launches(when, nth, options, monkeypatch):
     _, found, iterations, optimizer, variables, gradients = run(True)
     assert iterations in (1, 2)
     assert equal(found, after if iterations == 2 else before)
-    optimizer.apply(gradients)
+    for _ in range(options.get("gradient_accumulation_steps", 1)):
+        optimizer.apply(gradients)
     assert optimizer.iterations == iterations + 1
     assert not equal(variables, found)
 
@@ -438,6 +513,7 @@ GRAPH_OPTIONS = [
     {"global_clipnorm": 0.5, "amsgrad": True},
     {"gradient_accumulation_steps": 3, "use_ema": True, "ema_overwrite_frequency": 2},
     {"nonfinite": "skip", "clipnorm": 1.0},
+    {"gradient_accumulation_steps": 2, "global_clipnorm": 0.5},
 ]
 
 
@@ -469,6 +545,52 @@ def test_a_captured_graph_follows_the_schedules(options, monkeypatch):
         results.append([*variables, *optimizer.variables])
         assert optimizer.skipped_steps == 0
     assert equal(*results)
+
+
+def test_eager_steps_of_other_kinds_between_replays(monkeypatch):
+    """After a step for which the host waits, replays are still counted, and the rows have to be sent again."""
+    maker = array if SIMULATED else (lambda a: libraries.torch_on_gpu(a, "float32"))
+    x, g = maker(np.ones(5)), maker(np.ones(5))
+    optimizer = AdamW(0.1)
+    optimizer.build([x])
+    optimizer.apply([g])
+    with captured(monkeypatch) as graph:
+        optimizer.apply([g])
+    optimizer.nonfinite = "raise"
+    optimizer.apply([g])
+    optimizer.nonfinite = "propagate"
+    optimizer.update_hyperparameters(20)
+    for _ in range(3):
+        graph.replay()
+    assert optimizer.iterations == 5
+    assert int(optimizer.variables[0]) == 5
+    with pytest.raises(RuntimeError, match="captured"):
+        optimizer.update_step(g, x, 0.1)
+    for option, value in (("global_clipnorm", 0.1), ("nonfinite", "skip")):
+        before = getattr(optimizer, option)
+        setattr(optimizer, option, value)
+        with pytest.raises(RuntimeError, match="another capture"):
+            optimizer.update_hyperparameters(5)
+        setattr(optimizer, option, before)
+    graph.replay()
+    assert optimizer.iterations == 6
+
+
+def test_rows_survive_a_callable_that_raises(monkeypatch):
+    maker = array if SIMULATED else (lambda a: libraries.torch_on_gpu(a, "float32"))
+    x, g = maker(np.ones(5)), maker(np.ones(5))
+    optimizer = AdamW(0.1)
+    optimizer.build([x])
+    optimizer.apply([g])
+    with captured(monkeypatch) as graph:
+        optimizer.apply([g])
+    good = optimizer.learning_rate
+    optimizer.learning_rate = lambda step: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        optimizer.update_hyperparameters(1000)
+    optimizer.learning_rate = good
+    graph.replay()
+    assert optimizer.iterations == 2
 
 
 def test_a_graph_that_runs_out_of_rows_stops_and_says_so(monkeypatch):

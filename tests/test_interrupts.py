@@ -128,7 +128,7 @@ def test_at_every_line(name, wrap, elsewhere, opcodes):
         optimizer.apply(gradients(3, elsewhere))
         assert snapshot(arrays, optimizer) == end, f"the next step differs after an interrupt at {line}"
     assert seen == {False, True}
-    assert n > 60  # a step like the last one has that few
+    assert n > (40 if (name, elsewhere) == ("plain", False) else 100)  # a step like the last one has few lines
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX timers")

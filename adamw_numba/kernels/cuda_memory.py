@@ -130,9 +130,13 @@ def _compiled():
         return x
 
     def narrow(builder, x, storage):
-        if storage == "bfloat16":
-            convert = ir.FunctionType(byte2, [float_type])
-            return builder.asm(convert, "cvt.rn.bf16.f32 $0, $1;", "=h,f", [x], side_effect=False)
+        if storage == "bfloat16":  # to nearest, ties to even; GPUs before generation 8.0 have no instruction for it
+            bits = builder.bitcast(x, ir.IntType(32))
+            upper = builder.lshr(bits, index(16))
+            half = builder.add(index(0x7FFF), builder.and_(upper, index(1)))
+            rounded = builder.lshr(builder.add(bits, half), index(16))
+            is_nan = builder.fcmp_unordered("uno", x, x)
+            return builder.trunc(builder.select(is_nan, builder.or_(upper, index(0x40)), rounded), byte2)
         if storage == "float16":
             return builder.bitcast(builder.fptrunc(x, ir.HalfType()), byte2)
         return x
