@@ -14,7 +14,6 @@ from .files import CorruptFileError
 
 _BLOCK = 512
 _FLETCHER32 = 3
-_SMALLEST_CHUNKED = 64  # bytes
 
 
 @contextmanager
@@ -62,7 +61,7 @@ class Group:
             self.set_bfloat16(key, array.view(np.uint16))
             return
         # A scalar and an array of nothing cannot be chunked, and so not be summed up.
-        summed = {"fletcher32": True} if array.ndim and array.nbytes >= _SMALLEST_CHUNKED else {}
+        summed = {"fletcher32": True} if array.ndim and array.size else {}
         self.group.create_dataset(key, data=array, **summed)
 
     def set_bfloat16(self, key: str, bits: np.ndarray[Any, Any]) -> None:
