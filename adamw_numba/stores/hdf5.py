@@ -22,12 +22,18 @@ def opened(path: Path, mode: str) -> Iterator[Any]:
     h5py = library()
     if mode == "r":
         _verify(path)
-    with h5py.File(path, mode, **({"userblock_size": _BLOCK} if mode == "w" else {})) as file:
-        yield Group(file)
-    if mode == "w":
-        checksum = _checksum(path)
-        with open(path, "r+b") as raw:
-            raw.write(b"adamw_numba crc32 %08x\n" % checksum)
+        with h5py.File(path, "r") as file:
+            yield Group(file)
+        return
+    with open(path, "w+b", buffering=0) as raw:
+        sink = Sink(raw)
+        with h5py.File(sink, "w", userblock_size=_BLOCK) as file:
+            yield Group(file)
+        if sink.error is not None:
+            raise sink.error
+    checksum = _checksum(path)
+    with open(path, "r+b") as end:
+        end.write(b"adamw_numba crc32 %08x\n" % checksum)
 
 
 def library() -> Any:
@@ -37,6 +43,36 @@ def library() -> Any:
     except ImportError:
         raise ImportError("a .h5 file needs the package h5py: pip install adamw_numba[hdf5]") from None
     return h5py
+
+
+class Sink:
+    """A file whose first failure is kept for later: HDF5 itself does not survive a write that fails."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def write(self, data: Any) -> int:
+        """Write all, or nothing more after a failure."""
+        left = memoryview(data).cast("B")
+        count = len(left)
+        while len(left) and self.error is None:
+            try:
+                left = left[self.file.write(left) :]
+            except OSError as error:
+                self.error = error
+        return count
+
+    def truncate(self, size: int | None = None) -> int:
+        """Set the size, or nothing more after a failure."""
+        try:
+            return int(self.file.truncate(size))
+        except OSError as error:
+            self.error = self.error or error
+            return size or 0
 
 
 class Group:

@@ -99,6 +99,8 @@ def checked_members(archive: zipfile.ZipFile, where: str) -> dict[str, zipfile.Z
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
             raise CorruptFileError(f"{where}: {name!r} is compressed; expected plain bytes, as they were saved")
         members[name] = info
+        if not 0 <= info.header_offset <= info.header_offset + info.file_size <= size:
+            raise CorruptFileError(f"{where}: {name!r} is said to lie beyond the end of the file, {size} bytes")
     declared = sum(info.file_size for info in infos)
     if declared > size:
         raise CorruptFileError(f"{where} declares members of {declared} bytes together; it has {size}")
