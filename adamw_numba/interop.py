@@ -179,7 +179,9 @@ def from_torch(state_dict: Mapping[str, Any], variables: Container | None = None
     if len(steps) != 1:
         raise ValueError(f"`state_dict` has parameters after {sorted(steps)} steps; expected one number for all")
     updates = int(steps.pop())
-    slots = {"momentum": "exp_avg", "velocity": "exp_avg_sq"} | ({"velocity_hat": "max_exp_avg_sq"} * hyper["amsgrad"])
+    slots = {"momentum": "exp_avg", "velocity": "exp_avg_sq"}
+    if hyper["amsgrad"]:
+        slots["velocity_hat"] = "max_exp_avg_sq"
     decays = [float(group["weight_decay"]) for group in groups for _ in group["params"]]
     excluded = [decay == 0 and any(decays) for decay in decays]
     moments = [{ours: states[n][theirs] for ours, theirs in slots.items()} if n in states else None for n in numbers]

@@ -107,8 +107,9 @@ class Group:
 
     def __getitem__(self, key: str) -> np.ndarray[Any, Any]:
         dataset = self._dataset(key)
-        if dataset.attrs.get("dtype") == "bfloat16":  # as Keras writes it
-            return np.asarray(dataset.astype(np.float32)[()])
+        if dataset.attrs.get("dtype") == "bfloat16":  # as Keras writes it: two opaque bytes each
+            bits = np.asarray(dataset[()]).view(np.uint16)
+            return (bits.astype(np.uint32) << 16).view(np.float32)
         return np.asarray(dataset[()])
 
     def _dataset(self, key: str) -> Any:

@@ -153,7 +153,7 @@ def _chunks(array: np.ndarray[Any, Any]) -> tuple[int, ...]:
 
 def _current(root: Any, target: Any) -> Group:
     name = root.attrs.get(_CURRENT)
-    if not isinstance(name, str) or (name and (name not in root or "/" in name)):
+    if not isinstance(name, str) or "/" in name or (name and name not in root):
         raise CorruptFileError(f"{target} names no current generation in its attribute {_CURRENT!r}")
     return Group(root[name] if name else root, target)
 
