@@ -378,7 +378,7 @@ def _keras_group(file: Any, path: Path) -> list[Matrix]:
         name = f"{_KERAS_GROUP}/vars"
         if name not in h5:
             raise CorruptFileError(f"{path} lacks {name!r}; expected the weights of a compiled Keras model")
-        return _in_order(hdf5.Group(h5[name]), str(path))
+        return _in_order(hdf5.Group(h5).below(name), str(path))
 
 
 def _keras_config(entry: Any, path: Path) -> dict[str, Any]:

@@ -91,7 +91,9 @@ def main() -> int:
     reference = statistics.median(times["plain file"])
     for key, seconds in times.items():
         median = statistics.median(seconds)
-        print(f"{key:26s} {median:6.2f} s  {1.0737 / median:5.2f} GB/s  {reference / median:.2f} of a plain file's speed")
+        print(
+            f"{key:26s} {median:6.2f} s  {1.0737 / median:5.2f} GB/s  {reference / median:.2f} of a plain file's speed"
+        )
     ratio = reference / statistics.median(times["AdamW.save, .npz"])
     print(f".npz: {ratio:.2f} of a plain file's speed (0.40 wanted), {memory:.0f} MB of extra memory (64 allowed)")
     return 0 if ratio >= 0.4 and memory < 64 else 1

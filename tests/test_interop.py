@@ -123,7 +123,7 @@ def test_bfloat16_of_keras(tmp_path):
     interop.to_keras(optimizer, store)
     assert len(store) == len(model.optimizer.variables)
     optimizer.apply([torch.tensor(g).to(torch.bfloat16) for g in gradients_of(3)])
-    with pytest.raises(ValueError, match="bfloat16.*no exact conversion"):
+    with pytest.raises(ValueError, match=r"bfloat16.*no exact conversion"):
         interop.to_keras(optimizer, store)
 
 

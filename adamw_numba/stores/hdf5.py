@@ -112,8 +112,12 @@ class Group:
             return (bits.astype(np.uint32) << 16).view(np.float32)
         return np.asarray(dataset[()])
 
-    def _dataset(self, key: str) -> Any:
-        """A dataset whose bytes lie, all of them, in this file."""
+    def below(self, key: str) -> "Group":
+        """A group in this one, as a mapping of its own."""
+        return Group(self._node(key))
+
+    def _node(self, key: str) -> Any:
+        """What lies at a path, without following a link."""
         h5py, node = library(), self.group
         for part in key.split("/"):
             if not isinstance(node, h5py.Group) or part not in node:
@@ -122,6 +126,11 @@ class Group:
             if not isinstance(link, h5py.HardLink):
                 raise CorruptFileError(f"{self.where}: {key!r} is a {type(link).__name__}; expected the data itself")
             node = node[part]
+        return node
+
+    def _dataset(self, key: str) -> Any:
+        """A dataset whose bytes lie, all of them, in this file."""
+        h5py, node = library(), self._node(key)
         if not isinstance(node, h5py.Dataset):
             raise CorruptFileError(f"{self.where}: {key!r} is a {type(node).__name__}; expected a dataset")
         self._check(key, node)
