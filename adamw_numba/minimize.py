@@ -3,10 +3,10 @@
 import inspect
 import math
 import numbers
-import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,6 @@ from .bounds import read_bounds
 from .containers import Container, flatten, materialized, rebuild
 from .objective import Objective
 from .optimizer import _CHECKED, _ELSEWHERE, AdamW
-from .results import new_result
 from .run import Problem, Run, within
 from .serving import Keeper, Progress, caught_signals, explain
 
@@ -150,9 +149,9 @@ def minimize(
     Returns
     -------
     result : `scipy.optimize.OptimizeResult`
-        With ``x, fun, jac, nit, nfev, njev, status, success, message``, ``x_last`` and ``fun_last``, ``history`` (a dict
-        of arrays: ``nit, fun, gradient_norm, learning_rate, step_norm, time``; norms are largest elements, the time is
-        in seconds), ``state``, and ``x_average`` with ``use_ema``. Status 0: converged, 1: maxiter, 2: maxfev or
+        With ``x, fun, jac, nit, nfev, njev, status, success, message``, ``x_last`` and ``fun_last``, ``history`` (a
+        dict of arrays: ``nit, fun, gradient_norm, learning_rate, step_norm, time``; norms are largest elements, the
+        time is in seconds), ``state``, and ``x_average`` with ``use_ema``. Status 0: converged, 1: maxiter, 2: maxfev or
         maxtime, 3: not finite, 99: stopped by the callback, 130: interrupted.
 
     Raises
@@ -174,9 +173,9 @@ def minimize(
     >>> result.success, result.x.round(3)
     (True, array([3., 3.]))
     """
-    settings = _settings(options, tol, hess, hessp, constraints)
+    settings = read_settings(options, tol, hess, hessp, constraints)
     call = _call_of(callback)
-    run = _prepare(fun, x0, args, jac, bounds, settings)
+    run = prepare(fun, x0, args, jac, bounds, settings)
     keeper = Keeper(settings["checkpoint"], run)
     result = _drive(run, settings, call, keeper)
     if settings["disp"]:
@@ -187,7 +186,7 @@ def minimize(
 # Reading the arguments
 
 
-def _settings(options: dict[str, Any], tol: Any, hess: Any, hessp: Any, constraints: Any) -> dict[str, Any]:
+def read_settings(options: dict[str, Any], tol: Any, hess: Any, hessp: Any, constraints: Any) -> dict[str, Any]:
     """All options, checked, AdamW's apart under ``hyper``."""
     for name, value in (("hess", hess), ("hessp", hessp)):
         if value is not None:
@@ -211,8 +210,10 @@ def _settings(options: dict[str, Any], tol: Any, hess: Any, hessp: Any, constrai
 
 def _warn_of(message: str) -> None:
     category: Any = UserWarning
-    if "scipy" in sys.modules:
-        from scipy.optimize import OptimizeWarning as category  # noqa: N813
+    with suppress(ImportError):
+        from scipy.optimize import OptimizeWarning
+
+        category = OptimizeWarning
     warnings.warn(message, category, stacklevel=5)
 
 
@@ -231,7 +232,7 @@ def _call_of(callback: Any) -> Callable[[Run], None] | None:
     return lambda run: callback(run.intermediate().x)
 
 
-def _prepare(fun: Any, x0: Any, args: Any, jac: Any, bounds: Any, settings: dict[str, Any]) -> Run:
+def prepare(fun: Any, x0: Any, args: Any, jac: Any, bounds: Any, settings: dict[str, Any]) -> Run:
     """Check everything, and lay out a run; nothing is evaluated."""
     fun, jac = _unwrapped(fun, None if jac is False else jac)
     x0, state = _warm(x0, settings["state"])
@@ -254,7 +255,7 @@ def _prepare(fun: Any, x0: Any, args: Any, jac: Any, bounds: Any, settings: dict
 
 def _unwrapped(fun: Any, jac: Any) -> tuple[Any, Any]:
     """SciPy hands over ``jac=True`` as a function that remembers its last value: undone, so that both doors are one."""
-    if type(fun).__name__ == "MemoizeJac" and getattr(jac, "__self__", None) is fun:
+    if fun is not None and type(fun).__name__ == "MemoizeJac" and getattr(jac, "__self__", None) is fun:
         return fun.fun, True
     return fun, jac
 
@@ -368,6 +369,24 @@ def _drive(run: Run, settings: dict[str, Any], call: Callable[[Run], None] | Non
     return run.result()
 
 
+def drive_all(runs: Sequence[Run], loop: Any, settings: dict[str, Any]) -> None:
+    """Advance many runs together until all have stopped."""
+    progress = Progress(settings["progress"], settings["maxiter"])
+    try:
+        for run in runs:
+            run.start()
+        while going := [run for run in runs if not run.reason]:
+            loop.advance(sys.maxsize)
+            for run in going:
+                _stop_in_time(run, settings)
+            progress.show(min(going, key=lambda run: run.nit))
+    except BaseException as error:
+        explain(error, min(runs, key=lambda run: float(run.values[stopping.BEST])), Keeper(None, runs[0]))
+        raise
+    finally:
+        progress.close()
+
+
 def _loop(runs: Sequence[Run]) -> Any:
     """The compiled loop, where there can be one."""
     if "numba" not in sys.modules or not type(runs[0].objective.fun).__module__.startswith("numba."):
@@ -393,12 +412,16 @@ def _serve(run: Run, settings: dict[str, Any], call: Any, keeper: Keeper, signal
             call(run)
         except StopIteration:
             run.counts[stopping.REASON] = stopping.CALLBACK
-    if not run.reason and settings["maxtime"] is not None and run.elapsed > settings["maxtime"]:
-        run.counts[stopping.REASON] = stopping.TIME
+    _stop_in_time(run, settings)
     if not run.reason and signals:
         run.counts[stopping.REASON] = stopping.INTERRUPTED
     if not run.reason:
         keeper.save_if_due()
+
+
+def _stop_in_time(run: Run, settings: dict[str, Any]) -> None:
+    if not run.reason and settings["maxtime"] is not None and run.elapsed > settings["maxtime"]:
+        run.counts[stopping.REASON] = stopping.TIME
 
 
 def _display(result: Any) -> None:

@@ -137,10 +137,12 @@ class Objective:
                 f"`fun` returned {_brief(value)}, which does not depend on x through torch; expected a scalar tensor, "
                 "since jac='torch'"
             )
-        gradients = torch.autograd.grad(value, tensors, allow_unused=True)
+        gradients: Any = torch.autograd.grad(value, tensors, allow_unused=True)
         filled = [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, tensors, strict=True)]
         back = [g.numpy() if isinstance(x, np.ndarray) else g for g, x in zip(filled, leaves, strict=True)]
-        return Evaluation(number_of(value.detach()), [_accepted("", g, x) for g, x in zip(back, leaves, strict=True)], 1)
+        return Evaluation(
+            number_of(value.detach()), [_accepted("", g, x) for g, x in zip(back, leaves, strict=True)], 1
+        )
 
     def _by_jax(self, leaves: Sequence[Array], rest: tuple[Any, ...]) -> Evaluation:
         import jax
@@ -260,14 +262,14 @@ def _check_differences(leaves: Sequence[Array]) -> None:
     if not all(isinstance(leaf, np.ndarray) for leaf in leaves):
         library = next(arrays.library_name(leaf) for leaf in leaves if not isinstance(leaf, np.ndarray))
         raise ValueError(
-            f"`jac` is None or finite differences, which need NumPy arrays, while x0 is an array of {library}; expected "
-            "jac=True or a function (or jac='torch' or 'jax' for their arrays)"
+            f"`jac` is None or finite differences, which need NumPy arrays, while x0 is an array of {library}; "
+            "expected jac=True or a function (or jac='torch' or 'jax' for their arrays)"
         )
     try:
         import scipy.optimize  # noqa: F401
     except ImportError:
         raise ImportError(
-            "finite differences (jac=None) need SciPy: pip install 'adamw-numba[scipy]', or give jac=True or a function"
+            "finite differences (jac=None) need SciPy: pip install 'adamw-numba[scipy]'; or give jac=True or a function"
         ) from None
 
 

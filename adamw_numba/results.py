@@ -1,6 +1,7 @@
 """What a minimization returns: SciPy's `OptimizeResult` where SciPy is installed, else a dict that looks like it."""
 
 import html
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -14,8 +15,8 @@ class _Attributes(dict[str, Any]):
         except KeyError as error:
             raise AttributeError(name) from error
 
-    __setattr__ = dict.__setitem__  # type: ignore[assignment]
-    __delattr__ = dict.__delitem__  # type: ignore[assignment]
+    __setattr__ = dict.__setitem__
+    __delattr__ = dict.__delitem__
 
     def __dir__(self) -> list[str]:
         return list(self)
@@ -27,19 +28,20 @@ class _Attributes(dict[str, Any]):
 
 @cache
 def _result_type() -> Any:
-    try:
-        from scipy.optimize import OptimizeResult as Base
-    except ImportError:
-        Base = _Attributes
+    base: Any = _Attributes
+    with suppress(ImportError):
+        from scipy.optimize import OptimizeResult
 
-    class MinimizeResult(Base):  # type: ignore[misc, valid-type]
+        base = OptimizeResult
+
+    class MinimizeResult(base):  # type: ignore[misc]
         """The result of a minimization."""
 
         _HIDDEN = ("history", "state", "results")
 
         def __repr__(self) -> str:
-            shown: Any = Base((key, value) for key, value in self.items() if key not in self._HIDDEN)
-            return Base.__repr__(shown)  # type: ignore[no-any-return]
+            shown: Any = base((key, value) for key, value in self.items() if key not in self._HIDDEN)
+            return base.__repr__(shown)  # type: ignore[no-any-return]
 
         def _repr_html_(self) -> str:
             keys = ["message", "status", "success", "fun", "x", "nit", "nfev", "njev"]

@@ -56,7 +56,7 @@ class Run:
         self.objective, self.problem, self.optimizer, self.limits = objective, problem, optimizer, limits
         self.names, self.bounds = problem.names, problem.bounds
         objective.bounds = problem.bounds
-        optimizer.build(list(zip(problem.names, problem.leaves, strict=True)))
+        optimizer.build(rebuild(problem.container, problem.leaves))
         self.mutable = all(map(arrays.is_mutable, problem.leaves))
         self._own: list[str] = []
         self.values = self._numbers("values", (stopping.HOW_MANY_VALUES,))
@@ -184,7 +184,9 @@ class Run:
 
     def _record(self, evaluation: Evaluation) -> None:
         x = self.get("x")
-        self.put("gradient", [_cast(g, like) for g, like in zip(evaluation.gradients, self.get("gradient"), strict=True)])
+        self.put(
+            "gradient", [_cast(g, like) for g, like in zip(evaluation.gradients, self.get("gradient"), strict=True)]
+        )
         self.values[stopping.FUN] = evaluation.value
         gradients = self.get("gradient") if self.bounds is None else _inward(x, self.get("gradient"), self.bounds)
         self.values[stopping.GRADIENT_NORM] = largest(gradients)
@@ -252,7 +254,9 @@ def within(leaves: Sequence[Array], bounds: Sequence[tuple[Array, Array]]) -> li
     """Arrays projected onto their bounds."""
     pairs = zip(leaves, bounds, strict=True)
     return [
-        np.minimum(np.maximum(x, lower), upper) if isinstance(x, np.ndarray) else arrays.namespace(x).clip(x, lower, upper)
+        np.minimum(np.maximum(x, lower), upper)
+        if isinstance(x, np.ndarray)
+        else arrays.namespace(x).clip(x, lower, upper)
         for x, (lower, upper) in pairs
     ]
 

@@ -25,7 +25,9 @@ class Keeper:
     """
 
     def __init__(self, checkpoint: Any, run: Run) -> None:
-        self.run, self.path, self.checkpoints = run, None, None
+        self.run = run
+        self.path: Path | None = None
+        self.checkpoints: Any = None
         if checkpoint is not None:
             if isinstance(checkpoint, (str, os.PathLike)):
                 self.path = Path(checkpoint)
@@ -49,16 +51,18 @@ class Keeper:
         if self.is_on and self.saved_nit != self.run.nit:
             self.run.stamp()
             if self.path is not None:
-                self.run.optimizer.save(self.path, variables=True)
+                self.run.optimizer.save(self.path, variables=self.run.mutable)
             else:
                 self.checkpoints.save(self.run.optimizer, self.run.nit)
             self.saved_nit, self.saved_at = self.run.nit, time.monotonic()
 
     def save_if_due(self) -> None:
         """Save every so many iterations, or once a minute into a single file."""
-        if self.path is not None and time.monotonic() - self.saved_at > _SECONDS:
-            self.save()
-        elif self.checkpoints is not None and self.iterations_left() == self._every():
+        if self.path is not None:
+            due = time.monotonic() - self.saved_at > _SECONDS
+        else:
+            due = self.is_on and self.iterations_left() == self._every()
+        if due:
             self.save()
 
     def iterations_left(self) -> int:

@@ -12,8 +12,8 @@ GTOL, FTOL, XTOL, PATIENCE, MAXITER, MAXFEV, STOP_AT_NONFINITE, HOW_MANY_LIMITS 
 
 IN_A_ROW = 10  # iterations: Adam's losses go up and down, and are nearly flat at each turn
 
-GOING_ON, GRADIENT, FUNCTION, STEP, NO_PROGRESS, ITERATIONS, EVALUATIONS, TIME, NONFINITE, CALLBACK, INTERRUPTED = range(
-    11
+GOING_ON, GRADIENT, FUNCTION, STEP, NO_PROGRESS, ITERATIONS, EVALUATIONS, TIME, NONFINITE, CALLBACK, INTERRUPTED = (
+    range(11)
 )
 STATUS = {
     GRADIENT: (0, "Optimization terminated successfully: the gradient is within `gtol`."),
