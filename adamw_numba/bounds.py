@@ -37,7 +37,7 @@ def read_bounds(bounds: Any, names: Sequence[str], leaves: Sequence[Array]) -> l
 def _of_path(bounds: Any, name: str) -> Any:
     """What bounds, nested like the variables, say about one of them; what is not named is not bounded."""
     for key in name.split("/"):
-        if bounds is None or _is_bounds(bounds):
+        if bounds is None or _is_bounds(bounds) or _is_pair(bounds):
             return bounds
         if isinstance(bounds, Mapping):
             bounds = bounds.get(key)
@@ -54,13 +54,19 @@ def _is_bounds(bounds: Any) -> bool:
     return hasattr(bounds, "lb") and hasattr(bounds, "ub")
 
 
+def _is_pair(bounds: Any) -> bool:
+    """Whether bounds are one pair for all that lies below."""
+    pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2
+    return pair and all(bound is None or np.ndim(bound) == 0 for bound in bounds)
+
+
 def _pair(bounds: Any, name: str, shape: tuple[int, ...], nested: bool) -> tuple[Matrix, Matrix]:
     if bounds is None:
         return np.full(shape, -np.inf), np.full(shape, np.inf)
     if _is_bounds(bounds):
         lower, upper = bounds.lb, bounds.ub
-    elif nested and len(bounds) == 2 and not any(isinstance(bound, (tuple, list)) for bound in bounds):
-        lower, upper = bounds  # one pair for a whole array
+    elif nested and _is_pair(bounds):
+        lower, upper = bounds
         lower, upper = (-np.inf if lower is None else lower), (np.inf if upper is None else upper)
     else:
         lower, upper = _columns(bounds, name, shape)
