@@ -12,7 +12,7 @@ from .kernels import cpu
 from .kernels import loop as kernel
 from .kernels.threads import PART, SERIAL_BELOW, job_calls
 from .plan import CHUNK
-from .schedules import LearningRateSchedule
+from .schedules import _HOST, LearningRateSchedule, _Schedule
 
 MOST_ROWS = 2**14
 SECONDS = 0.05  # of a block, about
@@ -22,10 +22,7 @@ _BLOCKWISE = SimpleNamespace(expm1=kernel.expm1, sqrt=np.sqrt, where=np.where)
 def coefficient_rows(optimizer: Any, first: int, count: int) -> tuple[Any, Any]:
     """The coefficients of consecutive updates, one row each, and their learning rates."""
     steps = np.arange(first, first + count)
-    if optimizer._learning_rate is None and optimizer.__dict__["_weight_decay_rate"] is None:
-        rates = np.broadcast_to(np.array(optimizer._rates(first)), (count, 2))
-    else:
-        rates = np.array([optimizer._rates(int(step)) for step in steps])
+    rates = _rates(optimizer, first, count)
     c = coefficients(optimizer, steps, rates[:, 0], rates[:, 1], 1.0, 1.0, _BLOCKWISE)
     rows = np.zeros((count, kernel.ROW_ENTRIES))
     for k, column in enumerate(c):
@@ -33,6 +30,20 @@ def coefficient_rows(optimizer: Any, first: int, count: int) -> tuple[Any, Any]:
     frequency = optimizer.ema_overwrite_frequency if optimizer.use_ema else None
     rows[:, kernel.OVERWRITE] = (steps + 1) % frequency == 0 if frequency else 0
     return rows, rates[:, 0]
+
+
+def _rates(optimizer: Any, first: int, count: int) -> Any:
+    """Learning rate and weight decay at consecutive steps."""
+    learning_rate, decay = optimizer._learning_rate, optimizer.__dict__["_weight_decay_rate"]
+    if learning_rate is None and decay is None:
+        return np.broadcast_to(np.array(optimizer._rates(first)), (count, 2))
+    if decay is None and isinstance(learning_rate.function, _Schedule):
+        formula = learning_rate.function._rate
+        rates = np.full((count, 2), optimizer.weight_decay)
+        rates[:, 0] = [formula(_HOST, float(step)) for step in range(first, first + count)]
+        if np.isfinite(rates).all() and (rates >= 0).all():
+            return rates
+    return np.array([optimizer._rates(step) for step in range(first, first + count)])
 
 
 class Loop:

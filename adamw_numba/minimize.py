@@ -151,8 +151,8 @@ def minimize(
     result : `scipy.optimize.OptimizeResult`
         With ``x, fun, jac, nit, nfev, njev, status, success, message``, ``x_last`` and ``fun_last``, ``history`` (a
         dict of arrays: ``nit, fun, gradient_norm, learning_rate, step_norm, time``; norms are largest elements, the
-        time is in seconds), ``state``, and ``x_average`` with ``use_ema``. Status 0: converged, 1: maxiter, 2: maxfev or
-        maxtime, 3: not finite, 99: stopped by the callback, 130: interrupted.
+        time is in seconds), ``state``, and ``x_average`` with ``use_ema``. Status 0: converged, 1: maxiter, 2: maxfev
+        or maxtime, 3: not finite, 99: stopped by the callback, 130: interrupted.
 
     Raises
     ------
@@ -359,7 +359,7 @@ def _drive(run: Run, settings: dict[str, Any], call: Callable[[Run], None] | Non
                     loop.advance(_until_service(run, settings, call, keeper))
                 _serve(run, settings, call, keeper, signals)
                 progress.show(run)
-            keeper.save()
+            keeper.finish()
         except BaseException as error:
             explain(error, run, keeper)
             raise
@@ -398,7 +398,7 @@ def _loop(runs: Sequence[Run]) -> Any:
 
 def _until_service(run: Run, settings: dict[str, Any], call: Any, keeper: Keeper) -> int:
     """How many iterations may pass before Python has something to do."""
-    most = keeper.iterations_left() if keeper.is_on else sys.maxsize
+    most = keeper.iterations_left()
     if call is not None:
         most = min(most, settings["callback_every"] - run.nit % settings["callback_every"])
     return most

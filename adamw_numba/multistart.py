@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from . import arrays
-from .minimize import drive_all, prepare, read_settings, minimize
+from .minimize import drive_all, minimize, prepare, read_settings
 from .objective import processes
 from .results import new_result
 

@@ -277,8 +277,8 @@ def _check_library(wanted: str, leaves: Sequence[Array]) -> None:
     for leaf in leaves:
         if not isinstance(leaf, np.ndarray) and arrays.library_name(leaf) != wanted:
             raise TypeError(
-                f"`jac` is {wanted!r}, while x0 is an array of {arrays.library_name(leaf)}; expected one of {wanted} or "
-                "NumPy"
+                f"`jac` is {wanted!r}, while x0 is an array of {arrays.library_name(leaf)}; expected one of {wanted} "
+                "or NumPy"
             )
         if leaf.dtype == np.longdouble:
             raise TypeError(f"x0 has dtype {leaf.dtype}; expected float32 or float64")

@@ -57,7 +57,7 @@ def convergence(results: Any, ax: Any = None) -> Any:
         handles = [*handles, *_rest(ax, *labelled.values())]
     _logarithmic(ax, losses)
     ax.grid(alpha=0.3)
-    ax.legend(handles=handles, loc="best", framealpha=0.9)
+    ax.legend(handles=handles, loc="best" if len(labelled) > 1 else "lower left", framealpha=0.9)
     return ax
 
 
@@ -125,9 +125,7 @@ def _labelled(results: Any) -> dict[str, Any]:
 
 def _rest(ax: Any, history: Any) -> list[Any]:
     """Gradient norm and learning rate."""
-    (gradient,) = ax.plot(
-        history["nit"], history["gradient_norm"], label="gradient norm (largest element)", color="C1", linewidth=0.8
-    )
+    (gradient,) = ax.plot(history["nit"], history["gradient_norm"], label="gradient norm", color="C1", linewidth=0.8)
     ax.set_ylabel("loss, gradient norm")
     right = ax.twinx()
     (rate,) = right.plot(history["nit"], history["learning_rate"], label="learning rate", color="C2", linestyle="--")

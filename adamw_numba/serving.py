@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -53,24 +54,30 @@ class Keeper:
             if self.path is not None:
                 self.run.optimizer.save(self.path, variables=self.run.mutable)
             else:
-                self.checkpoints.save(self.run.optimizer, self.run.nit)
+                self.checkpoints.save(self.run.optimizer, self.run.nit, variables=self.run.mutable, force=True)
             self.saved_nit, self.saved_at = self.run.nit, time.monotonic()
+
+    def finish(self) -> None:
+        """Save the end, and wait for what is still being written."""
+        self.save()
+        if self.checkpoints is not None:
+            self.checkpoints.close()
 
     def save_if_due(self) -> None:
         """Save every so many iterations, or once a minute into a single file."""
         if self.path is not None:
             due = time.monotonic() - self.saved_at > _SECONDS
         else:
-            due = self.is_on and self.iterations_left() == self._every()
+            due = self.is_on and self.run.nit % self._every() == 0
         if due:
             self.save()
 
     def iterations_left(self) -> int:
-        """How many iterations until the next save, of numbered files."""
-        return self._every() - self.run.nit % self._every()
+        """How many iterations until the next numbered file; many, where files are not numbered."""
+        return sys.maxsize if self.checkpoints is None else self._every() - self.run.nit % self._every()
 
     def _every(self) -> int:
-        return int(getattr(self.checkpoints, "every", None) or 1000)
+        return 1 if self.checkpoints is None else int(self.checkpoints.every)
 
 
 @contextmanager
@@ -145,7 +152,7 @@ def explain(error: BaseException, run: Run, keeper: Keeper) -> None:
         pass
     if keeper.is_on:
         try:
-            keeper.save()
-            error.add_note(f"the state is saved in {keeper.path or keeper.checkpoints!r}")
+            keeper.finish()
+            error.add_note(f"the state is saved in {keeper.path or keeper.checkpoints}")
         except Exception as failure:
             error.add_note(f"the state could not be saved: {failure!r}")

@@ -2,10 +2,10 @@
 
     python -m benchmarks.minima
 
-All get the same float64 functions; `minimize` and L-BFGS-B as Numba functions with exact gradients by complex steps, optax
-as JAX functions inside a jitted `jax.lax.scan`. `minimize` and optax follow the recipe of docs/minimize.md. Compilation is
-not timed. Functions with several minima are minimized from 32 starts by all three. "-" means: not within 1e-6 (of the
-value, where it is larger than 1).
+All get the same float64 functions; `minimize` and L-BFGS-B as Numba functions with exact gradients by complex steps,
+optax as JAX functions inside a jitted `jax.lax.scan`. `minimize` and optax follow the recipe of docs/minimize.md.
+Compilation is not timed. Functions with several minima are minimized from 32 starts by all three. "-" means: not within
+1e-6 (of the value, where it is larger than 1).
 """
 
 import sys

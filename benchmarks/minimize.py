@@ -3,8 +3,8 @@
     python -m benchmarks.minimize
 
 The compiled loop, optax's `adamw` inside a jitted `jax.lax.scan` (in float64 as well), and a Python loop around
-`torch.optim.AdamW`, in turn, in one process. The exit status says whether the compiled loop takes at most 0.7 of optax's
-time and a hundredth of torch's.
+`torch.optim.AdamW`, in turn, in one process. The exit status says whether the compiled loop takes at most 0.7 of
+optax's time and a hundredth of torch's.
 """
 
 import platform

@@ -1,7 +1,7 @@
 """Standard test functions: Moré, Garbow & Hillstrom (1981, ACM TOMS 7, 17-41) and the usual global ones.
 
-Each is a function of an array namespace that returns the function to minimize, so that NumPy, Numba and JAX run the same
-text. All are analytic, which gives exact gradients by complex steps; for these, powers are squares and products (a
+Each is a function of an array namespace that returns the function to minimize, so that NumPy, Numba and JAX run the
+same text. All are analytic, which gives exact gradients by complex steps; for these, powers are squares and products (a
 complex power goes through a logarithm).
 """
 

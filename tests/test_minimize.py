@@ -101,7 +101,7 @@ def test_the_projected_minimum_is_that_of_l_bfgs_b():
     theirs = scipy.optimize.minimize(both, START, jac=True, bounds=bounds, method="L-BFGS-B", tol=1e-12)
     assert ours.success
     np.testing.assert_allclose(ours.x, theirs.x, atol=1e-6)
-    assert (ours.x >= bounds.lb).all() and (ours.x <= bounds.ub).all()
+    assert ((ours.x >= bounds.lb) & (ours.x <= bounds.ub)).all()
 
 
 # Starting points: x0, dtype of the result

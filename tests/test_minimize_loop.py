@@ -95,8 +95,12 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.float32])
-@pytest.mark.parametrize("case", OPTIONS)
+IN_FLOAT32 = ["plain", "all together", "global clip", "bounds", "schedule", "patience"]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), [*((case, np.float64) for case in OPTIONS), *((case, np.float32) for case in IN_FLOAT32)]
+)
 def test_same_bits_as_the_ordinary_loop(case, dtype, advanced):
     keywords = {"args": (0.5, DATA), "jac": True, "maxiter": 300, "learning_rate": 0.05} | OPTIONS[case]
     compiled = minimize(valley, START.astype(dtype), **keywords)
