@@ -59,7 +59,7 @@ def multistart(
     ...     return (np.cos(x) + x / 10).sum(), -np.sin(x) + 1 / 10
     >>> best = multistart(fun, np.linspace(-9, 9, 5)[:, None], jac=True, learning_rate=0.1, bounds=[(-10, 10)])
     >>> best.x.round(3), len(best.results)
-    (array([-9.325]), 5)
+    (array([-9.525]), 5)
     """
     if options.get("checkpoint") is not None:
         raise ValueError(f"`checkpoint` is {options['checkpoint']!r}; expected None: many starts have no single state")

@@ -26,8 +26,8 @@ def convergence(results: Any, ax: Any = None) -> Any:
     Returns
     -------
     `matplotlib.axes.Axes`
-        That of the loss: logarithmic, or symmetrically so (linear about zero) where a loss is not positive. The
-        learning rate has an axis of its own, on the right.
+        That of the loss, logarithmic; where a loss is not positive, of how far it is above the lowest one. The learning
+        rate has an axis of its own, on the right.
 
     Raises
     ------
@@ -47,15 +47,17 @@ def convergence(results: Any, ax: Any = None) -> Any:
     """
     labelled = _labelled(results)
     ax = _new_axes() if ax is None else ax
+    lowest = min(float(np.nanmin(history["fun"])) for history in labelled.values())
+    lowest = 0.0 if lowest > 0 else lowest
     for label, history in labelled.items():
-        ax.plot(history["nit"], history["fun"], label=label if len(labelled) > 1 else "loss", linewidth=1.5)
+        above = np.where(history["fun"] > lowest, history["fun"] - lowest, np.nan)
+        ax.plot(history["nit"], above, label=label if len(labelled) > 1 else "loss", linewidth=1.5)
     handles = ax.get_lines()
     ax.set_xlabel("iteration")
-    ax.set_ylabel("loss")
-    losses = np.concatenate([history["fun"] for history in labelled.values()])
+    ax.set_ylabel(f"loss above {lowest:.6g}" if lowest else "loss")
     if len(labelled) == 1:
         handles = [*handles, *_rest(ax, *labelled.values())]
-    _logarithmic(ax, losses)
+    ax.set_yscale("log")
     ax.grid(alpha=0.3)
     ax.legend(handles=handles, loc="best" if len(labelled) > 1 else "lower left", framealpha=0.9)
     return ax
@@ -72,6 +74,7 @@ def waterfall(result: Any, ax: Any = None) -> Any:
     Returns
     -------
     `matplotlib.axes.Axes`
+        Logarithmic where all losses are positive.
 
     Raises
     ------
@@ -102,7 +105,8 @@ def waterfall(result: Any, ax: Any = None) -> Any:
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_xlabel("start, the best first")
     ax.set_ylabel("final loss")
-    _logarithmic(ax, losses)
+    if np.nanmin(losses) > 0:
+        ax.set_yscale("log")
     ax.grid(alpha=0.3)
     ax.legend(loc="best")
     return ax
@@ -126,17 +130,10 @@ def _labelled(results: Any) -> dict[str, Any]:
 def _rest(ax: Any, history: Any) -> list[Any]:
     """Gradient norm and learning rate."""
     (gradient,) = ax.plot(history["nit"], history["gradient_norm"], label="gradient norm", color="C1", linewidth=0.8)
-    ax.set_ylabel("loss, gradient norm")
+    ax.set_ylabel(f"{ax.get_ylabel()}, gradient norm")
     right = ax.twinx()
     (rate,) = right.plot(history["nit"], history["learning_rate"], label="learning rate", color="C2", linestyle="--")
     right.set_ylabel("learning rate")
     right.set_ylim(bottom=0)
     return [gradient, rate]
 
-
-def _logarithmic(ax: Any, values: Any) -> None:
-    finite = values[np.isfinite(values)]
-    if finite.size and finite.min() > 0:
-        ax.set_yscale("log")
-    elif finite.size:
-        ax.set_yscale("symlog", linthresh=max(1e-3 * float(np.abs(finite).max()), 1e-300))
