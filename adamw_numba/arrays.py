@@ -325,6 +325,23 @@ def to_numpy(array: Array) -> np.ndarray[Any, Any]:
     return np.array(array)
 
 
+def bits(array: Array) -> Array:
+    """The array itself; of a mutable one of bfloat16 its bits, as uint16 over the same memory."""
+    if dtype_name(array) != "bfloat16":
+        return array
+    if array_api_compat.is_torch_array(array):
+        return array.detach().view(sys.modules["torch"].uint16)
+    return (array if isinstance(array, np.ndarray) else to_numpy(array)).view(np.uint16)
+
+
+def as_numpy(array: Array) -> np.ndarray[Any, Any]:
+    """An array as NumPy, where it lies if it is on the host, else a copy; bfloat16 as its bits in uint16."""
+    array = bits(array)
+    if array_api_compat.is_torch_array(array) and array.device.type == "cpu":
+        return array.detach().resolve_conj().resolve_neg().numpy()
+    return array if isinstance(array, np.ndarray) else to_numpy(array)
+
+
 def note_writes(tensors: Sequence[Array]) -> None:
     """Tell torch's autograd that tensors are about to change in place, so that stale graphs are still noticed."""
     if tensors:

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from . import checkpoint
 from . import hyperparameters as hp
 from .arrays import Array, writeable_copy
 from .containers import Container
@@ -242,6 +243,22 @@ class LossScaleOptimizer:
         if str(inner.get("class_name")).lower() != "adamw":
             raise ValueError(f"`inner_optimizer` is a {inner.get('class_name')!r}; expected 'AdamW'")
         return cls(AdamW.from_config(inner["config"], custom_objects), **config)
+
+    def save(self, target: Any, extra: Any = None, variables: bool = False, durable: bool = True) -> None:
+        """Save the loss scale and all of the inner optimizer: see `AdamW.save`."""
+        checkpoint.save(self, target, extra, variables, durable)
+
+    @classmethod
+    def load(
+        cls, target: Any, variables: Container | None = None, custom_objects: Mapping[str, Any] | None = None
+    ) -> Self:
+        """A new optimizer from what `save` has written: see `AdamW.load`."""
+        optimizer: Self = checkpoint.load(cls, target, variables, custom_objects)
+        return optimizer
+
+    def restore(self, target: Any) -> Any:
+        """Take the state that `save` has written: see `AdamW.restore`."""
+        return checkpoint.restore(self, target)
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Give every array of `variables` another value: see `AdamW.set_weights`."""

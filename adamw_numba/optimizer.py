@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from . import arrays, matching, schedules, stateless, step
+from . import arrays, checkpoint, matching, schedules, stateless, step
 from . import hyperparameters as hp
 from .arrays import Array
 from .containers import Container, flatten, in_order, materialized, rebuild
@@ -158,6 +158,8 @@ class AdamW:
         self._built: Built | None = None
         self._last: list[Any] = [None, 0]  # the last step, the number of skipped steps
         self._swapped = False
+        self._loaded: checkpoint.Loaded | None = None
+        self._extra: Any = None
         self._lock = threading.RLock()
         _OPTIMIZERS.add(self)
 
@@ -223,6 +225,11 @@ class AdamW:
         return last
 
     @property
+    def extra(self) -> Any:
+        """What was saved as ``extra`` beside the state that was loaded or restored last; else None."""
+        return self._extra
+
+    @property
     def skipped_steps(self) -> int:
         """How many steps ``nonfinite="skip"`` has left out."""
         return int(self._last[1])
@@ -276,9 +283,14 @@ class AdamW:
         keys = ["momentum", "velocity", *(key for key, wanted in options.items() if wanted)]
         slots = [new_slots(variable, keys, self.master_weights) for variable in variables]
         excluded = frozenset(n for n, v in zip(names, variables, strict=True) if self._is_excluded(n, v))
+        if self._loaded is not None and not any(self._exclusions):
+            excluded = checkpoint.excluded_names(self._loaded, names, variables)
         built = step.build(names, variables, slots, excluded)
         if any(self._exclusions) and not excluded:
             warnings.warn(f"what is excluded from weight decay matches none of {names}", stacklevel=4)
+        if self._loaded is not None:
+            checkpoint.fill(self._loaded, names, variables, slots)
+            self._loaded = None
         self._state.names, self._state.slots = names, slots
         self.__dict__.update(_built=built, built=True)
         return built
@@ -657,6 +669,92 @@ class AdamW:
             if isinstance(config.get(key), Mapping):
                 config[key] = schedules.deserialize(config[key], custom_objects)
         return cls(**config)
+
+    def save(self, target: Any, extra: Any = None, variables: bool = False, durable: bool = True) -> None:
+        """Save everything that a run needs to go on bit for bit: all of it, or on an error nothing.
+
+        Parameters
+        ----------
+        target : path, URL or mapping
+            A path ending in ``.npz``, ``.safetensors``, ``.h5``, ``.zarr`` or ``.zarr.zip``; a URL or a store of
+            zarr; a group of h5py or zarr; or any mapping, into which NumPy arrays are put.
+        extra : optional
+            Your own payload, of what JSON can hold: given back by `extra` and `restore`. Tuples come back as lists.
+        variables : bool
+            Save the variables as well.
+        durable : bool
+            Return only when the file is on disk to stay; otherwise when the system has taken it.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the target or the payload is none of these, or the optimizer is not built.
+        RuntimeError
+            Inside `averaged()`.
+        OSError
+            If it cannot be written: what was there before is still there.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> optimizer, store = AdamW(), {}
+        >>> optimizer.build({"w": np.ones(2)})
+        >>> optimizer.save(store, extra={"epoch": 3})
+        >>> AdamW.load(store, {"w": np.ones(2)}).extra
+        {'epoch': 3}
+        """
+        checkpoint.save(self, target, extra, variables, durable)
+
+    @classmethod
+    def load(
+        cls, target: Any, variables: Container | None = None, custom_objects: Mapping[str, Any] | None = None
+    ) -> Self:
+        """A new optimizer with the arguments, the exclusions from decay and the state that `save` has written.
+
+        Parameters
+        ----------
+        target : path, URL or mapping
+        variables : container, optional
+            What to build it on, in any order of the names that were saved; by default the first `build` takes
+            the state. Where the variables were saved too, their values are written into these arrays.
+        custom_objects : dict, optional
+            Your own schedule classes and functions, by name: a function is saved by its name alone.
+
+        Raises
+        ------
+        CorruptFileError
+            If the file is not what was saved.
+        ValueError
+            If a name, shape or dtype differs from the variables': the message says which, and nothing is written.
+        """
+        optimizer: Self = checkpoint.load(cls, target, variables, custom_objects)
+        return optimizer
+
+    def restore(self, target: Any) -> Any:
+        """Take the state that `save` has written into this optimizer, all of it or on an error nothing.
+
+        Parameters
+        ----------
+        target : path, URL or mapping
+
+        Returns
+        -------
+        object
+            What was saved as ``extra``.
+
+        Raises
+        ------
+        CorruptFileError
+            If the file is not what was saved.
+        ValueError
+            If the optimizer is not built, or a name, shape, dtype or an array that an option asks for differs.
+
+        Warns
+        -----
+        UserWarning
+            If hyperparameters or exclusions are others than they were: this optimizer's are kept.
+        """
+        return checkpoint.restore(self, target)
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Give every array of `variables` another value: all of them, or on an error none.

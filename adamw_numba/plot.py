@@ -136,4 +136,3 @@ def _rest(ax: Any, history: Any) -> list[Any]:
     right.set_ylabel("learning rate")
     right.set_ylim(bottom=0)
     return [gradient, rate]
-

@@ -9,6 +9,7 @@ import numpy as np
 from . import arrays
 from .arrays import Array
 from .hyperparameters import scale
+from .stores.opening import adapted
 
 Slots = dict[str, Array]
 Place = tuple[str, dict[str, Array], str]
@@ -81,7 +82,7 @@ def replace(places: Sequence[Place], values: Sequence[Any], what: str) -> None:
                 f"{what}: {name!r} has dtype {arrays.dtype_name(value)}; expected {arrays.dtype_name(own[key])}"
             )
         if "iteration" in own:
-            _check_scalar(key, value, what)
+            check_scalar(key, value, what)
         ready.append((own, key, arrays.like(own[key], value)))
     arrays.write_all([(own[key], value) for own, key, value in ready if arrays.is_mutable(own[key])])
     for own, key, value in ready:
@@ -89,7 +90,8 @@ def replace(places: Sequence[Place], values: Sequence[Any], what: str) -> None:
             own[key] = value
 
 
-def _check_scalar(key: str, value: Array, what: str) -> None:
+def check_scalar(key: str, value: Array, what: str) -> None:
+    """Refuse a counter, learning rate or loss scale that no step could have left."""
     if key in ("iteration", "step_counter") and not 0 <= int(value) < 2**62:
         raise ValueError(f"{what}: {key!r} is {int(value)}; expected an integer >= 0")
     if key == "learning_rate" and not 0 <= float(value) < math.inf:
@@ -100,6 +102,7 @@ def _check_scalar(key: str, value: Array, what: str) -> None:
 
 def save(places: Sequence[Place], store: Any) -> None:
     """Put a NumPy copy of every array into a mapping, under ``"0"``, ``"1"``, ..."""
+    store = adapted(store)
     for index, (_, own, key) in enumerate(places):
         store[str(index)] = arrays.to_numpy(own[key])
 
@@ -112,6 +115,7 @@ def load(places: Sequence[Place], store: Any) -> None:
     ValueError
         If the keys, a shape or a kind of dtype differ.
     """
+    store = adapted(store)
     keys, expected = sorted(map(repr, store.keys())), [str(index) for index in range(len(places))]
     if keys != sorted(map(repr, expected)):
         raise ValueError(
