@@ -255,8 +255,9 @@ def prepare(fun: Any, x0: Any, args: Any, jac: Any, bounds: Any, settings: dict[
 
 def _unwrapped(fun: Any, jac: Any) -> tuple[Any, Any]:
     """SciPy hands over ``jac=True`` as a function that remembers its last value: undone, so that both doors are one."""
-    if fun is not None and type(fun).__name__ == "MemoizeJac" and getattr(jac, "__self__", None) is fun:
-        return fun.fun, True
+    owner: Any = getattr(jac, "__self__", None)
+    if type(owner).__name__ == "MemoizeJac" and owner is fun:
+        return owner.fun, True
     return fun, jac
 
 

@@ -63,7 +63,7 @@ def test_convergence_of_several_and_of_losses_that_are_not_positive():
     assert plot.convergence(results, ax=ax) is ax
     assert [line.get_label() for line in ax.get_lines()] == ["0.1", "0.01"]
     assert len(plot.convergence(list(results.values())).get_lines()) == 2
-    negative = minimize(lambda x: (fall(x)[0] - 1, 2 * x), np.ones(2), jac=True, maxiter=20)
+    negative = minimize(lambda x: (fall(x)[0] - 3, 2 * x), np.ones(2), jac=True, maxiter=20)
     ax = plot.convergence(negative)
     (line,) = ax.get_lines()[:1]
     expected = negative.history["fun"] - negative.history["fun"].min()

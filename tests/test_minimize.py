@@ -293,7 +293,8 @@ def test_arrays_stay_where_they_are(case, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "numpy", refuse)
     monkeypatch.setattr(type(strict(np.zeros(1))), "__array__", refuse, raising=False)
     seen = []
-    result = minimize(fun, x0, learning_rate=0.1, callback=seen.append, maxiter=400, **keywords)
+    keywords = {"learning_rate": 0.2, "gtol": 1e-3, "maxiter": 400} | keywords
+    result = minimize(fun, x0, callback=seen.append, **keywords)
     monkeypatch.undo()
     for x in (result.x, result.x_last, result.jac, seen[0]):
         assert isinstance(x, kind)
@@ -307,7 +308,7 @@ def test_arrays_stay_where_they_are(case, monkeypatch):
 @pytest.mark.parametrize("make", [np.zeros, torch.zeros, jnp.zeros], ids=["numpy", "torch", "jax"])
 def test_nested_containers(make):
     x0 = {"a": make(2), "b": [make((2, 3))]}
-    result = minimize(nested, x0, jac=True, learning_rate=0.1, bounds={"b": (-1.5, None)})
+    result = minimize(nested, x0, jac=True, learning_rate=0.2, gtol=1e-3, bounds={"b": (-1.5, None)})
     assert list(result.x) == ["a", "b"]
     assert type(result.x["a"]) is type(x0["a"])
     np.testing.assert_allclose(result.x["a"], 1, atol=1e-3)
