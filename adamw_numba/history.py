@@ -24,8 +24,13 @@ class History:
         self.rows, self.last, self.marks = rows, last, marks
         marks[1] = 1
 
+    @property
+    def stride(self) -> int:
+        """Iterations from one row to the next."""
+        return int(self.marks[1])
+
     def extend(self, block: Rows) -> None:
-        """Add the rows of consecutive iterations."""
+        """Add the rows of consecutive iterations; those between strides, but for the last one, may be left out."""
         self.last[:] = block[-1]
         if not len(self.rows):
             return

@@ -14,7 +14,7 @@ from .kernels.threads import PART, SERIAL_BELOW, job_calls
 from .plan import CHUNK
 from .schedules import _HOST, LearningRateSchedule, _Schedule
 
-MOST_ROWS = 2**14
+MOST_ROWS = 2**12
 SECONDS = 0.05  # of a block, about
 _BLOCKWISE = SimpleNamespace(expm1=kernel.expm1, sqrt=np.sqrt, where=np.where)
 
@@ -24,9 +24,10 @@ def coefficient_rows(optimizer: Any, first: int, count: int) -> tuple[Any, Any]:
     steps = np.arange(first, first + count)
     rates = _rates(optimizer, first, count)
     c = coefficients(optimizer, steps, rates[:, 0], rates[:, 1], 1.0, 1.0, _BLOCKWISE)
-    rows = np.zeros((count, kernel.ROW_ENTRIES))
-    for k, column in enumerate(c):
-        rows[:, k] = column
+    rows = np.empty((count, kernel.ROW_ENTRIES))
+    for k in kernel.VARYING:
+        rows[:, k] = c[k]
+    rows[0, :10] = [column if np.ndim(column) == 0 else column[0] for column in c]
     frequency = optimizer.ema_overwrite_frequency if optimizer.use_ema else None
     rows[:, kernel.OVERWRITE] = (steps + 1) % frequency == 0 if frequency else 0
     return rows, rates[:, 0]
@@ -92,7 +93,7 @@ class Loop:
         first = min(iterations)
         start = time.perf_counter()
         rows, rates = coefficient_rows(self.optimizer, first, count)
-        records = np.zeros((len(self.runs), count, kernel.RECORD))
+        records = np.empty((len(self.runs), count, kernel.RECORD))
         times = [(run.nit, run.elapsed) for run in self.runs]
         self._call(rows, records, first, count)
         for r, run in enumerate(self.runs):
@@ -120,11 +121,14 @@ class Loop:
         done = run.nit - nit - (left == kernel.AFTER_UPDATE)
         if done:
             at = int(run.optimizer._state.scalars["iteration"]) - (left == kernel.AFTER_UPDATE) - first
-            table = np.empty((done, 6))
-            table[:, 0] = np.arange(nit + 1, nit + done + 1)
-            table[:, [1, 2, 4]] = records[at - done : at, :3]
-            table[:, 3] = rates[at - done : at]
-            table[:, 5] = elapsed + (run.elapsed - elapsed) * np.arange(1, done + 1) / done
+            nits = np.arange(nit + 1, nit + done + 1)
+            kept = np.flatnonzero(nits % run.history.stride == 0)  # the others would be thinned out at once
+            kept = kept if kept.size and kept[-1] == done - 1 else np.append(kept, done - 1)
+            table = np.empty((kept.size, 6))
+            table[:, 0] = nits[kept]
+            table[:, [1, 2, 4]] = records[at - done + kept, :3]
+            table[:, 3] = rates[at - done + kept]
+            table[:, 5] = elapsed + (run.elapsed - elapsed) * (kept + 1) / done
             run.history.extend(table)
         if left == kernel.BEFORE_UPDATE:
             run.advance()

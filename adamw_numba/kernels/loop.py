@@ -29,6 +29,7 @@ RUNS, COUNT, SIZE, ROWS, FIRST, LAST, LIMITS, CLIPS, CHUNK, BLOCK_ENTRIES = rang
 EVALUATE, WORDS, X, COPY, GRADIENT, M, V, TOP, AVERAGE, BEST, BEST_GRADIENT = range(11)
 PREVIOUS, LOWER, UPPER, VALUES, COUNTS, ITERATION, RECORDS, SUMS, LEFT, RUN_ENTRIES = range(11, 21)
 OVERWRITE, ROW_ENTRIES = 10, 11  # ten coefficients, and whether to overwrite with the average
+VARYING = (0, 1, 9)  # the coefficients that differ from row to row: alpha, decay, average_c; others are in the first
 CLIPNORM, GLOBAL_CLIPNORM = range(2)
 RECORD = 4  # fun, gradient norm, step norm, learning rate
 HERE, BEFORE_UPDATE, AFTER_UPDATE = range(3)
@@ -51,7 +52,7 @@ def expm1(x):
     """The `math.expm1` of each element: NumPy's own has other last bits."""
     result = np.empty(x.size)
     for i in range(x.size):
-        result[i] = math.expm1(x[i])
+        result[i] = math.expm1(x[i]) if x[i] > -40.0 else -1.0  # what it rounds to there
     return result
 
 
@@ -61,13 +62,19 @@ def _array(address, size, like):
 
 
 @_jit
-def _clip(g, c, clips, chunk, sums):
+def _copy(to, x):
+    for i in range(x.size):
+        to[i] = x[i]
+
+
+@_jit
+def _clip(g, clips, chunk, sums):
     """What the gradient is multiplied with; -1 where its norm has to be taken with more care."""
     if clips[CLIPNORM] == 0 and clips[GLOBAL_CLIPNORM] == 0:
         return 1.0
     total = 0.0
     for start in range(0, g.size, chunk):
-        total += sum_squares(g[start : start + chunk], None, c, 1.0, sums)
+        total += sum_squares(g[start : start + chunk], None, None, 1.0, sums)
     if not 1e-280 < total < np.inf:
         return -1.0
     norm = np.sqrt(total)
@@ -111,7 +118,7 @@ def _largest_inward(x, g, lower, upper):
 def _evaluate(run, x, g, size, like, values, counts):
     """Call the objective; False where it raised."""
     copy = _array(run[COPY], size, like)
-    copy[:] = x
+    _copy(copy, x)
     words = _array(run[WORDS], 1, np.int64(0))
     words[0] = 0
     values[stopping.FUN] = _call_objective(run[EVALUATE], run[COPY], run[GRADIENT], run[WORDS])
@@ -140,8 +147,8 @@ def _project(run, x, size, like):
 @_jit
 def _keep_best(run, x, g, size, like, counts):
     if run[BEST] != 0 and counts[stopping.BEST_AT] == counts[stopping.NIT]:
-        _array(run[BEST], size, like)[:] = x
-        _array(run[BEST_GRADIENT], size, like)[:] = g
+        _copy(_array(run[BEST], size, like), x)
+        _copy(_array(run[BEST_GRADIENT], size, like), g)
 
 
 @_jit
@@ -161,14 +168,17 @@ def _advance(block, run, like, top, average, limit):
     tops = None if top is None else _array(run[TOP], size, like)
     averages = None if average is None else _array(run[AVERAGE], size, like)
     before = _array(run[PREVIOUS], size, like)
+    numbers = rows[0].copy()
     while iteration[0] < last and counts[stopping.REASON] == stopping.GOING_ON:
         k = iteration[0] - first
-        clip = _clip(g, cast_coefficients(rows[k], 1.0, 1.0, like), clips, block[CHUNK], sums)
+        clip = _clip(g, clips, block[CHUNK], sums)
         if clip < 0:
             run[LEFT] = BEFORE_UPDATE
             return
-        c = cast_coefficients(rows[k], 1.0, clip, like)
-        before[:] = x
+        for column in VARYING:
+            numbers[column] = rows[k, column]
+        c = cast_coefficients(numbers, 1.0, clip, like)
+        _copy(before, x)
         update_chunk(x, g, m, v, tops, averages, None, None, None if limit is None else c.limit, c)
         if rows[k, OVERWRITE] != 0:
             overwrite_chunk(x, averages, None)
@@ -182,7 +192,8 @@ def _advance(block, run, like, top, average, limit):
         _note(values, counts, limits)
         counts[stopping.EVALUATED] = 1
         _keep_best(run, x, g, size, like, counts)
-        records[k, :3] = values[:3]
+        for column in range(3):
+            records[k, column] = values[column]
         counts[stopping.REASON] = _verdict(values, counts, limits)
 
 
