@@ -82,7 +82,7 @@ class Loop:
         found = [self.words[r], run.get("x")[0], self.copies[r], run.get("gradient")[0]]
         found += [slots.get(key) for key in ("momentum", "velocity", "velocity_hat", "average")]
         found += [*best, run.previous[0], lower, upper, run.values, run.counts]
-        found += [run.optimizer._state.scalars["iteration"], None, self.sums[r], None]
+        found += [run.optimizer._state.scalars["iteration"], None, self.sums[r], run.history.marks, None]
         return [evaluate, *(0 if array is None else array.ctypes.data for array in found)]
 
     def advance(self, most: int) -> None:
@@ -121,11 +121,10 @@ class Loop:
         done = run.nit - nit - (left == kernel.AFTER_UPDATE)
         if done:
             at = int(run.optimizer._state.scalars["iteration"]) - (left == kernel.AFTER_UPDATE) - first
-            nits = np.arange(nit + 1, nit + done + 1)
-            kept = np.flatnonzero(nits % run.history.stride == 0)  # the others would be thinned out at once
+            kept = np.arange(-(nit + 1) % run.history.stride, done, run.history.stride)  # others would be thinned out
             kept = kept if kept.size and kept[-1] == done - 1 else np.append(kept, done - 1)
             table = np.empty((kept.size, 6))
-            table[:, 0] = nits[kept]
+            table[:, 0] = nit + 1 + kept
             table[:, [1, 2, 4]] = records[at - done + kept, :3]
             table[:, 3] = rates[at - done + kept]
             table[:, 5] = elapsed + (run.elapsed - elapsed) * (kept + 1) / done

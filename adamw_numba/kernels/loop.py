@@ -27,7 +27,7 @@ from .cpu import _jit, _kernel, _pointer, cast_coefficients, overwrite_chunk, su
 RUNS, COUNT, SIZE, ROWS, FIRST, LAST, LIMITS, CLIPS, CHUNK, BLOCK_ENTRIES = range(10)
 # A run: addresses, 0 for an array that does not exist; the last entry is where it was left for Python to go on.
 EVALUATE, WORDS, X, COPY, GRADIENT, M, V, TOP, AVERAGE, BEST, BEST_GRADIENT = range(11)
-PREVIOUS, LOWER, UPPER, VALUES, COUNTS, ITERATION, RECORDS, SUMS, LEFT, RUN_ENTRIES = range(11, 21)
+PREVIOUS, LOWER, UPPER, VALUES, COUNTS, ITERATION, RECORDS, SUMS, MARKS, LEFT, RUN_ENTRIES = range(11, 22)
 OVERWRITE, ROW_ENTRIES = 10, 11  # ten coefficients, and whether to overwrite with the average
 VARYING = (0, 1, 9)  # the coefficients that differ from row to row: alpha, decay, average_c; others are in the first
 CLIPNORM, GLOBAL_CLIPNORM = range(2)
@@ -87,9 +87,7 @@ def _clip(g, clips, chunk, sums):
 def _largest(x):
     result = abs(x[0])
     for i in range(1, x.size):
-        value = abs(x[i])
-        if value > result or value != value:
-            result = value
+        result = np.maximum(result, abs(x[i]))
     return np.float64(result)
 
 
@@ -97,9 +95,7 @@ def _largest(x):
 def _largest_difference(x, before):
     result = abs(x[0] - before[0])
     for i in range(1, x.size):
-        value = abs(x[i] - before[i])
-        if value > result or value != value:
-            result = value
+        result = np.maximum(result, abs(x[i] - before[i]))
     return np.float64(result)
 
 
@@ -129,11 +125,15 @@ def _evaluate(run, x, g, size, like, values, counts):
     else:
         lower, upper = _array(run[LOWER], size, like), _array(run[UPPER], size, like)
         values[stopping.GRADIENT_NORM] = _largest_inward(x, g, lower, upper)
-    values[stopping.SIZE] = _largest(x)
-    values[stopping.STEP_NORM] = _largest_difference(x, _array(run[PREVIOUS], size, like))
     counts[stopping.NFEV] += 1
     counts[stopping.NJEV] += 1
     return True
+
+
+@_jit
+def _measure(x, before, values):
+    values[stopping.SIZE] = _largest(x)
+    values[stopping.STEP_NORM] = _largest_difference(x, before)
 
 
 @_jit
@@ -167,7 +167,7 @@ def _advance(block, run, like, top, average, limit):
     m, v = _array(run[M], size, like), _array(run[V], size, like)
     tops = None if top is None else _array(run[TOP], size, like)
     averages = None if average is None else _array(run[AVERAGE], size, like)
-    before = _array(run[PREVIOUS], size, like)
+    before, marks = _array(run[PREVIOUS], size, like), _array(run[MARKS], 2, np.int64(0))
     numbers = rows[0].copy()
     while iteration[0] < last and counts[stopping.REASON] == stopping.GOING_ON:
         k = iteration[0] - first
@@ -189,12 +189,17 @@ def _advance(block, run, like, top, average, limit):
         if not _evaluate(run, x, g, size, like, values, counts):
             run[LEFT] = AFTER_UPDATE
             return
+        measured = limits[stopping.XTOL] >= 0 or counts[stopping.NIT] % marks[1] == 0 or iteration[0] == last
+        if measured:
+            _measure(x, before, values)
         _note(values, counts, limits)
         counts[stopping.EVALUATED] = 1
         _keep_best(run, x, g, size, like, counts)
+        counts[stopping.REASON] = _verdict(values, counts, limits)
+        if counts[stopping.REASON] != stopping.GOING_ON and not measured:
+            _measure(x, before, values)
         for column in range(3):
             records[k, column] = values[column]
-        counts[stopping.REASON] = _verdict(values, counts, limits)
 
 
 @_jit
