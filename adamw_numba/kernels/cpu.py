@@ -149,7 +149,8 @@ def _slot(exists, address, count, step, like, strided):
 
 
 @_jit
-def _update_chunk(p, g, m, v, top, average, total, master, limit, c):
+def update_chunk(p, g, m, v, top, average, total, master, limit, c):
+    """Update the elements of one dense or strided run."""
     for i in range(p.size):
         value, mi, vi, highest, mean = _update(
             _value(p, master, i), _widen(g[i]), m[i], v[i], _at(top, i), _at(average, i), _at(total, i), limit, c
@@ -173,7 +174,8 @@ def _blend_chunk(p, average, master, c):
 
 
 @_jit
-def _overwrite_chunk(p, average, master):
+def overwrite_chunk(p, average, master):
+    """Put the averages into the variables."""
     if average is not None:
         for i in range(p.size):
             p[i] = _narrow(average[i], p[i])
@@ -199,18 +201,23 @@ def _numbers(block):
 
 @_jit
 def _coefficients(block, a, like):
-    c = _numbers(block)
     factors = carray(_pointer(block[FACTORS], 0.0), (2, block[ARRAYS]))
+    return cast_coefficients(_numbers(block), factors[DECAY, a], factors[CLIP, a], like)
+
+
+@_jit
+def cast_coefficients(c, decayed, clip, like):
+    """A row of coefficients in the dtype of the arithmetic, for one array."""
     cast = type(like)
     return Coefficients(
         cast(c[0]),
-        cast(c[1] * factors[DECAY, a]),
+        cast(c[1] * decayed),
         cast(c[2]),
         cast(c[3]),
         cast(c[4]),
         max(cast(c[5]), cast(1e-45)),  # not 0, where float32 has nothing as small
         cast(c[6]),
-        cast(c[7] * factors[CLIP, a]),
+        cast(c[7] * clip),
         cast(c[8]),
         cast(c[9]),
     )
@@ -234,7 +241,7 @@ def _update_share(address, part, parts, p_like, g_like, like, top, average, tota
         averages = _slot(average, table[AVERAGE, a] + at, n, step, like, strided)
         masters = _slot(master, table[MASTER, a] + at, n, step, like, strided)
         if table[G, a] != 0:
-            _update_chunk(
+            update_chunk(
                 p,
                 _row(table[G, a] + work[w, G_AT], n, work[w, G_STEP], g_like, strided),
                 _row(table[M, a] + at, n, step, like, strided),
@@ -249,7 +256,7 @@ def _update_share(address, part, parts, p_like, g_like, like, top, average, tota
         else:
             _blend_chunk(p, averages, masters, c)
         if overwrite:
-            _overwrite_chunk(p, averages, masters)
+            overwrite_chunk(p, averages, masters)
 
 
 @_jit
@@ -274,7 +281,7 @@ def _square(g, total, i, c, scale):
 
 
 @_jit
-def _sum_squares(g, total, c, scale, sums):
+def sum_squares(g, total, c, scale, sums):
     """Element i goes to lane i mod LANES, then lanes are added in a fixed tree."""
     sums[:] = 0
     whole = g.size - g.size % LANES
@@ -306,7 +313,7 @@ def _square_share(address, part, parts, g_like, like, total, strided):
             c = _coefficients(block, a, like)
             g = _row(table[G, a] + work[w, G_AT], n, work[w, G_STEP], g_like, strided)
             totals = _slot(total, table[TOTAL, a] + work[w, S_AT], n, work[w, S_STEP], like, strided)
-            partials[w] = _sum_squares(g, totals, c, scale, sums)
+            partials[w] = sum_squares(g, totals, c, scale, sums)
 
 
 @cache

@@ -1,0 +1,335 @@
+"""Many iterations of one or many minimizations in one compiled call, with no Python in between.
+
+A kernel is a C function of three integers, as in cpu.py: the address of a block of addresses, and which share of the
+runs to advance. It works on the very arrays that the ordinary loop works on, so that either can take over from the
+other after any iteration. The objective is compiled into a C function of three addresses (`objective_kernel`); the loop
+itself is compiled once for all objectives, and cached on disk.
+"""
+
+import math
+from functools import cache, lru_cache
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, cfunc, farray, njit, types
+from numba.core.dispatcher import Dispatcher
+from numba.core.errors import NumbaError
+from numba.extending import intrinsic
+from numpy.lib.stride_tricks import as_strided
+
+from .. import stopping
+from ..coefficients import clip_factor
+from . import cpu
+from .cpu import _jit, _kernel, _pointer, cast_coefficients, overwrite_chunk, sum_squares, update_chunk
+
+# A block: what all runs share.
+RUNS, COUNT, SIZE, ROWS, FIRST, LAST, LIMITS, CLIPS, CHUNK, BLOCK_ENTRIES = range(10)
+# A run: addresses, 0 for an array that does not exist; the last entry is where it was left for Python to go on.
+EVALUATE, WORDS, X, COPY, GRADIENT, M, V, TOP, AVERAGE, BEST, BEST_GRADIENT = range(11)
+PREVIOUS, LOWER, UPPER, VALUES, COUNTS, ITERATION, RECORDS, SUMS, MARKS, LEFT, RUN_ENTRIES = range(11, 22)
+OVERWRITE, ROW_ENTRIES = 10, 11  # ten coefficients, and whether to overwrite with the average
+VARYING = (0, 1, 9)  # the coefficients that differ from row to row: alpha, decay, average_c; others are in the first
+CLIPNORM, GLOBAL_CLIPNORM = range(2)
+RECORD = 4  # fun, gradient norm, step norm, learning rate
+HERE, BEFORE_UPDATE, AFTER_UPDATE = range(3)
+
+_note, _verdict = _jit(stopping.note), _jit(stopping.verdict)
+_clip_factor = njit(**cpu._OPTIONS)(clip_factor)  # not cached: the type of `max` cannot be pickled
+
+
+@intrinsic
+def _call_objective(typingctx, address, x, g, words):
+    def codegen(context, builder, signature, args):
+        kind = ir.FunctionType(ir.DoubleType(), [ir.IntType(64)] * 3)
+        return builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+
+    return types.float64(types.intp, types.intp, types.intp, types.intp), codegen
+
+
+@_jit
+def expm1(x):
+    """The `math.expm1` of each element: NumPy's own has other last bits."""
+    result = np.empty(x.size)
+    for i in range(x.size):
+        result[i] = math.expm1(x[i]) if x[i] > -40.0 else -1.0  # what it rounds to there
+    return result
+
+
+@_jit
+def _array(address, size, like):
+    return carray(_pointer(address, like), size)
+
+
+@_jit
+def _copy(to, x):
+    for i in range(x.size):
+        to[i] = x[i]
+
+
+@_jit
+def _clip(g, clips, chunk, sums):
+    """What the gradient is multiplied with; -1 where its norm has to be taken with more care."""
+    if clips[CLIPNORM] == 0 and clips[GLOBAL_CLIPNORM] == 0:
+        return 1.0
+    total = 0.0
+    for start in range(0, g.size, chunk):
+        total += sum_squares(g[start : start + chunk], None, None, 1.0, sums)
+    if not 1e-280 < total < np.inf:
+        return -1.0
+    norm = np.sqrt(total)
+    if clips[GLOBAL_CLIPNORM] > 0:
+        return _clip_factor(norm, clips[GLOBAL_CLIPNORM], max)
+    return clips[CLIPNORM] / np.maximum(norm, clips[CLIPNORM])
+
+
+@_jit
+def _largest(x):
+    result = abs(x[0])
+    for i in range(1, x.size):
+        result = np.maximum(result, abs(x[i]))
+    return np.float64(result)
+
+
+@_jit
+def _largest_difference(x, before):
+    result = abs(x[0] - before[0])
+    for i in range(1, x.size):
+        result = np.maximum(result, abs(x[i] - before[i]))
+    return np.float64(result)
+
+
+@_jit
+def _largest_inward(x, g, lower, upper):
+    result = np.float64(0)
+    for i in range(x.size):
+        outward = (x[i] <= lower[i] and g[i] > 0) or (x[i] >= upper[i] and g[i] < 0)
+        value = np.float64(0) if outward else np.float64(abs(g[i]))
+        if value > result or value != value:
+            result = value
+    return result
+
+
+@_jit
+def _evaluate(run, x, g, size, like, values, counts):
+    """Call the objective; False where it raised."""
+    copy = _array(run[COPY], size, like)
+    _copy(copy, x)
+    words = _array(run[WORDS], 1, np.int64(0))
+    words[0] = 0
+    values[stopping.FUN] = _call_objective(run[EVALUATE], run[COPY], run[GRADIENT], run[WORDS])
+    if words[0] != 0:
+        return False
+    if run[LOWER] == 0:
+        values[stopping.GRADIENT_NORM] = _largest(g)
+    else:
+        lower, upper = _array(run[LOWER], size, like), _array(run[UPPER], size, like)
+        values[stopping.GRADIENT_NORM] = _largest_inward(x, g, lower, upper)
+    counts[stopping.NFEV] += 1
+    counts[stopping.NJEV] += 1
+    return True
+
+
+@_jit
+def _measure(x, before, values):
+    values[stopping.SIZE] = _largest(x)
+    values[stopping.STEP_NORM] = _largest_difference(x, before)
+
+
+@_jit
+def _project(run, x, size, like):
+    if run[LOWER] != 0:
+        lower, upper = _array(run[LOWER], size, like), _array(run[UPPER], size, like)
+        for i in range(size):
+            x[i] = np.minimum(np.maximum(x[i], lower[i]), upper[i])
+
+
+@_jit
+def _keep_best(run, x, g, size, like, counts):
+    if run[BEST] != 0 and counts[stopping.BEST_AT] == counts[stopping.NIT]:
+        _copy(_array(run[BEST], size, like), x)
+        _copy(_array(run[BEST_GRADIENT], size, like), g)
+
+
+@_jit
+def _advance(block, run, like, top, average, limit):
+    """Advance one run until it stops, the rows end, or Python has to go on."""
+    size, first, last = block[SIZE], block[FIRST], block[LAST]
+    rows = carray(_pointer(block[ROWS], 0.0), (last - first, ROW_ENTRIES))
+    limits = _array(block[LIMITS], stopping.HOW_MANY_LIMITS, 0.0)
+    clips = _array(block[CLIPS], 2, 0.0)
+    values = _array(run[VALUES], stopping.HOW_MANY_VALUES, 0.0)
+    counts = _array(run[COUNTS], stopping.HOW_MANY_COUNTS, np.int64(0))
+    iteration = _array(run[ITERATION], 1, np.int64(0))
+    records = carray(_pointer(run[RECORDS], 0.0), (last - first, RECORD))
+    sums = _array(run[SUMS], cpu.LANES, 0.0)
+    x, g = _array(run[X], size, like), _array(run[GRADIENT], size, like)
+    m, v = _array(run[M], size, like), _array(run[V], size, like)
+    tops = None if top is None else _array(run[TOP], size, like)
+    averages = None if average is None else _array(run[AVERAGE], size, like)
+    before, marks = _array(run[PREVIOUS], size, like), _array(run[MARKS], 2, np.int64(0))
+    numbers = rows[0].copy()
+    while iteration[0] < last and counts[stopping.REASON] == stopping.GOING_ON:
+        k = iteration[0] - first
+        clip = _clip(g, clips, block[CHUNK], sums)
+        if clip < 0:
+            run[LEFT] = BEFORE_UPDATE
+            return
+        for column in VARYING:
+            numbers[column] = rows[k, column]
+        c = cast_coefficients(numbers, 1.0, clip, like)
+        _copy(before, x)
+        update_chunk(x, g, m, v, tops, averages, None, None, None if limit is None else c.limit, c)
+        if rows[k, OVERWRITE] != 0:
+            overwrite_chunk(x, averages, None)
+        _project(run, x, size, like)
+        iteration[0] += 1
+        counts[stopping.NIT] += 1
+        counts[stopping.EVALUATED] = 0
+        if not _evaluate(run, x, g, size, like, values, counts):
+            run[LEFT] = AFTER_UPDATE
+            return
+        measured = limits[stopping.XTOL] >= 0 or counts[stopping.NIT] % marks[1] == 0 or iteration[0] == last
+        if measured:
+            _measure(x, before, values)
+        _note(values, counts, limits)
+        counts[stopping.EVALUATED] = 1
+        _keep_best(run, x, g, size, like, counts)
+        counts[stopping.REASON] = _verdict(values, counts, limits)
+        if counts[stopping.REASON] != stopping.GOING_ON and not measured:
+            _measure(x, before, values)
+        for column in range(3):
+            records[k, column] = values[column]
+
+
+@_jit
+def _advance_share(address, part, parts, like, top, average, limit):
+    block = carray(_pointer(address, np.int64(0)), BLOCK_ENTRIES)
+    runs = carray(_pointer(block[RUNS], np.int64(0)), (block[COUNT], RUN_ENTRIES))
+    for r in range(block[COUNT] * part // parts, block[COUNT] * (part + 1) // parts):
+        _advance(block, runs[r], like, top, average, limit)
+
+
+@cache
+def loop_kernel(dtype: str, top: Any, average: Any, limit: Any) -> Any:
+    """The kernel that advances runs whose arrays are of one dtype; each option is None or True."""
+    like = cpu.LIKE[dtype]
+
+    @_kernel
+    def loop_kernel(block, part, parts):
+        _advance_share(block, part, parts, like, top, average, limit)
+
+    return loop_kernel
+
+
+# The objective as a C function
+
+
+def argument_words(args: Any) -> Any:
+    """Arguments as 64-bit words (the first is a flag), what each is, and what must be kept alive; None if unknown."""
+    words, specs, kept = [0], [], []
+    for arg in args:
+        scalar = _is_number(arg)
+        array = np.array([arg]) if scalar else arg
+        if not (isinstance(array, np.ndarray) and _is_plain(array)):
+            return None
+        layout = "C" if array.flags.c_contiguous else "F" if array.flags.f_contiguous else "A"
+        specs.append((len(words), array.dtype.str, array.shape, array.strides, layout, scalar))
+        words.append(array.ctypes.data)
+        kept.append(array)
+    return np.array(words, np.int64), tuple(specs), kept
+
+
+def _is_number(arg):
+    """Whether Numba takes an argument for a number of 64 bits or fewer."""
+    if isinstance(arg, (bool, np.bool_)):
+        return False
+    if isinstance(arg, int):
+        return -(2**63) <= arg < 2**63
+    return isinstance(arg, (float, np.floating, np.integer))
+
+
+def _is_plain(array):
+    """Whether compiled code can read an array by its address."""
+    known = array.dtype.kind in "iu" or array.dtype.name in ("float32", "float64", "complex64", "complex128")
+    return known and type(array) is np.ndarray and array.flags.aligned and array.dtype.isnative
+
+
+def _reader(spec):
+    """Compiled code that makes one argument of the words."""
+    at, dtype, shape, strides, layout, scalar = spec
+    like = np.dtype(dtype).type(0)
+    if scalar:
+        return njit(lambda words: carray(_pointer(words[at], like), 1)[0])
+    if layout == "C":
+        return njit(lambda words: carray(_pointer(words[at], like), shape))
+    if layout == "F":
+        return njit(lambda words: farray(_pointer(words[at], like), shape))
+    return njit(lambda words: as_strided(carray(_pointer(words[at], like), 1), shape, strides))
+
+
+def _read_all(specs):
+    """Compiled code that makes the tuple of all arguments."""
+    if not specs:
+        return njit(lambda words: ())
+    read, rest = _reader(specs[0]), _read_all(specs[1:])
+    return njit(lambda words: (read(words),) + rest(words))
+
+
+def _both(fun, jac, fills):
+    """Compiled code that puts the gradient where it belongs and returns the value."""
+    if fills:
+
+        def both(x, g, args):
+            g[...] = 0
+            return float(fun(x, g, *args))
+    elif jac is True:
+
+        def both(x, g, args):
+            f, gradient = fun(x, *args)
+            if gradient.shape != x.shape:
+                raise ValueError("shape")
+            g[...] = gradient
+            return float(f)
+    else:
+
+        def both(x, g, args):
+            f = fun(x, *args)
+            gradient = jac(x, *args)
+            if gradient.shape != x.shape:
+                raise ValueError("shape")
+            g[...] = gradient
+            return float(f)
+
+    return njit(both)
+
+
+@lru_cache(maxsize=64)
+def objective_kernel(fun: Any, jac: Any, fills: bool, dtype: str, shape: Any, specs: Any) -> Any:
+    """The objective as a C function of three addresses: the elements, the gradient, the words; None if it is not one.
+
+    What it raises sets the first word; Python then calls it again, for the exception.
+    """
+    both, read, like = _both(fun, jac, fills), _read_all(specs), cpu.LIKE[dtype]
+    entries = len(specs) + 1
+
+    def evaluate(x_address, g_address, address):
+        words = carray(_pointer(address, np.int64(0)), entries)
+        x = carray(_pointer(x_address, like), shape)
+        g = carray(_pointer(g_address, like), shape)
+        value = np.nan
+        try:
+            value = both(x, g, read(words))
+        except Exception:
+            words[0] = 1
+        return value
+
+    try:
+        return cfunc(types.float64(types.intp, types.intp, types.intp))(evaluate)
+    except NumbaError:
+        return None
+
+
+def is_compiled(function: object) -> bool:
+    """Whether a function is one of Numba's."""
+    return isinstance(function, Dispatcher)

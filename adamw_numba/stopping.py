@@ -1,0 +1,68 @@
+"""When a minimization stops: one set of rules, run as it stands and, for the compiled loop, compiled by Numba."""
+
+import math
+from typing import Any
+
+# What is known of the last evaluation, in float64.
+FUN, GRADIENT_NORM, STEP_NORM, SIZE, PREVIOUS, BEST, REFERENCE, HOW_MANY_VALUES = range(8)
+# What is counted, in int64; EVALUATED is 0 where the arrays have moved since the last evaluation.
+NIT, NFEV, NJEV, COST, BEST_AT, STALE, FLAT, STILL, REASON, EVALUATED, HOW_MANY_COUNTS = range(11)
+# What is allowed, in float64: infinity for no limit, -1 for a tolerance that is off.
+GTOL, FTOL, XTOL, PATIENCE, MAXITER, MAXFEV, STOP_AT_NONFINITE, HOW_MANY_LIMITS = range(8)
+
+IN_A_ROW = 10  # iterations: Adam's losses go up and down, and are nearly flat at each turn
+
+GOING_ON, GRADIENT, FUNCTION, STEP, NO_PROGRESS, ITERATIONS, EVALUATIONS, TIME, NONFINITE, CALLBACK, INTERRUPTED = (
+    range(11)
+)
+STATUS = {
+    GRADIENT: (0, "Optimization terminated successfully: the gradient is within `gtol`."),
+    FUNCTION: (0, "Optimization terminated successfully: the function changes by no more than `ftol`."),
+    STEP: (0, "Optimization terminated successfully: the steps are within `xtol`."),
+    NO_PROGRESS: (0, "Optimization terminated successfully: no improvement within `patience` iterations."),
+    ITERATIONS: (1, "Maximum number of iterations has been exceeded."),
+    EVALUATIONS: (2, "Maximum number of function evaluations has been exceeded."),
+    TIME: (2, "Maximum time has been exceeded."),
+    NONFINITE: (3, "NaN or infinity encountered in the function or its gradient."),
+    CALLBACK: (99, "`callback` raised `StopIteration`."),
+    INTERRUPTED: (130, "Interrupted by a signal; the state is saved."),
+}
+
+
+def note(values: Any, counts: Any, limits: Any) -> None:
+    """Count what the last evaluation means for the tolerances; `BEST_AT` is its iteration if it is the best so far."""
+    f, last, reference = float(values[FUN]), float(values[PREVIOUS]), float(values[REFERENCE])
+    if f < values[BEST]:
+        values[BEST] = f
+        counts[BEST_AT] = counts[NIT]
+    flat = abs(f - last) <= float(limits[FTOL]) * max(abs(f), abs(last), 1.0)
+    counts[FLAT] = counts[FLAT] + 1 if flat and counts[NIT] > 0 else 0
+    still = values[STEP_NORM] <= limits[XTOL] * (limits[XTOL] + values[SIZE])
+    counts[STILL] = counts[STILL] + 1 if still and limits[XTOL] >= 0 and counts[NIT] > 0 else 0
+    least = max(float(limits[FTOL]), 0.0) * max(abs(reference), 1.0)
+    if (reference == math.inf and f < math.inf) or f < reference - least:
+        values[REFERENCE] = f
+        counts[STALE] = 0
+    elif counts[NIT] > 0:
+        counts[STALE] += 1
+    values[PREVIOUS] = f
+
+
+def verdict(values: Any, counts: Any, limits: Any) -> Any:
+    """Why to stop, or `GOING_ON`."""
+    finite = math.isfinite(values[FUN]) and math.isfinite(values[GRADIENT_NORM])
+    if limits[STOP_AT_NONFINITE] and not finite:
+        return NONFINITE
+    if finite and values[GRADIENT_NORM] <= limits[GTOL]:
+        return GRADIENT
+    if counts[FLAT] >= IN_A_ROW:
+        return FUNCTION
+    if counts[STILL] >= IN_A_ROW:
+        return STEP
+    if counts[STALE] >= limits[PATIENCE]:
+        return NO_PROGRESS
+    if counts[NIT] >= limits[MAXITER]:
+        return ITERATIONS
+    if counts[NFEV] + counts[COST] > limits[MAXFEV]:
+        return EVALUATIONS
+    return GOING_ON
