@@ -62,6 +62,7 @@ def snapshot(optimizer: Any, extra: Any = None, variables: bool = False, copy: b
     with inner._lock:
         built = inner._require_built("save")
         inner._check_not_swapped()
+        inner._catch_up()
         live = {key: own[name] for key, (own, name) in _scalars(optimizer).items()}
         for name, variable, own in zip(built.names, built.variables, built.slots, strict=True):
             live |= {f"{key}/{encoded(name)}": array for key, array in own.items()}
@@ -114,6 +115,7 @@ def restore(optimizer: Any, target: Any) -> Any:
     with inner._lock:
         built = inner._require_built("restore")
         inner._check_not_swapped()
+        inner._catch_up()
         saved = manifest.read(target)
         _check_class(type(optimizer).__mro__, saved)
         loaded = Loaded(saved.document["variables"], _of_variables(saved), saved.where)

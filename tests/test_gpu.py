@@ -754,6 +754,31 @@ def test_a_long_run_of_changing_shapes_of_work():
     assert optimizer.iterations == 6
 
 
+def test_state_goes_from_the_gpu_to_the_host_and_back():
+    """Saved on one, restored on the other, also among steps that the GPU has skipped by itself."""
+    g, bad = np.linspace(1, 2, 5), np.full(5, np.nan)
+    x, y = array(np.ones(5), "float64"), np.ones(5)
+    optimizer, cpu = AdamW(0.1, nonfinite="skip", amsgrad=True), AdamW(0.1, nonfinite="skip", amsgrad=True)
+    optimizer.build({"x": x})
+    cpu.build({"x": y})
+    for gradient in (g, bad, g):
+        optimizer.apply([array(gradient, "float64")])
+    store, back = {}, {}
+    optimizer.save(store, variables=True)
+    cpu.restore(store)
+    assert (cpu.iterations, cpu.skipped_steps) == (2, 1)
+    assert np.array_equal(libraries.look(x), y)
+    cpu.apply([g])
+    optimizer.apply([array(bad, "float64")])  # counted on the GPU alone when it is restored
+    cpu.save(back, variables=True)
+    optimizer.restore(back)
+    assert (optimizer.iterations, optimizer.skipped_steps) == (3, 1)
+    optimizer.apply([array(g, "float64")])
+    cpu.apply([g])
+    assert optimizer.iterations == 4
+    np.testing.assert_allclose(libraries.look(x), y, rtol=1e-14)
+
+
 def test_repr_and_deepcopy_and_averages():
     x = array(np.ones(3))
     optimizer = AdamW(0.1, use_ema=True)
