@@ -15,6 +15,7 @@ from .tensors import Tensors
 from .update import Coefficients
 
 CHUNK = 16_384  # elements
+FAR = 2**21  # elements, from which on arrays are taken to lie in memory, not in a cache
 _LARGEST = sys.float_info.max
 _NUMBERS = struct.Struct(f"={cpu.HOW_MANY}d")  # packing takes a third of what assigning a tuple does
 _FAILED = -1
@@ -434,7 +435,7 @@ class HostPlan(Plan):
     def _group(self, p_type: str, g_type: str, strided: bool | None, work: Matrix) -> Group:
         ends = np.cumsum(work[:, cpu.COUNT])
         work[1:, cpu.START] = ends[:-1]
-        partials, block = np.zeros(len(work)), np.zeros(8, np.int64)
+        partials, block = np.zeros(len(work)), np.zeros(cpu.BLOCK_WORDS, np.int64)
         own = {
             cpu.WORK: work,
             cpu.TABLE: self.table,
@@ -446,6 +447,7 @@ class HostPlan(Plan):
         for entry, array in own.items():
             block[entry] = array.ctypes.data
         block[cpu.CHUNKS], block[cpu.ARRAYS] = len(work), len(self.names)
+        block[cpu.IS_FAR] = ends[-1] >= FAR
         master = True if "master" in self.slots[work[0, cpu.ARRAY]] else None
         compute = arrays.COMPUTE[p_type]
         return Group(p_type, g_type, compute, strided, master, work, partials, block, block.ctypes.data, int(ends[-1]))

@@ -17,6 +17,8 @@ from numpy.lib.stride_tricks import as_strided
 
 from ..update import Coefficients, accumulate, blend, make_update
 
+WHOLE = 2**30  # longer than any chunk
+PIECE, AHEAD = 128, 1024  # elements that are asked for together, how many bytes before their turn
 LANES = 256  # independent sums of squares in a chunk, whatever the machine's vectors
 LIKE = {"float32": np.float32(0), "float64": np.float64(0), "float16": np.int16(0), "bfloat16": np.uint16(0)}
 
@@ -25,7 +27,7 @@ P, G, M, V, TOP, AVERAGE, TOTAL, MASTER = range(8)
 # Columns of the work list: one row per chunk; positions and steps in bytes.
 ARRAY, START, COUNT, P_AT, G_AT, S_AT, P_STEP, G_STEP, S_STEP = range(9)
 # The block: addresses and sizes.
-WORK, CHUNKS, TABLE, ARRAYS, FACTORS, NUMBERS, PARTIALS, SUMS = range(8)
+WORK, CHUNKS, TABLE, ARRAYS, FACTORS, NUMBERS, PARTIALS, SUMS, IS_FAR, BLOCK_WORDS = range(10)
 # The numbers of a step: ten coefficients, whether to overwrite with the average, the scale of the squares.
 OVERWRITE, SQUARE_SCALE, HOW_MANY = 10, 11, 12
 # A job: a kernel, its block, into how many parts it is cut, the next part to be taken, and how many are done.
@@ -166,6 +168,65 @@ def update_chunk(p, g, m, v, top, average, total, master, limit, c):
             total[i] = 0
 
 
+@intrinsic
+def _prefetch(typingctx, address):
+    """Ask for a line of memory that will soon be read; where none is, nothing happens."""
+
+    def codegen(context, builder, signature, args):
+        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        for_reading, keep, data = (ir.Constant(word, number) for number in (0, 3, 1))
+        builder.call(function, [builder.inttoptr(args[0], byte), for_reading, keep, data])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), codegen
+
+
+@_jit
+def _ask_for(x, start):
+    if x is not None:
+        address = x.ctypes.data + start * x.itemsize + AHEAD
+        for line in range(0, PIECE * x.itemsize, 64):
+            _prefetch(address + line)
+
+
+@_jit
+def _piece(x, start, end):
+    return None if x is None else x[start:end]
+
+
+@_jit
+def _update_pieces(p, g, m, v, top, average, total, master, limit, c, size, strided):
+    """`update_chunk` in pieces; where they are small, memory is asked for what comes after the next ones.
+
+    The processor would ask too late: its window holds few elements of so long a formula.
+    """
+    for start in range(0, p.size, size):
+        if strided is None and size == PIECE:
+            _ask_for(p, start)
+            _ask_for(g, start)
+            _ask_for(m, start)
+            _ask_for(v, start)
+            _ask_for(top, start)
+            _ask_for(average, start)
+            _ask_for(total, start)
+            _ask_for(master, start)
+        end = min(start + size, p.size)
+        update_chunk(
+            p[start:end],
+            g[start:end],
+            m[start:end],
+            v[start:end],
+            _piece(top, start, end),
+            _piece(average, start, end),
+            _piece(total, start, end),
+            _piece(master, start, end),
+            limit,
+            c,
+        )
+
+
 @_jit
 def _blend_chunk(p, average, master, c):
     if average is not None:
@@ -230,10 +291,11 @@ def _table(block):
 
 @_jit
 def _update_share(address, part, parts, p_like, g_like, like, top, average, total, master, limit, strided):
-    block = carray(_pointer(address, np.int64(0)), 8)
+    block = carray(_pointer(address, np.int64(0)), BLOCK_WORDS)
     work, first, last = _share(block, part, parts)
     table = _table(block)
     overwrite = _numbers(block)[OVERWRITE] != 0
+    size = PIECE if block[IS_FAR] != 0 and strided is None else WHOLE
     for w in range(first, last):
         a, n, at, step = work[w, ARRAY], work[w, COUNT], work[w, S_AT], work[w, S_STEP]
         c = _coefficients(block, a, like)
@@ -241,7 +303,7 @@ def _update_share(address, part, parts, p_like, g_like, like, top, average, tota
         averages = _slot(average, table[AVERAGE, a] + at, n, step, like, strided)
         masters = _slot(master, table[MASTER, a] + at, n, step, like, strided)
         if table[G, a] != 0:
-            update_chunk(
+            _update_pieces(
                 p,
                 _row(table[G, a] + work[w, G_AT], n, work[w, G_STEP], g_like, strided),
                 _row(table[M, a] + at, n, step, like, strided),
@@ -252,6 +314,8 @@ def _update_share(address, part, parts, p_like, g_like, like, top, average, tota
                 masters,
                 None if limit is None else c.limit,
                 c,
+                size,
+                strided,
             )
         else:
             _blend_chunk(p, averages, masters, c)
@@ -261,7 +325,7 @@ def _update_share(address, part, parts, p_like, g_like, like, top, average, tota
 
 @_jit
 def _accumulate_share(address, part, parts, g_like, like, strided):
-    block = carray(_pointer(address, np.int64(0)), 8)
+    block = carray(_pointer(address, np.int64(0)), BLOCK_WORDS)
     work, first, last = _share(block, part, parts)
     table = _table(block)
     for w in range(first, last):
@@ -300,7 +364,7 @@ def sum_squares(g, total, c, scale, sums):
 
 @_jit
 def _square_share(address, part, parts, g_like, like, total, strided):
-    block = carray(_pointer(address, np.int64(0)), 8)
+    block = carray(_pointer(address, np.int64(0)), BLOCK_WORDS)
     work, first, last = _share(block, part, parts)
     table = _table(block)
     partials = carray(_pointer(block[PARTIALS], 0.0), block[CHUNKS])
