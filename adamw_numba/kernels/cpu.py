@@ -149,9 +149,9 @@ def _slot(exists, address, count, step, like, strided):
 
 
 @_jit
-def update_chunk(p, g, m, v, top, average, total, master, limit, c):
-    """Update the elements of one dense or strided run."""
-    for i in range(p.size):
+def update_chunk(count, p, g, m, v, top, average, total, master, limit, c):
+    """Update the elements of one dense or strided run: arrays, or pointers."""
+    for i in range(count):
         value, mi, vi, highest, mean = _update(
             _value(p, master, i), _widen(g[i]), m[i], v[i], _at(top, i), _at(average, i), _at(total, i), limit, c
         )
@@ -162,7 +162,7 @@ def update_chunk(p, g, m, v, top, average, total, master, limit, c):
         _put(average, i, mean)
         _put(master, i, value)
     if total is not None:
-        for i in range(p.size):
+        for i in range(count):
             total[i] = 0
 
 
@@ -174,10 +174,10 @@ def _blend_chunk(p, average, master, c):
 
 
 @_jit
-def overwrite_chunk(p, average, master):
+def overwrite_chunk(count, p, average, master):
     """Put the averages into the variables."""
     if average is not None:
-        for i in range(p.size):
+        for i in range(count):
             p[i] = _narrow(average[i], p[i])
             _put(master, i, average[i])
 
@@ -242,6 +242,7 @@ def _update_share(address, part, parts, p_like, g_like, like, top, average, tota
         masters = _slot(master, table[MASTER, a] + at, n, step, like, strided)
         if table[G, a] != 0:
             update_chunk(
+                n,
                 p,
                 _row(table[G, a] + work[w, G_AT], n, work[w, G_STEP], g_like, strided),
                 _row(table[M, a] + at, n, step, like, strided),
@@ -256,7 +257,7 @@ def _update_share(address, part, parts, p_like, g_like, like, top, average, tota
         else:
             _blend_chunk(p, averages, masters, c)
         if overwrite:
-            overwrite_chunk(p, averages, masters)
+            overwrite_chunk(n, p, averages, masters)
 
 
 @_jit
