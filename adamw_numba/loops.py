@@ -1,5 +1,6 @@
 """The compiled loop: coefficients of the next iterations go in, what happened comes out (kernels/loop.py)."""
 
+import math
 import time
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -20,16 +21,16 @@ _BLOCKWISE = SimpleNamespace(expm1=kernel.expm1, sqrt=np.sqrt, where=np.where)
 
 
 def coefficient_rows(optimizer: Any, first: int, count: int) -> tuple[Any, Any]:
-    """The coefficients of consecutive updates, one row each, and their learning rates."""
+    """The coefficients of consecutive updates, one column each, and their learning rates."""
     steps = np.arange(first, first + count)
     rates = _rates(optimizer, first, count)
     c = coefficients(optimizer, steps, rates[:, 0], rates[:, 1], 1.0, 1.0, _BLOCKWISE)
-    rows = np.empty((count, kernel.ROW_ENTRIES))
+    rows = np.empty((kernel.ROW_ENTRIES, count))
     for k in kernel.VARYING:
-        rows[:, k] = c[k]
-    rows[0, :10] = [column if np.ndim(column) == 0 else column[0] for column in c]
+        rows[k] = c[k]
+    rows[:10, 0] = [column if np.ndim(column) == 0 else column[0] for column in c]
     frequency = optimizer.ema_overwrite_frequency if optimizer.use_ema else None
-    rows[:, kernel.OVERWRITE] = (steps + 1) % frequency == 0 if frequency else 0
+    rows[kernel.OVERWRITE] = (steps + 1) % frequency == 0 if frequency else 0
     return rows, rates[:, 0]
 
 
@@ -69,21 +70,34 @@ class Loop:
         limit = True if self.optimizer.clipvalue else None
         self.kernel = kernel.loop_kernel(x.dtype.name, *flags, limit).address
         self.words = [words.copy() for _ in runs]
-        self.copies = [np.empty_like(x) for _ in runs]
+        self.size, self.padded = x.size, _padded(x)
+        self.copies = np.zeros((len(runs), self.padded), x.dtype)
+        moved = self.padded > self.size
+        self.inside = np.zeros((len(runs), kernel.ARRAYS, self.padded * moved), x.dtype)
         self.sums = np.zeros((len(runs), cpu.LANES))
+        self.homes = np.array([self._array_addresses(run) for run in self.runs], np.int64)
         self.table = np.array([self._addresses(r, evaluate.address) for r in range(len(runs))], np.int64)
+        self.homes *= moved
         self.block = np.zeros(kernel.BLOCK_ENTRIES, np.int64)
 
-    def _addresses(self, r: int, evaluate: int) -> list[int]:
-        run = self.runs[r]
+    def _array_addresses(self, run: Any) -> list[int]:
+        """Where the arrays of a run are between one call and the next."""
         slots = run.optimizer._state.slots[0]
-        lower, upper = run.bounds[0] if run.bounds else (None, None)
         best = [run.get(role)[0] if role in run.roles else None for role in ("best", "best_gradient")]
-        found = [self.words[r], run.get("x")[0], self.copies[r], run.get("gradient")[0]]
+        found = [run.get("x")[0], None, run.get("gradient")[0]]
         found += [slots.get(key) for key in ("momentum", "velocity", "velocity_hat", "average")]
-        found += [*best, run.previous[0], lower, upper, run.values, run.counts]
-        found += [run.optimizer._state.scalars["iteration"], None, self.sums[r], run.history.marks, None]
-        return [evaluate, *(0 if array is None else array.ctypes.data for array in found)]
+        found += [*best, run.previous[0], *(run.bounds[0] if run.bounds else (None, None))]
+        return [0 if array is None else array.ctypes.data for array in found]
+
+    def _addresses(self, r: int, evaluate: int) -> list[int]:
+        """Where the kernel finds the arrays: padded, if they are small, to whole vectors; and all else."""
+        run, arrays = self.runs[r], list(self.homes[r])
+        if self.padded > self.size:
+            arrays = [array and row.ctypes.data for array, row in zip(arrays, self.inside[r], strict=True)]
+        arrays[kernel.COPY] = self.copies[r].ctypes.data
+        found = [self.words[r], run.values, run.counts, run.optimizer._state.scalars["iteration"]]
+        others = [array.ctypes.data for array in (*found, self.sums[r], run.history.marks)]
+        return [*arrays, evaluate, *others[:4], 0, *others[4:], kernel.HERE]
 
     def advance(self, most: int) -> None:
         """Advance every run that is going on by at most so many iterations."""
@@ -108,7 +122,8 @@ class Loop:
         self.table[:, kernel.RECORDS] = [record.ctypes.data for record in records]
         self.table[:, kernel.LEFT] = kernel.HERE
         self.block[:] = [
-            *(self.table.ctypes.data, len(self.runs), self.copies[0].size, rows.ctypes.data, first, first + count),
+            *(self.table.ctypes.data, self.homes.ctypes.data, len(self.runs), self.size, self.padded),
+            *(rows.ctypes.data, first, first + count),
             *(self.limits.ctypes.data, self.clips.ctypes.data, CHUNK),
         ]
         elements = max(len(self.runs) * PART, SERIAL_BELOW) if len(self.runs) > 1 else 0
@@ -133,6 +148,12 @@ class Loop:
             run.advance()
         elif left == kernel.AFTER_UPDATE:
             run.finish(float(rates[int(run.optimizer._state.scalars["iteration"]) - 1 - first]))
+
+
+def _padded(x: np.ndarray[Any, Any]) -> int:
+    """How many elements to work on, so that small arrays are whole vectors."""
+    vector: int = kernel.PADDING // x.itemsize
+    return math.ceil(x.size / vector) * vector if x.nbytes <= kernel.MOST_PADDED else x.size
 
 
 def compiled_loop(runs: Sequence[Any]) -> Loop | None:

@@ -109,6 +109,22 @@ def test_same_bits_as_the_ordinary_loop(case, dtype, advanced):
     assert_equal(compiled, minimize(valley, START.astype(dtype), compiled=False, **keywords))
 
 
+# Whole vectors, less, more, and arrays that are not padded: options with arrays of their own
+@pytest.mark.parametrize("size", [2, 3, 4, 8, 11, 513])
+def test_same_bits_at_every_size(size, advanced):
+    x0 = np.linspace(-1, 1, size)
+    slots = {"clipvalue": 0.1, "amsgrad": True, "use_ema": True, "ema_overwrite_frequency": 7}
+    keywords = {"args": (0.5, DATA), "jac": True, "learning_rate": 0.05, "gtol": None, "callback_every": 13}
+    for more in (slots, {"bounds": Bounds(-0.5, 0.7), "xtol": 1e-9, "global_clipnorm": 1.0}):
+        seen, results = ([], []), []
+        for compiled, xs in zip((True, False), seen, strict=True):
+            options = {"maxiter": 60, "compiled": compiled, "callback": lambda xk, xs=xs: xs.append(xk)}
+            results.append(minimize(valley, x0, **keywords, **options, **more))
+        assert_equal(*results)
+        np.testing.assert_array_equal(*seen)
+    assert len(advanced) > 8
+
+
 # Forms of the objective: fun, jac, args
 FORMS = {
     "fills the gradient": (fills, True, (0.5, DATA)),
@@ -199,15 +215,21 @@ def hole(x):
     return (x[0] if x[0] > 0.5 else np.nan), np.ones_like(x)
 
 
+@numba.njit
+def pit(x):
+    return x[0], np.ones_like(x) * (1 if x[0] > 0.5 else -np.nan)
+
+
 def test_objectives_that_fail(advanced):
     with pytest.raises(ValueError, match="off the cliff") as caught:
         minimize(cliff, [1.0, 2.0], jac=True, learning_rate=0.1)
     assert 0.5 <= caught.value.intermediate_result.fun < 0.6
     with pytest.raises(ValueError, match=r"\(3,\); expected \(2,\)"):
         minimize(misshapen, [1.0, 2.0], jac=True)
-    results = [minimize(hole, [1.0], jac=True, learning_rate=0.1, compiled=c) for c in (True, False)]
-    assert results[0].status == 3
-    assert_equal(*results)
+    for fun in (hole, pit):
+        results = [minimize(fun, [1.0], jac=True, learning_rate=0.1, compiled=c) for c in (True, False)]
+        assert results[0].status == 3
+        assert_equal(*results)
     assert advanced
 
 

@@ -151,9 +151,9 @@ def _slot(exists, address, count, step, like, strided):
 
 
 @_jit
-def update_chunk(p, g, m, v, top, average, total, master, limit, c):
-    """Update the elements of one dense or strided run."""
-    for i in range(p.size):
+def update_chunk(count, p, g, m, v, top, average, total, master, limit, c):
+    """Update the elements of one dense or strided run: arrays, or pointers."""
+    for i in range(count):
         value, mi, vi, highest, mean = _update(
             _value(p, master, i), _widen(g[i]), m[i], v[i], _at(top, i), _at(average, i), _at(total, i), limit, c
         )
@@ -164,7 +164,7 @@ def update_chunk(p, g, m, v, top, average, total, master, limit, c):
         _put(average, i, mean)
         _put(master, i, value)
     if total is not None:
-        for i in range(p.size):
+        for i in range(count):
             total[i] = 0
 
 
@@ -184,47 +184,14 @@ def _prefetch(typingctx, address):
 
 
 @_jit
-def _ask_for(x, start):
-    if x is not None:
-        address = x.ctypes.data + start * x.itemsize + AHEAD
-        for line in range(0, PIECE * x.itemsize, 64):
-            _prefetch(address + line)
+def _ask_for(exists, address, count, step):
+    """Ask for what comes after `count` elements of a dense run, in good time.
 
-
-@_jit
-def _piece(x, start, end):
-    return None if x is None else x[start:end]
-
-
-@_jit
-def _update_pieces(p, g, m, v, top, average, total, master, limit, c, size, strided):
-    """`update_chunk` in pieces; where they are small, memory is asked for what comes after the next ones.
-
-    The processor would ask too late: its window holds few elements of so long a formula.
+    The processor would ask too late by itself: its window holds few elements of so long a formula.
     """
-    for start in range(0, p.size, size):
-        if strided is None and size == PIECE:
-            _ask_for(p, start)
-            _ask_for(g, start)
-            _ask_for(m, start)
-            _ask_for(v, start)
-            _ask_for(top, start)
-            _ask_for(average, start)
-            _ask_for(total, start)
-            _ask_for(master, start)
-        end = min(start + size, p.size)
-        update_chunk(
-            p[start:end],
-            g[start:end],
-            m[start:end],
-            v[start:end],
-            _piece(top, start, end),
-            _piece(average, start, end),
-            _piece(total, start, end),
-            _piece(master, start, end),
-            limit,
-            c,
-        )
+    if exists is not None:
+        for line in range(address + AHEAD, address + AHEAD + count * step, 64):
+            _prefetch(line)
 
 
 @_jit
@@ -235,10 +202,10 @@ def _blend_chunk(p, average, master, c):
 
 
 @_jit
-def overwrite_chunk(p, average, master):
+def overwrite_chunk(count, p, average, master):
     """Put the averages into the variables."""
     if average is not None:
-        for i in range(p.size):
+        for i in range(count):
             p[i] = _narrow(average[i], p[i])
             _put(master, i, average[i])
 
@@ -295,32 +262,45 @@ def _update_share(address, part, parts, p_like, g_like, like, top, average, tota
     work, first, last = _share(block, part, parts)
     table = _table(block)
     overwrite = _numbers(block)[OVERWRITE] != 0
-    size = PIECE if block[IS_FAR] != 0 and strided is None else WHOLE
+    far = block[IS_FAR] != 0
+    piece = PIECE if far else WHOLE
     for w in range(first, last):
-        a, n, at, step = work[w, ARRAY], work[w, COUNT], work[w, S_AT], work[w, S_STEP]
+        a, step = work[w, ARRAY], work[w, S_STEP]
         c = _coefficients(block, a, like)
-        p = _row(table[P, a] + work[w, P_AT], n, work[w, P_STEP], p_like, strided)
-        averages = _slot(average, table[AVERAGE, a] + at, n, step, like, strided)
-        masters = _slot(master, table[MASTER, a] + at, n, step, like, strided)
-        if table[G, a] != 0:
-            _update_pieces(
-                p,
-                _row(table[G, a] + work[w, G_AT], n, work[w, G_STEP], g_like, strided),
-                _row(table[M, a] + at, n, step, like, strided),
-                _row(table[V, a] + at, n, step, like, strided),
-                _slot(top, table[TOP, a] + at, n, step, like, strided),
-                averages,
-                _slot(total, table[TOTAL, a] + at, n, step, like, strided),
-                masters,
-                None if limit is None else c.limit,
-                c,
-                size,
-                strided,
-            )
-        else:
-            _blend_chunk(p, averages, masters, c)
-        if overwrite:
-            overwrite_chunk(p, averages, masters)
+        for start in range(0, work[w, COUNT], piece):
+            n, at = min(piece, work[w, COUNT] - start), work[w, S_AT] + start * step
+            p_at = table[P, a] + work[w, P_AT] + start * work[w, P_STEP]
+            g_at = table[G, a] + work[w, G_AT] + start * work[w, G_STEP]
+            p = _row(p_at, n, work[w, P_STEP], p_like, strided)
+            averages = _slot(average, table[AVERAGE, a] + at, n, step, like, strided)
+            masters = _slot(master, table[MASTER, a] + at, n, step, like, strided)
+            if table[G, a] != 0:
+                if far and strided is None:
+                    _ask_for(True, p_at, n, work[w, P_STEP])
+                    _ask_for(True, g_at, n, work[w, G_STEP])
+                    _ask_for(True, table[M, a] + at, n, step)
+                    _ask_for(True, table[V, a] + at, n, step)
+                    _ask_for(top, table[TOP, a] + at, n, step)
+                    _ask_for(average, table[AVERAGE, a] + at, n, step)
+                    _ask_for(total, table[TOTAL, a] + at, n, step)
+                    _ask_for(master, table[MASTER, a] + at, n, step)
+                update_chunk(
+                    n,
+                    p,
+                    _row(g_at, n, work[w, G_STEP], g_like, strided),
+                    _row(table[M, a] + at, n, step, like, strided),
+                    _row(table[V, a] + at, n, step, like, strided),
+                    _slot(top, table[TOP, a] + at, n, step, like, strided),
+                    averages,
+                    _slot(total, table[TOTAL, a] + at, n, step, like, strided),
+                    masters,
+                    None if limit is None else c.limit,
+                    c,
+                )
+            else:
+                _blend_chunk(p, averages, masters, c)
+            if overwrite:
+                overwrite_chunk(n, p, averages, masters)
 
 
 @_jit

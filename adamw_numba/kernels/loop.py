@@ -24,15 +24,17 @@ from . import cpu
 from .cpu import _jit, _kernel, _pointer, cast_coefficients, overwrite_chunk, sum_squares, update_chunk
 
 # A block: what all runs share.
-RUNS, COUNT, SIZE, ROWS, FIRST, LAST, LIMITS, CLIPS, CHUNK, BLOCK_ENTRIES = range(10)
+RUNS, HOMES, COUNT, SIZE, PADDED, ROWS, FIRST, LAST, LIMITS, CLIPS, CHUNK, BLOCK_ENTRIES = range(12)
 # A run: addresses, 0 for an array that does not exist; the last entry is where it was left for Python to go on.
-EVALUATE, WORDS, X, COPY, GRADIENT, M, V, TOP, AVERAGE, BEST, BEST_GRADIENT = range(11)
-PREVIOUS, LOWER, UPPER, VALUES, COUNTS, ITERATION, RECORDS, SUMS, MARKS, LEFT, RUN_ENTRIES = range(11, 22)
+X, COPY, GRADIENT, M, V, TOP, AVERAGE, BEST, BEST_GRADIENT, PREVIOUS, LOWER, UPPER, ARRAYS = range(13)
+EVALUATE, WORDS, VALUES, COUNTS, ITERATION, RECORDS, SUMS, MARKS, LEFT, RUN_ENTRIES = range(12, 22)
+# The rows: one column per iteration.
 OVERWRITE, ROW_ENTRIES = 10, 11  # ten coefficients, and whether to overwrite with the average
-VARYING = (0, 1, 9)  # the coefficients that differ from row to row: alpha, decay, average_c; others are in the first
+VARYING = (0, 1, 9)  # the coefficients that differ from step to step: alpha, decay, average_c; others are in the first
 CLIPNORM, GLOBAL_CLIPNORM = range(2)
 RECORD = 4  # fun, gradient norm, step norm, learning rate
 HERE, BEFORE_UPDATE, AFTER_UPDATE = range(3)
+PADDING, MOST_PADDED = 32, 2**12  # bytes: a vector; and an array that is small
 
 _note, _verdict = _jit(stopping.note), _jit(stopping.verdict)
 _clip_factor = njit(**cpu._OPTIONS)(clip_factor)  # not cached: the type of `max` cannot be pickled
@@ -56,24 +58,33 @@ def expm1(x):
     return result
 
 
-@_jit
-def _array(address, size, like):
-    return carray(_pointer(address, like), size)
+@intrinsic
+def _bits(typingctx, x):
+    """A float as the integer of the same bits, or back."""
+    pairs = {types.float32: types.int32, types.float64: types.int64}
+    other = (pairs | {integer: real for real, integer in pairs.items()})[x]
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], context.get_value_type(other))
+
+    return other(x), codegen
+
+
+# Arrays are pointers here: an array that is given to a function has its references counted, at every step.
 
 
 @_jit
-def _copy(to, x):
-    for i in range(x.size):
+def _copy(count, to, x):
+    for i in range(count):
         to[i] = x[i]
 
 
 @_jit
-def _clip(g, clips, chunk, sums):
+def _clip(run, clips, size, chunk, like):
     """What the gradient is multiplied with; -1 where its norm has to be taken with more care."""
-    if clips[CLIPNORM] == 0 and clips[GLOBAL_CLIPNORM] == 0:
-        return 1.0
+    g, sums = carray(_pointer(run[GRADIENT], like), size), carray(_pointer(run[SUMS], 0.0), cpu.LANES)
     total = 0.0
-    for start in range(0, g.size, chunk):
+    for start in range(0, size, chunk):
         total += sum_squares(g[start : start + chunk], None, None, 1.0, sums)
     if not 1e-280 < total < np.inf:
         return -1.0
@@ -84,25 +95,26 @@ def _clip(g, clips, chunk, sums):
 
 
 @_jit
-def _largest(x):
-    result = abs(x[0])
-    for i in range(1, x.size):
-        result = np.maximum(result, abs(x[i]))
-    return np.float64(result)
+def _largest(count, x):
+    """The largest magnitude, by its bits: they are in the same order, NaN above all, and as integers make vectors."""
+    result = _bits(abs(x[0]))
+    for i in range(1, count):
+        result = max(result, _bits(abs(x[i])))
+    return np.float64(_bits(result))
 
 
 @_jit
-def _largest_difference(x, before):
-    result = abs(x[0] - before[0])
-    for i in range(1, x.size):
-        result = np.maximum(result, abs(x[i] - before[i]))
-    return np.float64(result)
+def _largest_difference(count, x, before):
+    result = _bits(abs(x[0] - before[0]))
+    for i in range(1, count):
+        result = max(result, _bits(abs(x[i] - before[i])))
+    return np.float64(_bits(result))
 
 
 @_jit
-def _largest_inward(x, g, lower, upper):
+def _largest_inward(count, x, g, lower, upper):
     result = np.float64(0)
-    for i in range(x.size):
+    for i in range(count):
         outward = (x[i] <= lower[i] and g[i] > 0) or (x[i] >= upper[i] and g[i] < 0)
         value = np.float64(0) if outward else np.float64(abs(g[i]))
         if value > result or value != value:
@@ -111,103 +123,129 @@ def _largest_inward(x, g, lower, upper):
 
 
 @_jit
-def _evaluate(run, x, g, size, like, values, counts):
+def _evaluate(run, size, padded, like, values, counts):
     """Call the objective; False where it raised."""
-    copy = _array(run[COPY], size, like)
-    _copy(copy, x)
-    words = _array(run[WORDS], 1, np.int64(0))
+    x, g, words = _pointer(run[X], like), _pointer(run[GRADIENT], like), _pointer(run[WORDS], np.int64(0))
+    _copy(padded, _pointer(run[COPY], like), x)
     words[0] = 0
     values[stopping.FUN] = _call_objective(run[EVALUATE], run[COPY], run[GRADIENT], run[WORDS])
     if words[0] != 0:
         return False
     if run[LOWER] == 0:
-        values[stopping.GRADIENT_NORM] = _largest(g)
+        values[stopping.GRADIENT_NORM] = _largest(padded, g)
     else:
-        lower, upper = _array(run[LOWER], size, like), _array(run[UPPER], size, like)
-        values[stopping.GRADIENT_NORM] = _largest_inward(x, g, lower, upper)
+        lower, upper = _pointer(run[LOWER], like), _pointer(run[UPPER], like)
+        values[stopping.GRADIENT_NORM] = _largest_inward(size, x, g, lower, upper)
     counts[stopping.NFEV] += 1
     counts[stopping.NJEV] += 1
     return True
 
 
 @_jit
-def _measure(x, before, values):
-    values[stopping.SIZE] = _largest(x)
-    values[stopping.STEP_NORM] = _largest_difference(x, before)
+def _measure(run, size, like, values):
+    x, before = _pointer(run[X], like), _pointer(run[PREVIOUS], like)
+    values[stopping.SIZE] = _largest(size, x)
+    values[stopping.STEP_NORM] = _largest_difference(size, x, before)
 
 
 @_jit
-def _project(run, x, size, like):
-    if run[LOWER] != 0:
-        lower, upper = _array(run[LOWER], size, like), _array(run[UPPER], size, like)
-        for i in range(size):
-            x[i] = np.minimum(np.maximum(x[i], lower[i]), upper[i])
+def _project(run, size, like):
+    x, lower, upper = _pointer(run[X], like), _pointer(run[LOWER], like), _pointer(run[UPPER], like)
+    for i in range(size):
+        x[i] = np.minimum(np.maximum(x[i], lower[i]), upper[i])
 
 
 @_jit
-def _keep_best(run, x, g, size, like, counts):
-    if run[BEST] != 0 and counts[stopping.BEST_AT] == counts[stopping.NIT]:
-        _copy(_array(run[BEST], size, like), x)
-        _copy(_array(run[BEST_GRADIENT], size, like), g)
+def _keep_best(run, padded, like):
+    _copy(padded, _pointer(run[BEST], like), _pointer(run[X], like))
+    _copy(padded, _pointer(run[BEST_GRADIENT], like), _pointer(run[GRADIENT], like))
+
+
+@_jit
+def _numbers(rows, steps, k):
+    """The coefficients of iteration `k`; those that do not vary are in column 0 (`VARYING`)."""
+    alpha, decay, average_c = rows[k], rows[steps + k], rows[9 * steps + k]
+    n = (rows[2 * steps], rows[3 * steps], rows[4 * steps], rows[5 * steps], rows[6 * steps], rows[7 * steps])
+    return alpha, decay, *n, rows[8 * steps], average_c
 
 
 @_jit
 def _advance(block, run, like, top, average, limit):
     """Advance one run until it stops, the rows end, or Python has to go on."""
-    size, first, last = block[SIZE], block[FIRST], block[LAST]
-    rows = carray(_pointer(block[ROWS], 0.0), (last - first, ROW_ENTRIES))
-    limits = _array(block[LIMITS], stopping.HOW_MANY_LIMITS, 0.0)
-    clips = _array(block[CLIPS], 2, 0.0)
-    values = _array(run[VALUES], stopping.HOW_MANY_VALUES, 0.0)
-    counts = _array(run[COUNTS], stopping.HOW_MANY_COUNTS, np.int64(0))
-    iteration = _array(run[ITERATION], 1, np.int64(0))
-    records = carray(_pointer(run[RECORDS], 0.0), (last - first, RECORD))
-    sums = _array(run[SUMS], cpu.LANES, 0.0)
-    x, g = _array(run[X], size, like), _array(run[GRADIENT], size, like)
-    m, v = _array(run[M], size, like), _array(run[V], size, like)
-    tops = None if top is None else _array(run[TOP], size, like)
-    averages = None if average is None else _array(run[AVERAGE], size, like)
-    before, marks = _array(run[PREVIOUS], size, like), _array(run[MARKS], 2, np.int64(0))
-    numbers = rows[0].copy()
+    size, padded, first, last = block[SIZE], block[PADDED], block[FIRST], block[LAST]
+    rows, steps = _pointer(block[ROWS], 0.0), last - first
+    limits, clips = _pointer(block[LIMITS], 0.0), _pointer(block[CLIPS], 0.0)
+    values, counts = _pointer(run[VALUES], 0.0), _pointer(run[COUNTS], np.int64(0))
+    iteration, marks = _pointer(run[ITERATION], np.int64(0)), _pointer(run[MARKS], np.int64(0))
+    records = _pointer(run[RECORDS], 0.0)
+    x, g, before = _pointer(run[X], like), _pointer(run[GRADIENT], like), _pointer(run[PREVIOUS], like)
+    m, v = _pointer(run[M], like), _pointer(run[V], like)
+    tops = None if top is None else _pointer(run[TOP], like)
+    averages = None if average is None else _pointer(run[AVERAGE], like)
+    clipped = clips[CLIPNORM] > 0 or clips[GLOBAL_CLIPNORM] > 0
+    clip = 1.0
     while iteration[0] < last and counts[stopping.REASON] == stopping.GOING_ON:
         k = iteration[0] - first
-        clip = _clip(g, clips, block[CHUNK], sums)
-        if clip < 0:
-            run[LEFT] = BEFORE_UPDATE
-            return
-        for column in VARYING:
-            numbers[column] = rows[k, column]
-        c = cast_coefficients(numbers, 1.0, clip, like)
-        _copy(before, x)
-        update_chunk(x, g, m, v, tops, averages, None, None, None if limit is None else c.limit, c)
-        if rows[k, OVERWRITE] != 0:
-            overwrite_chunk(x, averages, None)
-        _project(run, x, size, like)
+        if clipped:
+            clip = _clip(run, clips, size, block[CHUNK], like)
+            if clip < 0:
+                run[LEFT] = BEFORE_UPDATE
+                return
+        c = cast_coefficients(_numbers(rows, steps, k), 1.0, clip, like)
+        _copy(padded, before, x)
+        update_chunk(padded, x, g, m, v, tops, averages, None, None, None if limit is None else c.limit, c)
+        if rows[OVERWRITE * steps + k] != 0:
+            overwrite_chunk(padded, x, averages, None)
+        if run[LOWER] != 0:
+            _project(run, size, like)
         iteration[0] += 1
         counts[stopping.NIT] += 1
         counts[stopping.EVALUATED] = 0
-        if not _evaluate(run, x, g, size, like, values, counts):
+        if not _evaluate(run, size, padded, like, values, counts):
             run[LEFT] = AFTER_UPDATE
             return
-        measured = limits[stopping.XTOL] >= 0 or counts[stopping.NIT] % marks[1] == 0 or iteration[0] == last
+        # the stride of the history is a power of two
+        recorded = counts[stopping.NIT] & (marks[1] - 1) == 0 or iteration[0] == last
+        measured = recorded or limits[stopping.XTOL] >= 0
         if measured:
-            _measure(x, before, values)
+            _measure(run, size, like, values)
         _note(values, counts, limits)
         counts[stopping.EVALUATED] = 1
-        _keep_best(run, x, g, size, like, counts)
+        if run[BEST] != 0 and counts[stopping.BEST_AT] == counts[stopping.NIT]:
+            _keep_best(run, padded, like)
         counts[stopping.REASON] = _verdict(values, counts, limits)
         if counts[stopping.REASON] != stopping.GOING_ON and not measured:
-            _measure(x, before, values)
-        for column in range(3):
-            records[k, column] = values[column]
+            _measure(run, size, like, values)
+        records[RECORD * k] = values[stopping.FUN]
+        records[RECORD * k + 1] = values[stopping.GRADIENT_NORM]
+        records[RECORD * k + 2] = values[stopping.STEP_NORM]
+
+
+@_jit
+def _bring_in(homes, run, size, like):
+    """Copy the arrays of a run into their padded places."""
+    for k in range(ARRAYS):
+        if homes[k] != 0:
+            _copy(size, _pointer(run[k], like), _pointer(homes[k], like))
+
+
+@_jit
+def _bring_home(homes, run, size, like):
+    for k in range(LOWER):  # bounds are only read
+        if homes[k] != 0:
+            _copy(size, _pointer(homes[k], like), _pointer(run[k], like))
 
 
 @_jit
 def _advance_share(address, part, parts, like, top, average, limit):
-    block = carray(_pointer(address, np.int64(0)), BLOCK_ENTRIES)
-    runs = carray(_pointer(block[RUNS], np.int64(0)), (block[COUNT], RUN_ENTRIES))
+    word = np.int64(0)
+    block = _pointer(address, word)
     for r in range(block[COUNT] * part // parts, block[COUNT] * (part + 1) // parts):
-        _advance(block, runs[r], like, top, average, limit)
+        run = _pointer(block[RUNS] + 8 * RUN_ENTRIES * r, word)
+        homes = _pointer(block[HOMES] + 8 * ARRAYS * r, word)
+        _bring_in(homes, run, block[SIZE], like)
+        _advance(block, run, like, top, average, limit)
+        _bring_home(homes, run, block[SIZE], like)
 
 
 @cache
