@@ -135,7 +135,7 @@ def worker(arguments: argparse.Namespace) -> Iterator[Row]:
             if name in absent or skipped or (arguments.contender and name not in arguments.contender):
                 continue
             kinds = ["same", "fresh"] if workload in SMALL and name != "limit" else ["same"]
-            seconds = QUICK_SECONDS if quick else SECONDS
+            seconds = QUICK_SECONDS if quick else arguments.seconds
             try:
                 for row in pair(name, make, WORKLOADS[workload], option, kinds, seconds):
                     yield {"workload": workload, **row}
@@ -144,16 +144,16 @@ def worker(arguments: argparse.Namespace) -> Iterator[Row]:
             except Absent as error:
                 absent.add(name)
                 yield {"absent": name, "why": str(error)}
-    if arguments.worker == "torch" and not (arguments.workload or arguments.option or arguments.contender):
-        yield from sweep(quick)
+    if arguments.worker == "torch" and not (arguments.workload or arguments.option):
+        yield from sweep(quick, arguments.seconds / 2)
 
 
-def sweep(quick: bool) -> Iterator[Row]:
+def sweep(quick: bool, seconds: float) -> Iterator[Row]:
     """One array of many sizes, and many arrays of one size: what the plot shows and the model of the cost rests on."""
     sizes = [[(n,)] for n in SWEEP if not quick or n <= 2**22]
     for shapes in [*sizes, *([(100,)] * count for count in COUNTS)]:
         for name in ("torch fused",) if quick else ("limit", "NumPy", "torch fused"):
-            for row in pair(name, PROCESSES["torch"][name], shapes, "plain", ["same"], 0.1 if quick else 2.0):
+            for row in pair(name, PROCESSES["torch"][name], shapes, "plain", ["same"], 0.1 if quick else seconds):
                 yield {"sweep": [len(shapes), shapes[0][0]], **row}
 
 
@@ -164,6 +164,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         command = [sys.executable, "-m", "benchmarks.compare", "--worker", process]
         for key in ("workload", "option", "contender"):
             command += [text for value in getattr(arguments, key) for text in (f"--{key}", value)]
+        command += ["--seconds", str(arguments.seconds)]
         environment = os.environ | {"KERAS_BACKEND": process, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
         with subprocess.Popen(
             command + ["--quick"] * arguments.quick, env=environment, stdout=subprocess.PIPE, text=True
@@ -193,6 +194,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer workloads and rounds: some two minutes")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for each pair (default: {SECONDS:g})")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep what was measured")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="time against size; needs matplotlib")
     names = [name for makers in PROCESSES.values() for name in makers]
@@ -214,7 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(report.HEADING, flush=True)
     found = {"machine": report.machine(), "command": " ".join(["python -m benchmarks.compare", *sys.argv[1:]])}
     found |= run(options)
-    if not (options.workload or options.option or options.contender):
+    if not (options.workload or options.option):
         found["costs"] = costs.measure(options.quick)
         print(report.costs(found["costs"]))
     if found["sweep"]:
