@@ -326,14 +326,22 @@ def _square(g, total, i, c, scale):
 
 @_jit
 def sum_squares(g, total, c, scale, sums):
-    """Element i goes to lane i mod LANES, then lanes are added in a fixed tree."""
+    """Element i goes to lane i mod LANES, then lanes are added in a fixed tree.
+
+    Four rows of lanes are taken at once, in order, so that a sum is loaded and stored once for all of them.
+    """
     sums[:] = 0
-    whole = g.size - g.size % LANES
-    for start in range(0, whole, LANES):
+    fours = g.size - g.size % (4 * LANES)
+    for start in range(0, fours, 4 * LANES):
         for lane in range(LANES):
+            i = start + lane
+            value = sums[lane] + _square(g, total, i, c, scale)
+            value += _square(g, total, i + LANES, c, scale)
+            value += _square(g, total, i + 2 * LANES, c, scale)
+            sums[lane] = value + _square(g, total, i + 3 * LANES, c, scale)
+    for start in range(fours, g.size, LANES):
+        for lane in range(min(LANES, g.size - start)):
             sums[lane] += _square(g, total, start + lane, c, scale)
-    for lane in range(g.size - whole):
-        sums[lane] += _square(g, total, whole + lane, c, scale)
     width = LANES
     while width > 1:
         width //= 2
