@@ -1,5 +1,6 @@
 """Saved, loaded in a new process, and gone on with: bit for bit, through every store; what peers see in the files."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -308,6 +309,8 @@ MISFITS = {
     "extra keys": (lambda p: build([W]).save(p, {"x": {1: 2}}), TypeError, ["extra['x']", "key 1", "strings"]),
     "keep": (lambda p: Checkpoints(p.parent, keep=0), ValueError, ["keep", "0"]),
     "every": (lambda p: Checkpoints(p.parent, every=0), ValueError, ["every", "0"]),
+    "folder at a URL": (lambda p: Checkpoints("s3://bucket/run", suffix=".zarr"), ValueError, ["directory", "s3://"]),
+    "URL as a path": (lambda p: build([W]).save(Path("memory://x.zarr")), ValueError, ["memory:/x.zarr", "string"]),
     "kind of file": (lambda p: Checkpoints(p.parent, suffix=".pt"), ValueError, [".pt", ".npz"]),
 }
 
@@ -413,6 +416,66 @@ def test_background_errors_surface_and_steps_go_on(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="No space"):
             surfacing()
     checkpoints.close()
+
+
+def test_errors_of_the_background_are_not_lost(tmp_path, monkeypatch):
+    """Not by an interrupt while they are waited for, not where nobody calls `close`; a step not due does not wait."""
+    optimizer, gate = build({"w": np.ones(3)}), threading.Event()
+
+    def fail(*given):
+        gate.wait(10)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(adamw_numba.manifest, "write", fail)
+    checkpoints = Checkpoints(tmp_path, background=True, every=2)
+    checkpoints.save(optimizer, 2)
+    assert checkpoints.save(optimizer, 3) is None
+    with monkeypatch.context() as patches:
+        patches.setattr(adamw_numba.checkpoints, "wait", lambda futures: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.close()
+    gate.set()
+    with pytest.raises(OSError, match="No space"):
+        checkpoints.close()
+    left = Checkpoints(tmp_path, background=True)
+    left.save(optimizer, 4)
+    left._writing[0].exception()
+    del left
+    with pytest.warns(UserWarning, match="could not be written.*No space"):
+        gc.collect()
+
+
+def test_going_back_gives_up_what_was_later(tmp_path):
+    optimizer = build({"w": np.ones(3)})
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 8, 9, 3, 4):
+        checkpoints.save(optimizer, step, extra=step)
+        assert checkpoints.restore_latest(optimizer).step == step
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_folder_of_checkpoints_stays_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoints = Checkpoints("relative")
+    monkeypatch.chdir("/")
+    checkpoints.save(build({"w": np.ones(3)}), 1)
+    assert checkpoints.latest() == tmp_path / "relative" / "step-000000000001.npz"
+
+
+def test_what_cannot_be_read_is_not_nothing(tmp_path, monkeypatch):
+    optimizer, checkpoints = build({"w": np.ones(3)}), Checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(optimizer, step)
+    with monkeypatch.context() as patches:
+        patches.setattr(npz, "open", lambda *given: (_ for _ in ()).throw(OSError(5, "I/O error")), raising=False)
+        for act in (checkpoints.latest, lambda: checkpoints.restore_latest(optimizer)):
+            with pytest.raises(OSError, match="I/O error"):
+                act()
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"PK")
+    for act in (checkpoints.latest, lambda: checkpoints.restore_latest(optimizer)):
+        with pytest.warns(UserWarning, match="left out"), pytest.raises(CorruptFileError, match="holds 2 checkpoints"):
+            act()
 
 
 def test_a_save_beside_a_step_is_of_one_moment(tmp_path):
