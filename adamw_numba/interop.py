@@ -26,7 +26,7 @@ from .stores.opening import adapted
 
 Matrix = np.ndarray[Any, Any]
 _KERAS_GROUP = "optimizer"
-_COUNTERS = {"count", "gradient_step"}  # what optax calls the number of updates
+_BESIDE_A_COUNT = ("hyperparams", "hyperparams_states", "inner_state")  # of optax.inject_hyperparams
 _ELSEWHERE = ("clipnorm", "clipvalue", "global_clipnorm", "use_ema", "loss_scale_factor", "gradient_accumulation_steps")
 
 
@@ -519,7 +519,7 @@ def _write_keras_file(path: Path, state: list[Matrix], template: Any, durable: b
 def _parts_of_torch(state_dict: Mapping[str, Any]) -> tuple[Sequence[Mapping[str, Any]], Mapping[Any, Any]]:
     """The groups and the states, if they are those of torch.optim.AdamW."""
     for key in ("param_groups", "state"):
-        if not isinstance(state_dict, Mapping) or key not in state_dict:
+        if key not in state_dict:
             raise ValueError(f"`state_dict` lacks {key!r}; expected what torch.optim.AdamW's state_dict() returns")
     groups = state_dict["param_groups"]
     if not groups:
@@ -671,32 +671,30 @@ def _replaced(state: Any, old: Any, new: Any, count: int) -> Any:
     """The same state with another Adam in it; the counts of schedules follow."""
     if state is old:
         return new
-    fields = getattr(state, "_fields", None) or ()
-    if _COUNTERS & set(fields):
-        counts = {key: _counted(getattr(state, key), count) for key in fields if key in _COUNTERS}
-        _check_counters(state, count)
-        children = {key: _replaced(getattr(state, key), old, new, count) for key in fields if key not in _COUNTERS}
-        return state._replace(**counts, **children)
+    fields: Sequence[str] = getattr(state, "_fields", ())
+    counters = [key for key in fields if _is_counter(state, key)]
+    if counters:
+        others = {k: _replaced(getattr(state, k), old, new, count) for k in fields if k not in (*counters, "mini_step")}
+        return state._replace(**{key: _counted(getattr(state, key), count) for key in counters}, **others)
     if isinstance(state, (tuple, list)):
         children = [_replaced(child, old, new, count) for child in state]
-        return type(state)(*children) if fields else type(state)(children)
+        return type(state)(*children) if hasattr(state, "_fields") else type(state)(children)
+    if isinstance(state, dict):
+        return {key: _replaced(child, old, new, count) for key, child in state.items()}
     return state
 
 
-def _check_counters(state: Any, count: int) -> None:
-    """Refuse a counter whose meaning is not known: it would stay behind."""
-    unknown = [
-        key
-        for key in state._fields
-        if key not in (*_COUNTERS, "mini_step")
-        and getattr(getattr(state, key), "shape", None) == ()
-        and np.asarray(getattr(state, key)).dtype.kind in "iu"
-    ]
-    if unknown and count:
+def _is_counter(state: Any, key: str) -> bool:
+    """Whether a field counts updates; a counter whose meaning is not known, and would stay behind, is refused."""
+    value = getattr(state, key)
+    if key == "mini_step" or getattr(value, "shape", None) != () or np.asarray(value).dtype.kind not in "iu":
+        return False
+    if key != "gradient_step" and not (key == "count" and set(state._fields) <= {"count", *_BESIDE_A_COUNT}):
         raise ValueError(
-            f"`state` holds a {type(state).__name__} with {unknown}; expected 'count' or 'gradient_step' as counters: "
-            "set others yourself, around what `to_optax` makes of the state inside"
+            f"`state` holds a {type(state).__name__} with the counter {key!r}, which AdamW knows nothing of; expected "
+            "the state inside: put what `to_optax` makes of it in its place"
         )
+    return True
 
 
 def _check_window_of_optax(state: Any) -> None:

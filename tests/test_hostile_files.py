@@ -205,6 +205,28 @@ FILES = {
     "beta": (config(beta_1=7.0), ValueError, ["beta_1", "7.0"]),
     "config of a list": (changed(config=[]), CorruptFileError, ["'config'", "dict"]),
     "negative step": (changed(step=-1), CorruptFileError, ["negative"]),
+    "huge skips": (changed(skipped_steps=10**100), CorruptFileError, ["huge", "skipped"]),
+    "other step": (changed(step=5), CorruptFileError, ["step 5", "iteration"]),
+    "no extra": (
+        lambda p: npz_with(p, lambda document: document.pop("extra")),
+        CorruptFileError,
+        ["lacks 'extra'"],
+    ),
+    "double variables": (
+        lambda p: npz_with(p, lambda document: document["variables"].append(document["variables"][0])),
+        CorruptFileError,
+        ["variable more than once"],
+    ),
+    "huge number in a config": (
+        config(learning_rate={"class_name": "CosineDecay", "config": {"initial_learning_rate": 10**400}}),
+        ValueError,
+        ["config that cannot be used"],
+    ),
+    "nested npy header": (
+        replaced(b"\x93NUMPY\x01\x00" + struct.pack("<H", 9000) + b"-" * 9000),
+        CorruptFileError,
+        ["momentum/w"],
+    ),
     "step of a float": (changed(step=1e300), CorruptFileError, ["'step'"]),
     "overflowing shape": (entry(shape=[2**62, 4]), CorruptFileError, ["shape", "more bytes"]),
     "huge integers": (entry(shape=[2**70]), CorruptFileError, ["shape"]),
@@ -293,6 +315,18 @@ def test_refused_before_memory_is_taken(make, error, words, tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
     for word in [path.name, *words]:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [{}, {"inner_optimizer": 3}, {"inner_optimizer": {}}], ids=repr)
+def test_restoring_from_a_strange_config(value, tmp_path):
+    path = changed(config=value)(tmp_path / "bad.npz")
+    optimizer = AdamW(0.25)
+    optimizer.build({"w": W.copy()})
+    if value:
+        with pytest.raises(ValueError, match=r"bad.npz holds a config that cannot be used"):
+            optimizer.restore(path)
+    else:
+        assert optimizer.restore(path) is None
 
 
 def test_messages_differ():

@@ -36,7 +36,9 @@ def opened(path: Path, mode: str) -> Iterator[Any]:
 
 def _write_undisturbed(path: Path, writer: "Writer") -> None:
     """Write in a thread of its own, where no signal arrives: HDF5 does not survive an exception in a write."""
-    sink, ended, gate = Sink(open(path, "w+b", buffering=0)), [], threading.Lock()  # noqa: SIM115 - closed by the thread
+    sink = Sink(open(path, "w+b", buffering=0))  # noqa: SIM115 - closed by the thread
+    ended: list[BaseException | None] = []
+    gate = threading.Lock()
     gate.acquire()
     threading.Thread(target=_write, args=(sink, writer, ended, gate), name="adamw_numba hdf5").start()
     while not ended:
