@@ -508,7 +508,9 @@ def _write_keras_file(path: Path, state: list[Matrix], template: Any, durable: b
     with replacing(path, durable) as temporary:
         if template is not None:
             shutil.copyfile(template, temporary)
-        with naming(f"the copy of {template}"), h5py.File(temporary, "w" if template is None else "r+") as file:
+            with naming(str(template)), h5py.File(temporary, "r"):
+                pass
+        with h5py.File(temporary, "w" if template is None else "r+") as file:
             if _KERAS_GROUP in file:
                 del file[_KERAS_GROUP]
             group = file.create_group(f"{_KERAS_GROUP}/vars")

@@ -342,6 +342,7 @@ NO_CONVERSION = {
         lambda: interop.from_keras({"0": np.int32(0), "1": np.float32(0)}, config=AdamW().get_config()),
         ["2 arrays"],
     ),
+    "template": (lambda: interop.to_keras(built(), "x.weights.h5", template=__file__), [__file__, "signature"]),
     "keras suffix": (lambda: interop.to_keras(built(), "x.h5"), [".weights.h5"]),
 }
 
