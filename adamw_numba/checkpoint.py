@@ -11,9 +11,12 @@ from . import arrays, manifest
 from .arrays import Array
 from .manifest import Saved, encoded
 from .state import check_scalar
+from .stores.files import CorruptFileError
 
 Place = tuple[dict[str, Array], str]
 _OF_A_VARIABLE = ("variables", "momentum", "velocity", "velocity_hat", "average", "gradient_accumulator", "master")
+_MOST_BITS = 14_000  # Python writes and reads integers of up to 4300 digits
+_UNUSABLE = (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError)
 _FREE = ("name", "threads", "learning_rate")  # what may differ without a word; a learning rate is in the state
 
 
@@ -58,7 +61,10 @@ def save(optimizer: Any, target: Any, extra: Any, variables: bool, durable: bool
 def snapshot(optimizer: Any, extra: Any = None, variables: bool = False, copy: bool = False) -> Snapshot:
     """The document and the arrays of an optimizer; the arrays live, or copies."""
     inner = inner_of(optimizer)
-    check_json(extra, "extra")
+    try:
+        check_json(extra, "extra")
+    except RecursionError:
+        raise ValueError("`extra` is nested too deep, or holds itself; expected what JSON can hold") from None
     with inner._lock:
         built = inner._require_built("save")
         inner._check_not_swapped()
@@ -83,19 +89,38 @@ def load(cls: Any, target: Any, variables: Any, custom_objects: Mapping[str, Any
     _check_class(cls.__mro__, saved)
     try:
         optimizer = cls.from_config(saved.document["config"], custom_objects)
-    except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+    except _UNUSABLE as error:
         raise ValueError(f"{saved.where} holds a config that cannot be used: {error}") from error
     inner = inner_of(optimizer)
-    for name, late in saved.document["added"]:
-        if f"added/{encoded(name)}" in saved.arrays:
-            array = saved.arrays[f"added/{encoded(name)}"]
-            inner._state.add(name, np.zeros_like(array), "zeros", late)
+    _add_arrays(inner, saved)
     _write(_scalar_writes(optimizer, saved))
     inner._loaded = Loaded(saved.document["variables"], _of_variables(saved), saved.where)
     _set_counts(inner, saved)
     if variables is not None:
         optimizer.build(variables)
     return optimizer
+
+
+def _add_arrays(inner: Any, saved: Saved) -> None:
+    """Make the arrays that the user has added: of the dtype that they had, bfloat16 as such."""
+    for name, late in saved.document["added"]:
+        try:
+            key = f"added/{encoded(name)}"
+            if key in saved.arrays:
+                dtype = _numpy_dtype(saved.document["arrays"][key]["dtype"], f"{saved.where}: {key!r}")
+                inner._state.add(name, np.zeros(saved.arrays[key].shape, dtype), "zeros", late)
+        except ValueError as error:
+            raise CorruptFileError(f"{saved.where} holds an added variable that cannot be: {error}") from error
+
+
+def _numpy_dtype(name: str, what: str) -> Any:
+    if name != "bfloat16":
+        return np.dtype(name)
+    try:
+        import ml_dtypes
+    except ImportError:
+        raise ImportError(f"{what} is bfloat16, which NumPy has from the package ml_dtypes: install it") from None
+    return ml_dtypes.bfloat16
 
 
 def fill(loaded: Loaded, names: Sequence[str], variables: Sequence[Array], slots: Sequence[dict[str, Array]]) -> None:
@@ -172,6 +197,8 @@ def check_json(value: Any, what: str) -> None:
     ------
     TypeError
         The message says where the value stands.
+    ValueError
+        If an integer is too large to be written.
     """
     if isinstance(value, Mapping) and type(value) is dict:
         for key, child in value.items():
@@ -181,6 +208,8 @@ def check_json(value: Any, what: str) -> None:
     elif type(value) in (list, tuple):
         for index, child in enumerate(value):
             check_json(child, f"{what}[{index}]")
+    elif isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        raise ValueError(f"`{what}` is an integer of {value.bit_length()} bits; expected at most {_MOST_BITS}")
     elif value is not None and not isinstance(value, (bool, int, float, str)):
         hint = ": pass `.tolist()`" if hasattr(value, "tolist") else ""
         raise TypeError(f"`{what}` is {value!r:.80} of type {type(value).__name__}; expected what JSON can hold{hint}")
@@ -238,8 +267,16 @@ def _scalar_writes(optimizer: Any, saved: Saved) -> list[tuple[dict[str, Array],
         )
     for key, (own, name) in places.items():
         _check_fits(f"{saved.where}: {key!r}", saved.arrays[key], own[name])
+        was, here = saved.document["arrays"][key]["dtype"], arrays.dtype_name(own[name])
+        if was != here:
+            raise ValueError(f"{saved.where}: {key!r} is {was}; the optimizer has {here}")
         if "/" not in key or key.startswith("loss_scale/"):
             check_scalar(name, saved.arrays[key], saved.where)
+    if int(saved.arrays["iteration"]) != saved.document["step"]:
+        raise CorruptFileError(
+            f"{saved.where} is of step {saved.document['step']} and holds 'iteration' {saved.arrays['iteration']}; "
+            "expected the same number"
+        )
     return [(own, name, saved.arrays[key]) for key, (own, name) in places.items()]
 
 
@@ -328,17 +365,26 @@ def _set_counts(inner: Any, saved: Saved) -> None:
 
 
 def _warn_of_differences(optimizer: Any, built: Any, saved: Saved) -> None:
-    here, there = _flat(optimizer.get_config()), _flat(saved.document["config"])
+    here, there = _flat(optimizer.get_config()), _flat_saved(saved)
     different = [key for key in here if key in there and here[key] != there[key] and key not in _FREE]
-    if "learning_rate" not in inner_of(optimizer)._state.scalars and here["learning_rate"] != there["learning_rate"]:
+    if "learning_rate" not in inner_of(optimizer)._state.scalars and here["learning_rate"] != there.get(
+        "learning_rate"
+    ):
         different.append("learning_rate")
-    told = [f"{key} is {here[key]!r}, and was {there[key]!r}" for key in different]
+    told = [f"{key} is {here[key]!r}, and was {there.get(key)!r}" for key in different]
     excluded = {entry["name"]: entry["excluded"] for entry in saved.document["variables"]}
     changed = [n for n, decayed in zip(built.names, built.decayed, strict=True) if decayed == excluded[n]]
     if changed:
         told.append(f"{changed} are excluded from weight decay in one of them alone")
     if told:
         warnings.warn(f"restored from {saved.where} into an optimizer that differs: {'; '.join(told)}", stacklevel=4)
+
+
+def _flat_saved(saved: Saved) -> dict[str, Any]:
+    try:
+        return _flat(saved.document["config"])
+    except _UNUSABLE as error:
+        raise ValueError(f"{saved.where} holds a config that cannot be used: {error!r}") from error
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:

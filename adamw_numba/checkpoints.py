@@ -3,14 +3,16 @@
 import os
 import re
 import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from . import checkpoint, manifest
 from .hyperparameters import flag, integer
 from .stores.files import CorruptFileError, remove
-from .stores.opening import check_target
+from .stores.opening import check_no_url, check_target
 
 
 class Restored(NamedTuple):
@@ -81,11 +83,13 @@ class Checkpoints:
         self.keep: int = integer(1, optional=False)("keep", keep)
         self.every: int = integer(1, optional=False)("every", every)
         self.background, self.durable = flag("background", background), flag("durable", durable)
-        self.directory, self.suffix = Path(directory), suffix
+        check_no_url("directory", str(directory))
+        self.directory, self.suffix = Path(directory).absolute(), suffix
         check_target(self._path(0))
         self.directory.mkdir(parents=True, exist_ok=True)
         self._writer: ThreadPoolExecutor | None = None
-        self._writing: Future[None] | None = None
+        self._writing: list[Future[None]] = []  # at most one, until its outcome was told
+        weakref.finalize(self, _tell_unless_told, self._writing)
         self._process = os.getpid()
 
     def __enter__(self) -> Self:
@@ -98,6 +102,8 @@ class Checkpoints:
         self, optimizer: Any, step: int, extra: Any = None, variables: bool = False, force: bool = False
     ) -> Path | None:
         """Save at a step that is a multiple of `every`, or, with `force`, at any.
+
+        Files of later steps, from before a return to an earlier one, are removed once this one is on disk.
 
         Parameters
         ----------
@@ -119,9 +125,11 @@ class Checkpoints:
             If this file, or in the background the last one, could not be written.
         """
         step = integer(0, optional=False)("step", step)
-        self._finish()
         if step % self.every and not force:
+            if any(writing.done() for writing in self._writing):
+                self._finish()
             return None
+        self._finish()
         path = self._path(step)
         if not self.background:
             checkpoint.save(optimizer, path, extra, variables, self.durable)
@@ -130,29 +138,29 @@ class Checkpoints:
         taken = checkpoint.snapshot(optimizer, extra, variables, copy=True)
         if self._writer is None:
             self._writer = ThreadPoolExecutor(1, "adamw_numba checkpoints")
-        self._writing = self._writer.submit(self._write, step, taken)
+        self._writing.append(self._writer.submit(self._write, step, taken))
         return path
 
     def latest(self) -> Path | None:
-        """The newest file that is whole, read and verified to its end; None if there is none.
+        """The newest file that is whole, read and verified to its end; None if there are no files.
 
         Warns
         -----
         UserWarning
             For every newer one that is damaged.
+
+        Raises
+        ------
+        CorruptFileError
+            If there are files and none is whole.
+        OSError
+            If one cannot be read: this does not tell that it is damaged.
         """
-        self._finish()
-        for step in reversed(self._steps()):
-            try:
-                manifest.verify(self._path(step))
-            except (CorruptFileError, OSError) as error:
-                self._warn(error)
-            else:
-                return self._path(step)
-        return None
+        found = self._newest(manifest.verify)
+        return None if found is None else self._path(found[0])
 
     def restore_latest(self, optimizer: Any) -> Restored | None:
-        """Restore a built optimizer from the newest file that is whole; None if there is none.
+        """Restore a built optimizer from the newest file that is whole; None if there are no files.
 
         Parameters
         ----------
@@ -168,15 +176,32 @@ class Checkpoints:
         -----
         UserWarning
             For every newer one that is damaged.
+
+        Raises
+        ------
+        CorruptFileError
+            If there are files and none is whole.
+        OSError
+            If one cannot be read: this does not tell that it is damaged.
         """
+        found = self._newest(lambda path: checkpoint.restore(optimizer, path))
+        return None if found is None else Restored(*found, self._path(found[0]))
+
+    def _newest(self, act: Callable[[Path], Any]) -> tuple[int, Any] | None:
+        """The newest step of which something can be done with the file, and what came of it."""
         self._finish()
+        damaged = []
         for step in reversed(self._steps()):
             try:
-                extra = checkpoint.restore(optimizer, self._path(step))
-            except (CorruptFileError, OSError) as error:
-                self._warn(error)
-            else:
-                return Restored(step, extra, self._path(step))
+                return step, act(self._path(step))
+            except (CorruptFileError, FileNotFoundError) as error:  # another process may have removed it
+                damaged.append(error)
+                warnings.warn(f"a checkpoint is left out, and the one before is used: {error}", stacklevel=3)
+        if self._steps():
+            raise CorruptFileError(
+                f"{self.directory} holds {len(damaged)} checkpoints, none of which can be used; expected one that is "
+                f"whole, or none at all. The newest: {damaged[0] if damaged else 'was just written'}"
+            )
         return None
 
     def close(self) -> None:
@@ -184,9 +209,9 @@ class Checkpoints:
         try:
             self._finish()
         finally:
-            if self._writer is not None and self._process == os.getpid():
+            if not self._writing and self._writer is not None:  # else interrupted: to be called again
                 self._writer.shutdown()
-            self._writer = None
+                self._writer = None
 
     def _path(self, step: int) -> Path:
         return self.directory / f"step-{step:012d}{self.suffix}"
@@ -201,17 +226,30 @@ class Checkpoints:
         self._prune(step)
 
     def _prune(self, newest: int) -> None:
-        """Remove the oldest files beyond those to keep, never the one just written."""
-        others = [step for step in self._steps() if step != newest]
-        for step in others[: max(0, len(others) + 1 - self.keep)]:
+        """Remove later steps, which are of a course that was given up, and the oldest beyond those to keep."""
+        steps = self._steps()
+        earlier = [step for step in steps if step < newest]
+        for step in [*earlier[: max(0, len(earlier) + 1 - self.keep)], *(step for step in steps if step > newest)]:
             remove(self._path(step))
 
     def _finish(self) -> None:
         if self._process != os.getpid():  # a fork: the thread is the parent's, and so is what it writes
-            self._process, self._writer, self._writing = os.getpid(), None, None
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+            self._process, self._writer = os.getpid(), None
+            self._writing.clear()
+        wait(self._writing)  # an interrupt here forgets nothing
+        errors = [writing.exception() for writing in self._writing]
+        self._writing.clear()
+        for error in filter(None, errors):
+            raise error
 
-    def _warn(self, error: Exception) -> None:
-        warnings.warn(f"a checkpoint is left out, and the one before is used: {error}", stacklevel=3)
+
+def _tell_unless_told(writing: list[Future[None]]) -> None:
+    """What is left to say where nobody has called `close`: at once, or when the file is written."""
+    for future in writing:
+        future.add_done_callback(_tell)
+
+
+def _tell(future: Future[None]) -> None:
+    error = future.exception()
+    if error is not None:
+        warnings.warn(f"a checkpoint could not be written, and nobody has asked: {error!r}", stacklevel=2)

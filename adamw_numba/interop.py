@@ -26,6 +26,7 @@ from .stores.opening import adapted
 
 Matrix = np.ndarray[Any, Any]
 _KERAS_GROUP = "optimizer"
+_BESIDE_A_COUNT = ("hyperparams", "hyperparams_states", "inner_state")  # of optax.inject_hyperparams
 _ELSEWHERE = ("clipnorm", "clipvalue", "global_clipnorm", "use_ema", "loss_scale_factor", "gradient_accumulation_steps")
 
 
@@ -77,6 +78,7 @@ def from_keras(
         found, state = _keras_file(Path(source))
         config = found if config is None else config
     elif hasattr(source, "save_own_variables"):
+        _check_class_of_keras("source", source, ["AdamW", "LossScaleOptimizer"])
         store: dict[str, Any] = {}
         source.save_own_variables(store)
         state, config = _in_order(store, "the optimizer of Keras"), source.get_config() if config is None else config
@@ -132,11 +134,8 @@ def to_keras(optimizer: AdamW | LossScaleOptimizer, target: Any, template: Any =
     if template is not None:
         raise ValueError(f"`template` is {template!r}; expected None where `target` is no path")
     if hasattr(target, "load_own_variables"):
-        if len(target.variables) != len(state):
-            raise ValueError(
-                f"`target` has {len(target.variables)} variables; expected {len(state)}, as `optimizer` has"
-            )
-        target.load_own_variables({str(index): array for index, array in enumerate(state)})
+        ready = _fitting_keras(target, optimizer, state)
+        target.load_own_variables({str(index): array for index, array in enumerate(ready)})
         return
     store = adapted(target)
     for index, array in enumerate(state):
@@ -172,16 +171,17 @@ def from_torch(state_dict: Mapping[str, Any], variables: Container | None = None
     converted for the next update, which is exact; as t grows, the factor goes to 1 in torch and stays here.
     AMSGrad's maximum is that of the raw second moment in both.
     """
-    groups, states = state_dict["param_groups"], state_dict["state"]
+    groups, states = _parts_of_torch(state_dict)
     hyper = _common_group(groups)
     numbers = [number for group in groups for number in group["params"]]
-    steps = {float(states[n]["step"]) if n in states else 0.0 for n in numbers}
-    if len(steps) != 1:
-        raise ValueError(f"`state_dict` has parameters after {sorted(steps)} steps; expected one number for all")
-    updates = int(steps.pop())
     slots = {"momentum": "exp_avg", "velocity": "exp_avg_sq"}
     if hyper["amsgrad"]:
         slots["velocity_hat"] = "max_exp_avg_sq"
+    _check_states_of_torch(states, numbers, ["step", *slots.values()])
+    steps = {float(states[n]["step"]) if n in states else 0.0 for n in numbers}
+    if len(steps) != 1:
+        raise ValueError(f"`state_dict` has parameters after {sorted(steps)} steps; expected one number for all")
+    updates = _checked_count(steps.pop(), "`state_dict`: 'step'")
     decays = [float(group["weight_decay"]) for group in groups for _ in group["params"]]
     excluded = [decay == 0 and any(decays) for decay in decays]
     moments = [{ours: states[n][theirs] for ours, theirs in slots.items()} if n in states else None for n in numbers]
@@ -302,7 +302,11 @@ def from_optax(
     adam = _adam_of_optax(state)
     names, first = flatten(adam.mu, "mu")
     second = dict(zip(*flatten(adam.nu, "nu"), strict=True))
-    updates, options = int(adam.count), {"weight_decay": 1e-4} | options
+    if sorted(second) != sorted(names):
+        raise ValueError(f"`state` has mu of {names} and nu of {sorted(second)}; expected the same names")
+    _check_second_moments({f"`state`: nu of {name!r}": array for name, array in second.items()})
+    _check_window_of_optax(state)
+    updates, options = _checked_count(adam.count, "`state`: 'count'"), {"weight_decay": 1e-4} | options
     moments = [{"momentum": m, "velocity": second[name]} for name, m in zip(names, first, strict=True)]
     beta_2 = options.get("beta_2", 0.999)
     given = options | {"epsilon": eps * _epsilon_factor(beta_2, updates)}
@@ -336,11 +340,15 @@ def to_optax(optimizer: AdamW, state: Any, leave_out: Iterable[str] = ()) -> Any
     """
     built = _exportable(optimizer, "optax", leave_out, amsgrad=False)
     adam = _adam_of_optax(state)
+    _check_window_of_optax(state)
     by_name = dict(zip(built.names, built.slots, strict=True))
     names = flatten(adam.mu, "mu")[0]
     if sorted(names) != sorted(built.names):
-        if len(names) != len(built.names):
-            raise ValueError(f"`state` has {len(names)} parameters; expected {len(built.names)}: {built.names}")
+        positions = list(map(str, range(len(built.names))))
+        if len(names) != len(built.names) or positions not in (names, built.names):
+            raise ValueError(
+                f"`state` has the parameters {names}; expected {built.names}, or a list on either side: by position"
+            )
         by_name = dict(zip(names, built.slots, strict=True))
 
     def filled(tree: Any, slot: str) -> Any:
@@ -441,6 +449,30 @@ def _keras_state(optimizer: Any) -> list[Matrix]:
         return result
 
 
+def _check_class_of_keras(what: str, target: Any, kinds: Sequence[str]) -> None:
+    names = [kind.__name__ for kind in type(target).__mro__]
+    if not set(kinds) & set(names):
+        raise ValueError(f"`{what}` is a {names[0]} of Keras; expected {' or '.join(kinds)}")
+
+
+def _fitting_keras(target: Any, optimizer: Any, state: list[Matrix]) -> list[Matrix]:
+    """The state in the dtypes of a live optimizer of Keras; nothing is given to it unless all of it fits."""
+    _check_class_of_keras("target", target, ["AdamW" if inner_of(optimizer) is optimizer else "LossScaleOptimizer"])
+    if len(target.variables) != len(state):
+        raise ValueError(f"`target` has {len(target.variables)} variables; expected {len(state)}, as `optimizer` has")
+    wrong = [
+        f"{variable.path} has shape {tuple(variable.shape)}, not {array.shape}"
+        for variable, array in zip(target.variables, state, strict=True)
+        if tuple(variable.shape) != array.shape
+    ]
+    if wrong:
+        raise ValueError(f"`target` does not fit `optimizer`: {'; '.join(wrong)}")
+    for variable, array in zip(target.variables, state, strict=True):
+        if array.ndim or array.dtype.kind != "f":  # of the learning rate Keras keeps float32: see the notes
+            _check_exact(array, str(variable.dtype), str(variable.path))
+    return state
+
+
 def _for_keras(array: Array) -> Matrix:
     value = arrays.to_numpy(array)
     return value.astype(np.int32) if value.dtype == np.int64 and value < 2**31 else value
@@ -449,20 +481,24 @@ def _for_keras(array: Array) -> Matrix:
 def _exact(array: Array, variable: Array, what: str) -> Matrix:
     """A slot as NumPy; refused where the variable's own dtype, in which others keep it, cannot hold it."""
     value = arrays.to_numpy(array)
-    dtype = arrays.dtype_name(variable)
-    if dtype in ("float16", "bfloat16") and not _holds(value, dtype):
-        raise ValueError(
-            f"{what} is float32 here, and would be rounded to {dtype}; expected numbers that {dtype} holds: "
-            "there is no exact conversion"
-        )
+    _check_exact(value, arrays.dtype_name(variable), what)
     return value
 
 
+def _check_exact(value: Matrix, dtype: str, what: str) -> None:
+    if value.dtype.name != dtype and not _holds(value, dtype):
+        raise ValueError(
+            f"{what} is {value.dtype} here, and would be rounded to {dtype}; expected numbers that {dtype} holds: "
+            "there is no exact conversion"
+        )
+
+
 def _holds(value: Matrix, dtype: str) -> bool:
-    if dtype == "bfloat16":
-        return not (np.ascontiguousarray(value).view(np.uint32) & 0xFFFF).any()
     with np.errstate(all="ignore"):
-        return bool(np.array_equal(value.astype(np.float16).astype(np.float32), value, equal_nan=True))
+        if dtype == "bfloat16":
+            single = np.ascontiguousarray(value.astype(np.float32))
+            return _holds(value, "float32") and not (single.view(np.uint32) & 0xFFFF).any()
+        return bool(np.array_equal(value.astype(dtype).astype(value.dtype), value, equal_nan=value.dtype.kind in "fc"))
 
 
 def _write_keras_file(path: Path, state: list[Matrix], template: Any, durable: bool) -> None:
@@ -472,12 +508,57 @@ def _write_keras_file(path: Path, state: list[Matrix], template: Any, durable: b
     with replacing(path, durable) as temporary:
         if template is not None:
             shutil.copyfile(template, temporary)
+            with naming(str(template)), h5py.File(temporary, "r"):
+                pass
         with h5py.File(temporary, "w" if template is None else "r+") as file:
             if _KERAS_GROUP in file:
                 del file[_KERAS_GROUP]
             group = file.create_group(f"{_KERAS_GROUP}/vars")
             for index, array in enumerate(state):
                 group[str(index)] = array
+
+
+def _parts_of_torch(state_dict: Mapping[str, Any]) -> tuple[Sequence[Mapping[str, Any]], Mapping[Any, Any]]:
+    """The groups and the states, if they are those of torch.optim.AdamW."""
+    for key in ("param_groups", "state"):
+        if key not in state_dict:
+            raise ValueError(f"`state_dict` lacks {key!r}; expected what torch.optim.AdamW's state_dict() returns")
+    groups = state_dict["param_groups"]
+    if not groups:
+        raise ValueError("`state_dict` has no 'param_groups'; expected one at least")
+    for group in groups:
+        lacking = [key for key in ("params", "lr", "betas", "eps", "weight_decay", "amsgrad") if key not in group]
+        if lacking:
+            raise ValueError(f"`state_dict` has a group without {lacking}; expected one of torch.optim.AdamW")
+    return groups, state_dict["state"]
+
+
+def _check_states_of_torch(states: Mapping[Any, Any], numbers: Sequence[Any], keys: Sequence[str]) -> None:
+    if len(set(numbers)) < len(numbers) or not numbers:
+        raise ValueError(f"`state_dict` has the parameters {numbers}; expected some, each of them once")
+    for number in numbers:
+        own = states.get(number)
+        lacking = [key for key in keys if key not in own] if own is not None else []
+        if lacking:
+            raise ValueError(f"`state_dict`: the state of parameter {number} lacks {lacking}; expected AdamW's")
+    _check_second_moments(
+        {f"`state_dict`: {key!r} of parameter {n}": states[n][key] for n in numbers if n in states for key in keys[2:]}
+    )
+
+
+def _check_second_moments(named: Mapping[str, Array]) -> None:
+    """Refuse sums of squares that are below 0; of complex numbers torch keeps them part by part."""
+    for what, array in named.items():
+        value = arrays.to_numpy(array)
+        if value.dtype.kind != "c" and (value < 0).any():
+            raise ValueError(f"{what} holds {value.min()}; expected squares, which are >= 0")
+
+
+def _checked_count(value: Any, what: str) -> int:
+    count = float(value)
+    if not (0 <= count < 2**53 and count == int(count)):
+        raise ValueError(f"{what} is {count}; expected a whole number >= 0")
+    return int(count)
 
 
 def _common_group(groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -592,13 +673,41 @@ def _replaced(state: Any, old: Any, new: Any, count: int) -> Any:
     """The same state with another Adam in it; the counts of schedules follow."""
     if state is old:
         return new
-    fields = getattr(state, "_fields", None)
-    if fields == ("count",):
-        return state._replace(count=_counted(state.count, count))
+    fields: Sequence[str] = getattr(state, "_fields", ())
+    counters = [key for key in fields if _is_counter(state, key)]
+    if counters:
+        others = {k: _replaced(getattr(state, k), old, new, count) for k in fields if k not in (*counters, "mini_step")}
+        return state._replace(**{key: _counted(getattr(state, key), count) for key in counters}, **others)
     if isinstance(state, (tuple, list)):
         children = [_replaced(child, old, new, count) for child in state]
-        return type(state)(*children) if fields is not None else type(state)(children)
+        return type(state)(*children) if hasattr(state, "_fields") else type(state)(children)
+    if isinstance(state, dict):
+        return {key: _replaced(child, old, new, count) for key, child in state.items()}
     return state
+
+
+def _is_counter(state: Any, key: str) -> bool:
+    """Whether a field counts updates; a counter whose meaning is not known, and would stay behind, is refused."""
+    value = getattr(state, key)
+    if key == "mini_step" or getattr(value, "shape", None) != () or np.asarray(value).dtype.kind not in "iu":
+        return False
+    if key != "gradient_step" and not (key == "count" and set(state._fields) <= {"count", *_BESIDE_A_COUNT}):
+        raise ValueError(
+            f"`state` holds a {type(state).__name__} with the counter {key!r}, which AdamW knows nothing of; expected "
+            "the state inside: put what `to_optax` makes of it in its place"
+        )
+    return True
+
+
+def _check_window_of_optax(state: Any) -> None:
+    """Refuse a state inside a window of optax.MultiSteps, whose gradients have nowhere to go."""
+    if hasattr(state, "mini_step") and int(state.mini_step):
+        raise ValueError(
+            f"`state` is at mini_step {int(state.mini_step)} of optax.MultiSteps; expected 0: after a whole window"
+        )
+    if isinstance(state, (tuple, list)):
+        for child in state:
+            _check_window_of_optax(child)
 
 
 def _counted(like: Any, count: int) -> Any:
@@ -606,6 +715,8 @@ def _counted(like: Any, count: int) -> Any:
 
 
 def _alike(leaf: Array, value: Array, what: str) -> Array:
+    if tuple(leaf.shape) != tuple(value.shape):
+        raise ValueError(f"`state`: {what} has shape {tuple(leaf.shape)}; expected {tuple(value.shape)}")
     return arrays.like(leaf, _exact(value, leaf, what))
 
 

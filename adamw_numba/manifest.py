@@ -45,7 +45,15 @@ class Saved(NamedTuple):
 
 
 def encoded(name: str) -> str:
-    """A name as one step of a path, for every store: percent-encoded, and never hidden or special."""
+    """A name as one step of a path, for every store: percent-encoded, and never hidden or special.
+
+    Raises
+    ------
+    ValueError
+        If the name is no text, but holds half of a character.
+    """
+    if not name.isascii() and re.search("[\ud800-\udfff]", name):
+        raise ValueError(f"the name {name!r} holds a lone surrogate; expected text, which has an encoding")
     text = quote(name, safe="")
     if text[:1] in ("_", ".") or text == "zarr.json":
         text = f"%{ord(text[0]):02X}{text[1:]}"
@@ -67,7 +75,8 @@ def write(target: Any, document: dict[str, Any], arrays: Arrays, dtypes: Mapping
     """
     entries: dict[str, dict[str, Any]] = {}
     with opening.writing(target, durable) as store:
-        for key, array in arrays.items():
+        for key, given in arrays.items():
+            array = given.astype(given.dtype.newbyteorder("="), copy=False)
             put = getattr(store, "set_bfloat16", None) if dtypes[key] == "bfloat16" else None
             # A mapping of the user's may keep what it is given, and ours goes on changing.
             (put or store.__setitem__)(key, np.array(array, order="C") if opening.is_mapping(target) else array)
@@ -89,7 +98,10 @@ def read(target: Any) -> Saved:
     with opening.reading(target) as store:
         where = where_is(target)
         document = _document(store, where)
-        return Saved(document, dict(_arrays(store, document, where)), where)
+        found = _arrays(store, document, where)
+        # A mapping of the user's gives what it keeps, and ours goes on changing.
+        copied = opening.is_mapping(target)
+        return Saved(document, {key: array.copy() if copied else array for key, array in found}, where)
 
 
 def describe(target: Any) -> dict[str, Any]:
@@ -159,11 +171,12 @@ def _encode(document: dict[str, Any]) -> bytes:
     versions = {"adamw_numba": _version(), "numpy": np.__version__, "python": platform.python_version()}
     whole = {"format": FORMAT, "version": VERSION, **document, "versions": versions}
     text = json.dumps(whole, default=plain, separators=(",", ":")).encode()
-    if len(text) > _LONGEST:
+    sealed = b'{"crc32":"%08x",' % zlib.crc32(text) + text[1:]
+    if len(sealed) > _LONGEST:
         raise ValueError(
-            f"the document about the state has {len(text)} bytes; expected at most {_LONGEST}: see `extra`"
+            f"the document about the state has {len(sealed)} bytes; expected at most {_LONGEST}: see `extra`"
         )
-    return b'{"crc32":"%08x",' % zlib.crc32(text) + text[1:]
+    return sealed
 
 
 def plain(value: Any) -> Any:
@@ -211,12 +224,17 @@ def _check(document: dict[str, Any], where: str) -> None:
             raise CorruptFileError(f"{where}: {field!r} is {document.get(field)!r:.80}; expected a {kind.__name__}")
     if document["class"] not in ("AdamW", "LossScaleOptimizer"):
         raise CorruptFileError(f"{where} holds a {document['class']!r:.80}; expected 'AdamW' or 'LossScaleOptimizer'")
-    if document["version"] < 1 or document["step"] < 0 or document["skipped_steps"] < 0:
-        raise CorruptFileError(f"{where} has a negative version, step or count of skipped steps; expected none")
+    if document["version"] < 1 or not all(0 <= document[count] < 2**62 for count in ("step", "skipped_steps")):
+        raise CorruptFileError(f"{where} has a negative or huge version, step or count of skipped steps; expected none")
+    if "extra" not in document:
+        raise CorruptFileError(f"{where} lacks 'extra'; expected it, null where there is none")
     for variable in document["variables"]:
         if type(variable) is not dict or any(type(variable.get(f)) is not kind for f, kind in _VARIABLE.items()):
             raise CorruptFileError(f"{where} describes the variable {variable!r:.80}; expected {list(_VARIABLE)}")
         _check_entry(variable, f"{where}: variable {variable['name']!r:.80}")
+    names = [variable["name"] for variable in document["variables"]]
+    if len(set(names)) < len(names):
+        raise CorruptFileError(f"{where} describes a variable more than once; expected every name once")
     for pair in document["added"]:
         if type(pair) is not list or len(pair) != 2 or type(pair[0]) is not str or type(pair[1]) is not bool:
             raise CorruptFileError(f"{where} describes the added variable {pair!r:.80}; expected a name and a boolean")

@@ -18,6 +18,7 @@ from . import arrays, checkpoint, matching, schedules, stateless, step
 from . import hyperparameters as hp
 from .arrays import Array
 from .containers import Container, flatten, in_order, materialized, rebuild
+from .manifest import DTYPES, encoded
 from .state import Place, State, load, new_slots, replace, save
 from .step import Built, Call
 
@@ -281,6 +282,7 @@ class AdamW:
             raise ValueError("`variables` is empty; expected at least one array")
         for name, variable in zip(names, variables, strict=True):
             arrays.check_variable(name, variable)
+            encoded(name)
         options = {
             "average": self.use_ema,
             "gradient_accumulator": self.gradient_accumulation_steps,
@@ -336,6 +338,9 @@ class AdamW:
             except re.error as error:
                 raise ValueError(f"`var_names` holds {pattern!r}, which is no regular expression: {error}") from None
         listed = [] if var_list is None else flatten(var_list, "var_list")[1]
+        saved = [entry["name"] for entry in self._loaded.variables if entry["excluded"]] if self._loaded else []
+        if saved:
+            warnings.warn(f"the exclusions from weight decay that were saved, of {saved}, are replaced", stacklevel=2)
         self._exclusions = (listed, patterns)
 
     def _is_excluded(self, name: str, variable: Array) -> bool:
@@ -367,8 +372,15 @@ class AdamW:
         Returns
         -------
         numpy.ndarray
+
+        Raises
+        ------
+        TypeError
+            If no file can hold the dtype.
         """
         array = np.zeros(shape, np.float32 if dtype is None else dtype)
+        if array.dtype.name not in DTYPES or not array.dtype.isnative:
+            raise TypeError(f"`dtype` is {dtype!r}; expected one of {', '.join(DTYPES)}, in native byte order")
         name = f"variable_{len(self._state.places())}" if name is None else name
         return self._state.add(name, array, initializer, late=self.built)
 

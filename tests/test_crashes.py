@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from adamw_numba import AdamW, CorruptFileError, manifest
-from adamw_numba.stores import npz
+from adamw_numba.stores import npz, opening
 
 FILES = ["s.npz", "s.safetensors", "s.h5", "s.zarr.zip"]
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, uses fork and resource limits")
@@ -409,3 +409,137 @@ def test_every_file_of_a_folder_damaged_or_missing(tmp_path):
                 assert "s.zarr" in str(error)
         file.write_bytes(whole)
     assert found_in(path) == 1
+
+
+def interrupted_at(path, monkeypatch, error):
+    """Save, and fail where the folder's own entry is synced: the new generation is current by then."""
+    from adamw_numba.stores import zarr
+
+    def fail(folder):
+        raise error
+
+    with monkeypatch.context() as patches:
+        patches.setattr(zarr, "sync", fail)
+        with pytest.raises(type(error)):
+            save(2, path)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()], ids=repr)
+def test_a_failure_after_the_switch_keeps_what_is_current(error, tmp_path, monkeypatch):
+    path = tmp_path / "s.zarr"
+    save(1, path)
+    interrupted_at(path, monkeypatch, error)
+    assert found_in(path) == 2
+    save(3, path)
+    assert found_in(path) == 3
+    assert sum(entry.is_dir() for entry in path.iterdir()) == 1
+
+
+def test_two_writers_of_one_folder(tmp_path):
+    """Each begins while the other writes: the last prevails, and nothing stays behind."""
+    path = tmp_path / "s.zarr"
+    save(1, path)
+    with opening.writing(path, True) as store:
+        for key, array in {**manifest.read(path).arrays}.items():
+            store[key] = array
+        save(2, path)  # the other begins later and ends sooner
+        assert found_in(path) == 2
+        document = {k: v for k, v in manifest.describe(path).items() if k != "crc32"} | {"extra": 1}
+        store[npz.MANIFEST] = np.frombuffer(manifest._encode(document), np.uint8)
+    assert manifest.describe(path)["extra"] == 1
+    save(3, path)
+    assert found_in(path) == 3
+    assert sum(entry.is_dir() for entry in path.iterdir()) == 1
+
+
+@pytest.mark.parametrize("kind", ["folder", "store", "files"])
+def test_data_of_others_is_left_alone(kind, tmp_path):
+    import zarr
+
+    path = tmp_path / "s.zarr"
+    target = zarr.storage.MemoryStore() if kind == "store" else path
+    if kind == "files":
+        path.mkdir()
+        (path / "mine.txt").write_text("mine")
+    else:
+        zarr.create_array(target, name="mine", data=np.ones(3), zarr_format=3)
+    with pytest.raises(ValueError, match=r"holds \['mine.*adamw_numba.*empty place"):
+        optimizer_of(1).save(target)
+    if kind == "folder":  # put beside ours, it stays
+        shutil.rmtree(path)
+        save(1, path)
+        zarr.create_array(path / "mine", data=np.ones(3))
+        zarr.create_array(path / "0123456789abcdef0123456789abcdef", data=np.ones(3))
+        save(2, path)
+        assert found_in(path) == 2
+        assert len(list(path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("name", [*FILES, "s.zarr"])
+def test_what_an_interrupt_has_left_is_cleared_away(name, tmp_path, monkeypatch):
+    """Though its process, this one, lives on; and a generation of which half is removed."""
+    from adamw_numba.stores import files
+
+    mark = f"{files._here()}.{os.getpid()}.0123456789abcdef"
+    save(1, tmp_path / name)
+    if name == "s.zarr":
+        left = tmp_path / name / f"adamw_numba.{mark}"
+        (left / "momentum").mkdir(parents=True)
+    else:
+        left = tmp_path / f".s.{mark}.tmp.{name.partition('.')[2]}"
+        left.write_bytes(b"")
+    save(2, tmp_path / name)
+    assert not left.exists()
+
+
+@needs_linux
+@pytest.mark.parametrize("name", [*FILES, "s.zarr"])
+def test_a_link_is_followed_and_the_mode_kept(name, tmp_path):
+    (tmp_path / "real").mkdir()
+    real, link = tmp_path / "real" / name, tmp_path / name
+    save(1, real)
+    link.symlink_to(real)
+    mode = 0o600 if name != "s.zarr" else 0o700
+    real.chmod(mode)
+    save(2, link)
+    assert link.is_symlink()
+    assert found_in(real) == 2
+    assert real.stat().st_mode & 0o777 == mode
+    assert os.listdir(tmp_path / "real") == [name]
+
+
+INTERRUPTS = """
+from adamw_numba.stores import hdf5
+folder, at = Path({folder!r}), 0
+save(1, folder / "s.h5")
+write = hdf5.Sink.write
+class Counting:
+    left = 0
+def interrupted(sink, data):
+    Counting.left -= 1
+    if Counting.left == 0:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.02)
+    return write(sink, data)
+hdf5.Sink.write = interrupted
+stopped = 0
+for at in range(1, 1000, 9):
+    Counting.left = at
+    try:
+        save(2, folder / "s.h5")
+    except KeyboardInterrupt:
+        stopped += 1
+        assert found_in(folder / "s.h5") == 1
+        assert os.listdir(folder) == ["s.h5"]
+    else:
+        break
+assert found_in(folder / "s.h5") == 2 and stopped > 3, (stopped, at)
+print("interrupted")
+"""
+
+
+@needs_linux
+def test_interrupts_while_hdf5_writes(tmp_path):
+    script = (HELPER + INTERRUPTS).format(tests=os.path.dirname(__file__), folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    assert done.stdout.strip() == "interrupted", (done.returncode, done.stderr[-3000:])

@@ -205,6 +205,28 @@ FILES = {
     "beta": (config(beta_1=7.0), ValueError, ["beta_1", "7.0"]),
     "config of a list": (changed(config=[]), CorruptFileError, ["'config'", "dict"]),
     "negative step": (changed(step=-1), CorruptFileError, ["negative"]),
+    "huge skips": (changed(skipped_steps=10**100), CorruptFileError, ["huge", "skipped"]),
+    "other step": (changed(step=5), CorruptFileError, ["step 5", "iteration"]),
+    "no extra": (
+        lambda p: npz_with(p, lambda document: document.pop("extra")),
+        CorruptFileError,
+        ["lacks 'extra'"],
+    ),
+    "double variables": (
+        lambda p: npz_with(p, lambda document: document["variables"].append(document["variables"][0])),
+        CorruptFileError,
+        ["variable more than once"],
+    ),
+    "huge number in a config": (
+        config(learning_rate={"class_name": "CosineDecay", "config": {"initial_learning_rate": 10**400}}),
+        ValueError,
+        ["config that cannot be used"],
+    ),
+    "nested npy header": (
+        replaced(b"\x93NUMPY\x01\x00" + struct.pack("<H", 9000) + b"-" * 9000),
+        CorruptFileError,
+        ["momentum/w"],
+    ),
     "step of a float": (changed(step=1e300), CorruptFileError, ["'step'"]),
     "overflowing shape": (entry(shape=[2**62, 4]), CorruptFileError, ["shape", "more bytes"]),
     "huge integers": (entry(shape=[2**70]), CorruptFileError, ["shape"]),
@@ -295,6 +317,18 @@ def test_refused_before_memory_is_taken(make, error, words, tmp_path):
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [{}, {"inner_optimizer": 3}, {"inner_optimizer": {}}], ids=repr)
+def test_restoring_from_a_strange_config(value, tmp_path):
+    path = changed(config=value)(tmp_path / "bad.npz")
+    optimizer = AdamW(0.25)
+    optimizer.build({"w": W.copy()})
+    if value:
+        with pytest.raises(ValueError, match=r"bad.npz holds a config that cannot be used"):
+            optimizer.restore(path)
+    else:
+        assert optimizer.restore(path) is None
+
+
 def test_messages_differ():
     assert len({tuple(words) for _, _, words in FILES.values()}) > 40
 
@@ -367,14 +401,17 @@ class Runs(RuleBasedStateMachine):
         self.checkpoints = Checkpoints(self.folder, keep=3, durable=False)
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            restored = self.checkpoints.restore_latest(self.optimizer)
+            try:
+                restored = self.checkpoints.restore_latest(self.optimizer)
+            except CorruptFileError:
+                restored = "damaged"
         whole = [n for n in self.saved if n not in self.damaged]
         assert len(seen) == len([n for n in self.saved if n > max(whole, default=0)])
         if whole:
             assert restored.step == restored.extra == max(whole)
             assert self.image() == self.saved[max(whole)]
         else:
-            assert restored is None
+            assert restored == ("damaged" if self.saved else None)
 
     def teardown(self):
         shutil.rmtree(getattr(self, "folder", ""), ignore_errors=True)

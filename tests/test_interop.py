@@ -233,6 +233,51 @@ def of_groups(*groups, state=()):
     return {"state": dict(state), "param_groups": list(groups)}
 
 
+W = np.ones(3, np.float32)
+
+
+def moments(**changes):
+    return {"step": 1.0, "exp_avg": W, "exp_avg_sq": W} | changes
+
+
+def from_adam(**changes):
+    adam, *others = optax.adamw(0.1).init({"a": jnp.ones(3)})
+    return interop.from_optax((adam._replace(**changes), *others), learning_rate=0.1)
+
+
+def built_named(*names):
+    optimizer = AdamW()
+    optimizer.build({name: np.ones(3) for name in names})
+    return optimizer
+
+
+def built_thirds():
+    optimizer = built()
+    optimizer.apply([np.full(3, 1 / 3)])
+    return optimizer
+
+
+def keras_of(shape, cls=keras.optimizers.AdamW):
+    optimizer = cls()
+    optimizer.build([keras.Variable(np.ones(shape, np.float32))])
+    return optimizer
+
+
+def test_counts_of_optax_follow():
+    parameters = [jnp.ones(3)]
+    optimizer = AdamW()
+    optimizer.build([W.copy()])
+    for _ in range(5):
+        optimizer.apply([W])
+    injected = optax.inject_hyperparams(optax.adamw)(learning_rate=optax.linear_schedule(1.0, 0.0, 10))
+    state = interop.to_optax(optimizer, injected.init(parameters))
+    assert (int(state.count), int(state.inner_state[0].count)) == (5, 5)
+    _, state = injected.update(parameters, state, parameters)
+    np.testing.assert_allclose(state.hyperparams["learning_rate"], 0.5)
+    several = interop.to_optax(optimizer, optax.MultiSteps(optax.adamw(0.1), 4).init(parameters))
+    assert (int(several.gradient_step), int(several.inner_opt_state[0].count)) == (5, 5)
+
+
 NO_CONVERSION = {
     "average": (lambda: interop.to_torch(built(use_ema=True)), ["use_ema", "leave_out"]),
     "clip": (lambda: interop.to_torch(built(clipnorm=1.0)), ["clipnorm"]),
@@ -252,14 +297,52 @@ NO_CONVERSION = {
     "decays": (lambda: interop.from_torch(of_groups(group(), group(weight_decay=0.2))), ["weight_decay", "0.2"]),
     "coupled": (lambda: interop.from_torch(of_groups(group(decoupled_weight_decay=False))), ["coupled"]),
     "steps": (
-        lambda: interop.from_torch(of_groups(group(params=[0, 1]), state={0: {"step": 3.0}}.items())),
+        lambda: interop.from_torch(of_groups(group(params=[0, 1]), state={0: moments(step=3.0)}.items())),
         ["[0.0, 3.0]"],
     ),
+    **{
+        f"torch: {name}": ((lambda given=given: interop.from_torch(given)), words)
+        for name, given, words in [
+            ("half a step", of_groups(group(), state={0: moments(step=1.5)}.items()), ["step", "1.5"]),
+            ("negative step", of_groups(group(), state={0: moments(step=-5.0)}.items()), ["step", "-5"]),
+            ("infinite step", of_groups(group(), state={0: moments(step=np.inf)}.items()), ["step", "inf"]),
+            ("huge step", of_groups(group(), state={0: moments(step=1e30)}.items()), ["step", "1e+30"]),
+            ("twice", of_groups(group(params=[0, 0])), ["[0, 0]", "once"]),
+            ("squares", of_groups(group(), state={0: moments(exp_avg_sq=-np.ones(3))}.items()), ["exp_avg_sq", "-1"]),
+            ("no groups", of_groups(), ["param_groups"]),
+            ("SGD", of_groups({"params": [0], "lr": 0.1}), ["betas", "torch.optim.AdamW"]),
+            ("no squares", of_groups(group(), state={0: {"step": 1.0, "exp_avg": W}}.items()), ["lacks", "exp_avg_sq"]),
+            ("nothing", {}, ["state_dict", "param_groups"]),
+        ]
+    },
+    "negative count": (lambda: from_adam(count=-3), ["count", "-3"]),
+    "other names": (lambda: from_adam(nu={"b": W}), ["mu", "nu", "'b'"]),
+    "inside a window": (
+        lambda: interop.from_optax(
+            optax.MultiSteps(optax.adamw(0.1), 4).init({"a": W})._replace(mini_step=2), learning_rate=0.1
+        ),
+        ["mini_step 2"],
+    ),
+    "shape of optax": (lambda: interop.to_optax(built(), optax.adamw(0.1).init([jnp.ones(1)])), ["(1,)", "(3,)"]),
+    "names of optax": (
+        lambda: interop.to_optax(built_named("z", "a"), optax.adamw(0.1).init({"a": jnp.ones(3), "y": jnp.ones(3)})),
+        ["'y'", "'z'"],
+    ),
+    "rounded for optax": (lambda: interop.to_optax(built_thirds(), optax.adamw(0.1).init([jnp.ones(3)])), ["float32"]),
+    "counter of optax": (
+        lambda: interop.to_optax(built(), (optax.adamw(0.1).init([jnp.ones(3)]), optax.ema(0.9).init([jnp.ones(3)]))),
+        ["EmaState", "count"],
+    ),
+    "rounded for Keras": (lambda: interop.to_keras(built_thirds(), keras_of((3,))), ["float32", "momentum"]),
+    "shape of Keras": (lambda: interop.to_keras(built(), keras_of((1,))), ["(1,)", "(3,)"]),
+    "class of Keras": (lambda: interop.to_keras(built(), keras_of((3,), keras.optimizers.Lamb)), ["Lamb", "AdamW"]),
+    "class from Keras": (lambda: interop.from_keras(keras_of((3,), keras.optimizers.Lamb)), ["Lamb", "AdamW"]),
     "no config": (lambda: interop.from_keras({"0": np.int32(0)}), ["config"]),
     "count": (
         lambda: interop.from_keras({"0": np.int32(0), "1": np.float32(0)}, config=AdamW().get_config()),
         ["2 arrays"],
     ),
+    "template": (lambda: interop.to_keras(built(), "x.weights.h5", template=__file__), [__file__, "signature"]),
     "keras suffix": (lambda: interop.to_keras(built(), "x.h5"), [".weights.h5"]),
 }
 

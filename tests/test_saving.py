@@ -17,7 +17,16 @@ import torch
 import zarr
 
 import adamw_numba
-from adamw_numba import AdamW, Checkpoints, CorruptFileError, LossScaleOptimizer, saved_variables, schedules
+from adamw_numba import (
+    AdamW,
+    Checkpoints,
+    CorruptFileError,
+    LossScaleOptimizer,
+    checkpoint,
+    manifest,
+    saved_variables,
+    schedules,
+)
 from adamw_numba.__main__ import main
 from adamw_numba.stores import checksums, npz
 
@@ -284,6 +293,8 @@ def build(variables, **options):
 
 
 W = np.zeros(3, np.float32)
+CIRCLE = []
+CIRCLE.append(CIRCLE)
 # what is done with a file of {"w": float32 (3,)} saved by AdamW(0.1) -> error, words
 MISFITS = {
     "shape": (lambda p: AdamW.load(p, {"w": np.zeros(4, "f4")}), ValueError, ["'w'", "(3,)", "(4,)"]),
@@ -308,6 +319,17 @@ MISFITS = {
     "extra keys": (lambda p: build([W]).save(p, {"x": {1: 2}}), TypeError, ["extra['x']", "key 1", "strings"]),
     "keep": (lambda p: Checkpoints(p.parent, keep=0), ValueError, ["keep", "0"]),
     "every": (lambda p: Checkpoints(p.parent, every=0), ValueError, ["every", "0"]),
+    "folder at a URL": (lambda p: Checkpoints("s3://bucket/run", suffix=".zarr"), ValueError, ["directory", "s3://"]),
+    "URL as a path": (lambda p: build([W]).save(Path("memory://x.zarr")), ValueError, ["memory:/x.zarr", "string"]),
+    "dtype that no file holds": (
+        lambda p: AdamW().add_variable((3,), dtype=">f4"),
+        TypeError,
+        ["dtype", ">f4", "native"],
+    ),
+    "lone surrogate": (lambda p: build({"\ud800": W}), ValueError, ["\\ud800", "surrogate"]),
+    "extra of itself": (lambda p: build([W]).save(p, CIRCLE), ValueError, ["extra", "holds itself"]),
+    "extra too long": (lambda p: build([W]).save(p, [10**5000]), ValueError, ["extra[0]", "bits"]),
+    "no .safetensors": (lambda p: AdamW.load(p.with_name("n.safetensors")), FileNotFoundError, ["n.safetensors"]),
     "kind of file": (lambda p: Checkpoints(p.parent, suffix=".pt"), ValueError, [".pt", ".npz"]),
 }
 
@@ -323,6 +345,57 @@ def test_misfits_change_nothing(act, error, words, tmp_path):
         assert word in str(caught.value)
     assert path.read_bytes() == before
     assert sorted(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("store", [*STORES, "mapping"])
+def test_added_arrays_keep_their_dtype(store, tmp_path):
+    optimizer, target = build({"w": W}), {} if store == "mapping" else tmp_path / store
+    array = optimizer.add_variable((3,), "ones", dtype=ml_dtypes.bfloat16, name="mine")
+    optimizer.save(target)
+    found = AdamW.load(target, {"w": W.copy()}).state["mine"]
+    assert found.dtype == array.dtype
+    np.testing.assert_array_equal(found, array)
+    other = build({"w": W})
+    other.add_variable((3,), dtype="uint16", name="mine")
+    with pytest.raises(ValueError, match=r"mine.*bfloat16.*uint16"):
+        other.restore(target)
+
+
+def test_a_mapping_keeps_what_is_its_own():
+    store = {}
+    optimizer = build({"w": W})
+    optimizer.save(store)
+    AdamW.load(store).state["iteration"][...] = 5
+    loaded = AdamW.load(store)
+    store["momentum/w"][...] = 7
+    loaded.build({"w": W})
+    np.testing.assert_array_equal(loaded.state["momentum/w"], 0)
+
+
+def test_the_largest_document_loads(monkeypatch):
+    optimizer = build({"w": W})
+    length = len(manifest._encode(checkpoint.snapshot(optimizer, "").document))
+    monkeypatch.setattr(manifest, "_LONGEST", length + 1000)
+    saved = 0
+    for size in range(500, 1000):
+        store = {}
+        try:
+            optimizer.save(store, "x" * size)
+        except ValueError as error:
+            assert "extra" in str(error)
+        else:
+            saved += 1
+            assert len(AdamW.load(store).extra) == size
+    assert 0 < saved < 500
+
+
+def test_exclusions_that_were_saved_are_not_dropped_in_silence():
+    store, optimizer = {}, AdamW()
+    optimizer.exclude_from_weight_decay(var_names=["w"])
+    optimizer.build({"w": W})
+    optimizer.save(store)
+    with pytest.warns(UserWarning, match=r"\['w'\], are replaced"):
+        AdamW.load(store).exclude_from_weight_decay(var_names=["b"])
 
 
 def test_functions_come_back_through_custom_objects(tmp_path):
@@ -413,6 +486,66 @@ def test_background_errors_surface_and_steps_go_on(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="No space"):
             surfacing()
     checkpoints.close()
+
+
+def test_errors_of_the_background_are_not_lost(tmp_path, monkeypatch):
+    """Not by an interrupt while they are waited for, not where nobody calls `close`; a step not due does not wait."""
+    optimizer, gate = build({"w": np.ones(3)}), threading.Event()
+
+    def fail(*given):
+        gate.wait(10)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(adamw_numba.manifest, "write", fail)
+    checkpoints = Checkpoints(tmp_path, background=True, every=2)
+    checkpoints.save(optimizer, 2)
+    assert checkpoints.save(optimizer, 3) is None
+    with monkeypatch.context() as patches:
+        patches.setattr(adamw_numba.checkpoints, "wait", lambda futures: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.close()
+    gate.set()
+    with pytest.raises(OSError, match="No space"):
+        checkpoints.close()
+    code = "import numpy, adamw_numba; from adamw_numba import manifest\n"
+    code += "def fail(*given): raise OSError(28, 'No space left')\nmanifest.write = fail\n"
+    code += "optimizer = adamw_numba.AdamW(); optimizer.build([numpy.ones(3)])\n"
+    code += f"adamw_numba.Checkpoints({str(tmp_path)!r}, background=True).save(optimizer, 1)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "could not be written" in done.stderr
+
+
+def test_going_back_gives_up_what_was_later(tmp_path):
+    optimizer = build({"w": np.ones(3)})
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 8, 9, 3, 4):
+        checkpoints.save(optimizer, step, extra=step)
+        assert checkpoints.restore_latest(optimizer).step == step
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_folder_of_checkpoints_stays_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoints = Checkpoints("relative")
+    monkeypatch.chdir("/")
+    checkpoints.save(build({"w": np.ones(3)}), 1)
+    assert checkpoints.latest() == tmp_path / "relative" / "step-000000000001.npz"
+
+
+def test_what_cannot_be_read_is_not_nothing(tmp_path, monkeypatch):
+    optimizer, checkpoints = build({"w": np.ones(3)}), Checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(optimizer, step)
+    with monkeypatch.context() as patches:
+        patches.setattr(npz, "open", lambda *given: (_ for _ in ()).throw(OSError(5, "I/O error")), raising=False)
+        for act in (checkpoints.latest, lambda: checkpoints.restore_latest(optimizer)):
+            with pytest.raises(OSError, match="I/O error"):
+                act()
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"PK")
+    for act in (checkpoints.latest, lambda: checkpoints.restore_latest(optimizer)):
+        with pytest.warns(UserWarning, match="left out"), pytest.raises(CorruptFileError, match="holds 2 checkpoints"):
+            act()
 
 
 def test_a_save_beside_a_step_is_of_one_moment(tmp_path):

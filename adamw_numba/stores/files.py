@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import re
 import shutil
 import socket
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,23 +15,54 @@ class CorruptFileError(ValueError):
     """A file does not hold what was saved: it is damaged, cut short, hostile, or of another kind."""
 
 
+_UNDER_WAY: set[str] = set()  # the marks of what this process is writing at the moment
+
+
 @contextlib.contextmanager
 def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
-    """A temporary path in the same folder, renamed over `path` when the block ends well, removed when it does not."""
+    """A temporary path in the same folder, renamed over `path` when the block ends well, removed when it does not.
+
+    A symbolic link is followed, and the mode of an existing file kept.
+    """
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     _remove_abandoned(path)
-    temporary = _temporary(path)
-    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-    try:
-        yield temporary
-        if durable:
-            sync(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
+    with under_way() as mark:
+        temporary = _temporary(path, mark)
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            os.close(os.open(temporary, flags, 0o666 if mode is None else mode | stat.S_IWUSR))
+            yield temporary
+            if mode is not None:
+                os.chmod(temporary, mode)
+            if durable:
+                sync(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
     if durable:
         sync(path.parent)
+
+
+@contextlib.contextmanager
+def under_way() -> Iterator[str]:
+    """A mark for what is being written, which tells others whether its writer still lives: host, process, chance."""
+    mark = f"{_here()}.{os.getpid()}.{uuid.uuid4().hex[:16]}"
+    _UNDER_WAY.add(mark)
+    try:
+        yield mark
+    finally:
+        _UNDER_WAY.discard(mark)
+
+
+def is_abandoned(mark: str) -> bool:
+    """Whether nobody writes what bears this mark any more; of another host's, nobody knows."""
+    host, number, _ = mark.split(".")
+    if os.name == "nt" or host != _here():
+        return False
+    return mark not in _UNDER_WAY if int(number) == os.getpid() else not _lives(int(number))
 
 
 def sync(path: Path) -> None:
@@ -73,25 +106,23 @@ def _flush(descriptor: int) -> None:
         os.fsync(descriptor)
 
 
-def _temporary(path: Path) -> Path:
+def _temporary(path: Path, mark: str) -> Path:
     stem, dot, suffix = path.name.partition(".")
-    return path.with_name(f".{stem}.{_here()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp{dot}{suffix}")
+    return path.with_name(f".{stem}.{mark}.tmp{dot}{suffix}")
 
 
 def _here() -> str:
-    return socket.gethostname().replace(".", "-")
+    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname()) or "-"
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove temporary files of the same name whose process is gone."""
-    if os.name == "nt":
-        return
-    stem, dot, suffix = path.name.partition(".")
-    start, end = f".{stem}.{_here()}.", f".tmp{dot}{suffix}"
+    """Remove temporary files of the same name whose writer is gone."""
+    stem, dot, suffix = map(re.escape, path.name.partition("."))
+    ours = re.compile(rf"\.{stem}\.([^.]+\.\d+\.[0-9a-f]+)\.tmp{dot}{suffix}")
     with contextlib.suppress(OSError):
         for name in os.listdir(path.parent):
-            number = name.removeprefix(start).partition(".")[0]
-            if name.startswith(start) and name.endswith(end) and number.isdigit() and not _lives(int(number)):
+            found = ours.fullmatch(name)
+            if found and is_abandoned(found[1]):
                 with contextlib.suppress(OSError):
                     os.unlink(path.with_name(name))
 
@@ -108,7 +139,7 @@ def _lives(process: int) -> bool:
 
 def remove(path: Path) -> None:
     """Remove a file, or a folder with all that is in it; that it is gone already is no error."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

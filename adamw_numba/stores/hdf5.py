@@ -1,6 +1,7 @@
 """`.h5`: a dataset per array, with Fletcher-32, and a CRC-32 of the whole file ahead of it, in its user block."""
 
 import re
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,15 +26,43 @@ def opened(path: Path, mode: str) -> Iterator[Any]:
         with h5py.File(path, "r") as file:
             yield Group(file)
         return
-    with open(path, "w+b", buffering=0) as raw:
-        sink = Sink(raw)
-        with h5py.File(sink, "w", userblock_size=_BLOCK) as file:
-            yield Group(file)
-        if sink.error is not None:
-            raise sink.error
+    writer = Writer()
+    yield writer
+    _write_undisturbed(path, writer)
     checksum = _checksum(path)
     with open(path, "r+b") as end:
         end.write(b"adamw_numba crc32 %08x\n" % checksum)
+
+
+def _write_undisturbed(path: Path, writer: "Writer") -> None:
+    """Write in a thread of its own, where no signal arrives: HDF5 does not survive an exception in a write."""
+    sink = Sink(open(path, "w+b", buffering=0))  # noqa: SIM115 - closed by the thread
+    ended: list[BaseException | None] = []
+    gate = threading.Lock()
+    gate.acquire()
+    threading.Thread(target=_write, args=(sink, writer, ended, gate), name="adamw_numba hdf5").start()
+    while not ended:
+        try:
+            gate.acquire(timeout=1)
+        except BaseException as error:
+            sink.error = sink.error or error
+    failure = sink.error or ended[0]
+    if failure is not None:
+        raise failure
+
+
+def _write(sink: "Sink", writer: "Writer", ended: list[BaseException | None], gate: threading.Lock) -> None:
+    failure: BaseException | None = None
+    try:
+        with sink.file, library().File(sink, "w", userblock_size=_BLOCK) as file:
+            group = Group(file)
+            for key, (put, array) in writer.arrays.items():
+                if sink.error is None:
+                    put(group, key, array)
+    except BaseException as error:
+        failure = error
+    ended.append(failure)
+    gate.release()
 
 
 def library() -> Any:
@@ -50,7 +79,7 @@ class Sink:
 
     def __init__(self, file: Any) -> None:
         self.file = file
-        self.error: OSError | None = None
+        self.error: BaseException | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.file, name)
@@ -62,7 +91,7 @@ class Sink:
         while len(left) and self.error is None:
             try:
                 left = left[self.file.write(left) :]
-            except OSError as error:
+            except BaseException as error:
                 self.error = error
         return count
 
@@ -70,9 +99,23 @@ class Sink:
         """Set the size, or nothing more after a failure."""
         try:
             return int(self.file.truncate(size))
-        except OSError as error:
+        except BaseException as error:
             self.error = self.error or error
             return size or 0
+
+
+class Writer:
+    """Arrays held until all are written at once, each with the method that puts it in."""
+
+    def __init__(self) -> None:
+        self.arrays: dict[str, tuple[Any, Any]] = {}
+
+    def __setitem__(self, key: str, array: np.ndarray[Any, Any]) -> None:
+        self.arrays[key] = (Group.__setitem__, array)
+
+    def set_bfloat16(self, key: str, bits: np.ndarray[Any, Any]) -> None:
+        """Put in bfloat16 numbers by their bits."""
+        self.arrays[key] = (Group.set_bfloat16, bits)
 
 
 class Group:

@@ -121,7 +121,10 @@ def _read_header(member: Any, info: zipfile.ZipInfo, where: str) -> tuple[tuple[
         raise CorruptFileError(f"{where}: {info.filename!r} is no .npy file of version 1.0")
     header = start + member.read(int.from_bytes(start[8:], "little"))
     stream = io.BytesIO(header[8:])
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream, max_header_size=_LONGEST_HEADER)
+    try:
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream, max_header_size=_LONGEST_HEADER)
+    except MemoryError as error:  # of Python's parser, at an expression that is nested too deep
+        raise CorruptFileError(f"{where}: {info.filename!r} has a header that cannot be parsed: {error}") from error
     if dtype.hasobject:
         raise CorruptFileError(f"{where}: {info.filename!r} holds Python objects (a pickle); expected numbers")
     if dtype.kind not in "biufcV" or fortran or any(size < 0 for size in shape):

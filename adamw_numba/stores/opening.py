@@ -1,6 +1,7 @@
 """Which store a target is: by its suffix, or by what it is."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import entry_points
@@ -16,6 +17,7 @@ _OPENERS: dict[str, Any] = {
     ".h5": hdf5.opened,
     ".zarr.zip": zarr.opened,
 }
+_LIBRARIES = {".safetensors": safetensors.library, ".h5": hdf5.library, ".zarr.zip": zarr.library}
 
 
 @contextmanager
@@ -83,6 +85,8 @@ def is_mapping(target: Any) -> bool:
 def _is_zarr(target: Any) -> bool:
     if isinstance(target, (str, os.PathLike)):
         text = os.fspath(target)
+        if isinstance(text, str) and not isinstance(target, str):
+            check_no_url("target", text)
         return isinstance(text, str) and ("://" in text or text.rstrip("/").endswith(".zarr"))
     return any(f"{kind.__module__}.{kind.__name__}" == "zarr.abc.store.Store" for kind in type(target).__mro__)
 
@@ -104,9 +108,25 @@ def _opener(path: Path) -> Any:
     raise ValueError(f"{str(path)!r} has no suffix that is known; expected one of {known}, or a URL of a zarr store")
 
 
+def check_no_url(what: str, text: str) -> None:
+    """Refuse a URL where a path in the file system is expected; a `Path` has lost one of its slashes.
+
+    Raises
+    ------
+    ValueError
+    """
+    if "://" in text or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+        raise ValueError(f"`{what}` is {text!r}, a URL; expected a path, or for a save the URL as a string")
+
+
 def check_target(target: Any) -> None:
-    """Refuse what `writing` would refuse, before there is anything to write."""
+    """Refuse what `writing` would refuse, before there is anything to write; a package that is missing too."""
     if is_mapping(target):
         adapted(target)
-    elif not _is_zarr(target):
+    elif _is_zarr(target):
+        zarr.library()
+    else:
         _opener(Path(target))
+        for suffix, library in _LIBRARIES.items():
+            if str(target).endswith(suffix):
+                library()

@@ -17,21 +17,30 @@ _METADATA = "adamw_numba"
 @contextmanager
 def opened(path: Path, mode: str) -> Iterator[Any]:
     """A mapping over a file that is written when the block ends (mode ``"w"``), or read (``"r"``)."""
-    library = _library()
+    package = library()
     if mode == "r":
-        with library.safe_open(path, framework="numpy") as file:
-            yield Reader(file, path)
+        with open(path, "rb") as raw, package.safe_open(path, framework="numpy") as file:
+            yield Reader(file, path, raw)
         return
     writer = Writer()
     yield writer
     specs = {
-        key: library.TensorSpec(dtype=dtype, shape=list(array.shape), data_ptr=array.ctypes.data, data_len=array.nbytes)
+        key: package.TensorSpec(dtype=dtype, shape=list(array.shape), data_ptr=array.ctypes.data, data_len=array.nbytes)
         for key, (array, dtype) in writer.arrays.items()
     }
-    library.serialize_file(specs, path, metadata={_METADATA: writer.manifest})
+    try:
+        package.serialize_file(specs, path, metadata={_METADATA: writer.manifest})
+    except package.SafetensorError as error:
+        if "header" not in str(error).lower():
+            raise
+        raise ValueError(
+            f"names and `extra` take {len(writer.manifest)} bytes; expected what a .safetensors file holds ({error}), "
+            "or another suffix"
+        ) from error
 
 
-def _library() -> Any:
+def library() -> Any:
+    """The package safetensors."""
     try:
         import safetensors
     except ImportError:
@@ -66,12 +75,15 @@ class Writer:
 class Reader:
     """The library checks names, offsets and sizes when the file is opened."""
 
-    def __init__(self, file: Any, path: Path) -> None:
-        self.file, self.path = file, path
+    def __init__(self, file: Any, path: Path, raw: Any) -> None:
+        self.file, self.path, self.raw = file, path, raw
+        length = int.from_bytes(raw.read(8), "little")
+        self.header: dict[str, Any] = json.loads(raw.read(length))
+        self.start = 8 + length
 
     def keys(self) -> list[str]:
         """The names of the arrays."""
-        return list(self.file.keys())
+        return [key for key in self.header if key != "__metadata__"]
 
     def __getitem__(self, key: str) -> np.ndarray[Any, Any]:
         if key == MANIFEST:
@@ -79,18 +91,15 @@ class Reader:
             if text is None:
                 raise CorruptFileError(f"{self.path} lacks the metadata {_METADATA!r}; expected a file saved by AdamW")
             return np.frombuffer(text.encode(), np.uint8)
-        if key not in self.keys():
+        if key not in self.header or key == "__metadata__":
             raise CorruptFileError(f"{self.path} lacks {key!r}; expected it among its tensors")
-        view = self.file.get_slice(key)
-        if 0 in view.get_shape() and max(view.get_shape()) > 2**32:
-            raise CorruptFileError(f"{self.path}: {key!r} declares the shape {view.get_shape()} for no bytes")
-        return self._bits(key) if view.get_dtype() == "BF16" else np.asarray(self.file.get_tensor(key))
+        entry = self.header[key]
+        if 0 in entry["shape"] and max(entry["shape"]) > 2**32:
+            raise CorruptFileError(f"{self.path}: {key!r} declares the shape {entry['shape']} for no bytes")
+        return self._bits(entry) if entry["dtype"] == "BF16" else np.asarray(self.file.get_tensor(key))
 
-    def _bits(self, key: str) -> np.ndarray[Any, Any]:
+    def _bits(self, entry: dict[str, Any]) -> np.ndarray[Any, Any]:
         """What NumPy has no dtype for, from where the header says."""
-        with open(self.path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            entry = json.loads(file.read(length))[key]
-        start, end = entry["data_offsets"]
-        bits = np.fromfile(self.path, np.uint16, (end - start) // 2, offset=8 + length + start)
-        return bits.reshape(entry["shape"])
+        first, last = entry["data_offsets"]
+        self.raw.seek(self.start + first)
+        return np.fromfile(self.raw, np.uint16, (last - first) // 2).reshape(entry["shape"])

@@ -2,8 +2,8 @@
 
 import json
 import os
+import re
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from .files import CorruptFileError, replacing, sync, sync_tree
-from .npz import checked_members
+from .files import CorruptFileError, is_abandoned, replacing, sync, sync_tree, under_way
+from .npz import MANIFEST, checked_members
 
 _CURRENT = "adamw_numba"  # the attribute of the root that names the generation
+_OURS = re.compile(rf"{_CURRENT}\.(?P<mark>[^.]+\.\d+\.[0-9a-f]+)|[0-9a-f]{{32}}")  # generations
 _CHUNK = 1 << 26  # bytes
 
 
@@ -31,29 +32,81 @@ def library() -> Any:
 @contextmanager
 def writing(target: Any, durable: bool) -> Iterator[Any]:
     """A mapping whose arrays replace what a folder, a URL or a zarr store holds, once the block has ended."""
-    zarr, generation = library(), uuid.uuid4().hex
-    folder = _folder(target)
-    group = zarr.open_group(target, path=generation, mode="w", zarr_format=3)
+    zarr, folder = library(), _folder(target)
+    before = _checked_root(target, folder)
+    with under_way() as mark:
+        generation = f"{_CURRENT}.{mark}"
+        try:
+            store = Group(zarr.open_group(target, path=generation, mode="w", zarr_format=3))
+            yield store
+            if folder is not None and durable:
+                sync_tree(folder / generation)
+            store.check_complete()
+            _make_current(target, folder, generation, durable)
+        except BaseException:
+            _discard(target, folder, generation)
+            raise
+        with suppress(OSError, KeyError):  # what fails now is left for the next save to clear away
+            _clear(target, folder, before)
+
+
+def _checked_root(target: Any, folder: Path | None) -> str | None:
+    """The generation that is current before a save; a place that holds the user's own data is refused."""
+    attributes = _attributes(target)
+    foreign = [name for name in _members(target, folder) if not _OURS.fullmatch(name)]
+    if foreign and _CURRENT not in attributes:
+        raise ValueError(
+            f"`target` {target} holds {sorted(foreign)[:5]} and lacks the attribute {_CURRENT!r}; expected an empty "
+            "place, or one in which AdamW has saved before"
+        )
+    return attributes.get(_CURRENT)
+
+
+def _attributes(target: Any) -> dict[str, Any]:
+    """The attributes of the root; none where there is no root."""
     try:
-        yield Group(group)
-        if folder is not None and durable:
-            sync_tree(folder / generation)
-        _make_current(target, folder, generation, durable)
-    except BaseException:
-        with suppress(Exception):
+        return dict(library().open_group(target, mode="r", zarr_format=3).attrs)
+    except FileNotFoundError:
+        return {}
+
+
+def _members(target: Any, folder: Path | None) -> list[str]:
+    """What lies in the root, half removed generations included."""
+    if folder is not None:
+        found = os.listdir(folder) if folder.is_dir() else []
+        return [
+            name for name in found if name != "zarr.json" and not name.startswith(".") and not name.endswith(".partial")
+        ]
+    try:
+        return list(library().open_group(target, mode="r", zarr_format=3).keys())
+    except FileNotFoundError:
+        return []
+
+
+def _discard(target: Any, folder: Path | None, generation: str) -> None:
+    """Remove a generation that has not become current; where that cannot be told, nothing."""
+    with suppress(Exception):
+        if _attributes(target).get(_CURRENT) != generation:
             _remove(target, folder, generation)
-        raise
-    with zarr_errors(target):
-        for name in list(zarr.open_group(target, mode="r").keys()):
-            if name != generation:
-                _remove(target, folder, name)
 
 
-@contextmanager
-def zarr_errors(target: Any) -> Iterator[None]:
-    """What fails after the new generation is current is left for the next save to clear away."""
-    with suppress(OSError, KeyError):
-        yield
+def _clear(target: Any, folder: Path | None, before: str | None) -> None:
+    """Remove the generation that was current before, and those whose writer is gone: never the current one."""
+    old = [name for name in _members(target, folder) if _is_old(target, name, before)]
+    # Read after it was found out who lives: what a writer has made current meanwhile is seen here.
+    current = _attributes(target).get(_CURRENT)
+    for name in old:
+        if name != current:
+            _remove(target, folder, name)
+
+
+def _is_old(target: Any, name: str, before: str | None) -> bool:
+    found = _OURS.fullmatch(name)
+    if not found:
+        return False
+    if found["mark"] is None:  # a name that others might give to their data
+        return library().open_group(target, mode="r").get(f"{name}/{MANIFEST}") is not None
+    return name == before or is_abandoned(found["mark"])
 
 
 @contextmanager
@@ -94,6 +147,7 @@ class Group:
     def __init__(self, group: Any, where: Any = None) -> None:
         self.group = group
         self.where = str(group.store if where is None else where)
+        self.put: list[str] = []
 
     def keys(self) -> list[str]:
         """The names of what lies directly in the group."""
@@ -104,6 +158,7 @@ class Group:
 
     def __setitem__(self, key: str, array: Any) -> None:
         array = np.asarray(array)
+        self.put.append(key)
         if array.dtype.name == "bfloat16":
             array = array.view(np.uint16)
         with suppress(KeyError):
@@ -119,6 +174,12 @@ class Group:
         )
         if array.size:
             stored[...] = array
+
+    def check_complete(self) -> None:
+        """Refuse to go on where another has removed what was put in."""
+        lost = [key for key in self.put if key not in self.group]
+        if lost:
+            raise FileNotFoundError(f"{self.where} has lost {lost[:5]} while it was written: somebody has removed them")
 
     def __getitem__(self, key: str) -> np.ndarray[Any, Any]:
         array = self.group.get(key)
@@ -170,7 +231,8 @@ def _make_current(target: Any, folder: Path | None, generation: str, durable: bo
     if folder is None:
         library().open_group(target, mode="r+").update_attributes({_CURRENT: generation})
         return
-    root = {"zarr_format": 3, "node_type": "group", "attributes": {_CURRENT: generation}}
+    attributes = _attributes(target) | {_CURRENT: generation}
+    root = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
     with replacing(folder / "zarr.json", durable) as temporary:
         temporary.write_text(json.dumps(root, indent=2))
     if durable:
