@@ -385,7 +385,8 @@ def as_numpy(array: Array) -> np.ndarray[Any, Any]:
     """An array as NumPy, where it lies if it is on the host, else a copy; bfloat16 as its bits in uint16."""
     array = bits(array)
     if array_api_compat.is_torch_array(array) and array.device.type == "cpu":
-        return array.detach().resolve_conj().resolve_neg().numpy()
+        host: np.ndarray[Any, Any] = array.detach().resolve_conj().resolve_neg().numpy()
+        return host
     return array if isinstance(array, np.ndarray) else to_numpy(array)
 
 
