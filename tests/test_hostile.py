@@ -140,8 +140,14 @@ def test_the_list_of_gradients_changes_while_a_step_runs():
     optimizer = built([variable], threads=1, global_clipnorm=1.0)
     given = [np.ones(3_000_000, np.float32)]
     optimizer.apply(given)
+
+    def clear_once_begun(before):
+        while variable[0] == before:
+            time.sleep(0)
+        given.clear()
+
     for _ in range(20):
-        thread = threading.Thread(target=lambda: (time.sleep(0.001), given.clear()))
+        thread = threading.Thread(target=clear_once_begun, args=(variable[0].item(),))
         thread.start()
         optimizer.apply(given)
         thread.join()

@@ -58,6 +58,9 @@ def _help(queue: "SimpleQueue[Job]") -> None:
 
 
 _GIVE_WAY = _address_of_give_way()
+# The first call with an array asks Python for its type, where an interrupt could come in: not in a step, but here.
+cpu.take_parts(np.zeros(5, np.int64))
+cpu.run_job(np.zeros(5, np.int64), _GIVE_WAY)
 _HELPERS = _Helpers()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_HELPERS.forget)
