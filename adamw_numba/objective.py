@@ -238,7 +238,7 @@ class processes:  # noqa: N801 - a function to whoever uses it
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
 
-    def _map_in_chunks(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    def _map_in_chunks(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Any:
         items = list(items)
         count = (os.cpu_count() or 1) if self.workers in (None, -1) else self.workers
         return self.pool.map(function, items, chunksize=max(1, len(items) // (4 * count)))
