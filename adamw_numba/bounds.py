@@ -12,7 +12,9 @@ from .arrays import Array
 Matrix = np.ndarray[Any, Any]
 
 
-def read_bounds(bounds: Any, names: Sequence[str], leaves: Sequence[Array]) -> list[tuple[Array, Array]] | None:
+def read_bounds(
+    bounds: Any, names: Sequence[str], leaves: Sequence[Array], nested: bool
+) -> list[tuple[Array, Array]] | None:
     """Bounds as a pair of arrays like each variable; None where there are none.
 
     Raises
@@ -20,18 +22,33 @@ def read_bounds(bounds: Any, names: Sequence[str], leaves: Sequence[Array]) -> l
     TypeError
         If they are neither `scipy.optimize.Bounds` nor pairs.
     ValueError
-        If a shape does not fit, one is NaN, or a lower one is above the upper one.
+        If a shape does not fit, one is NaN, a lower one is above the upper one, or there is no such variable.
     """
     if bounds is None:
         return None
-    nested = names != ["0"] or isinstance(bounds, Mapping)
+    if nested:
+        _check_names(bounds, [tuple(name.split("/")) for name in names])
     pairs = []
     for name, leaf in zip(names, leaves, strict=True):
         own = _of_path(bounds, name) if nested else bounds
         lower, upper = _pair(own, name, tuple(leaf.shape), nested)
         _check(name, lower, upper)
         pairs.append((_like(leaf, lower), _like(leaf, upper)))
+        _check_cast(name, *pairs[-1])
     return pairs
+
+
+def _check_names(bounds: Any, paths: list[tuple[str, ...]]) -> None:
+    """Refuse bounds of what is no variable."""
+    if paths == [()] or _is_bounds(bounds) or _is_pair(bounds) or not isinstance(bounds, (Mapping, list, tuple)):
+        return
+    known = list(dict.fromkeys(path[0] for path in paths))
+    items = bounds if isinstance(bounds, Mapping) else dict(enumerate(bounds))
+    unknown = [key for key in items if str(key) not in known]
+    if unknown:
+        raise ValueError(f"`bounds` holds {unknown}, which x0 does not; expected bounds of {known}")
+    for key, own in items.items():
+        _check_names(own, [path[1:] for path in paths if path[0] == str(key)])
 
 
 def _of_path(bounds: Any, name: str) -> Any:
@@ -40,7 +57,7 @@ def _of_path(bounds: Any, name: str) -> Any:
         if bounds is None or _is_bounds(bounds) or _is_pair(bounds):
             return bounds
         if isinstance(bounds, Mapping):
-            bounds = bounds.get(key)
+            bounds = {str(own): value for own, value in bounds.items()}.get(key)
         elif isinstance(bounds, Sequence) and key.isdigit() and int(key) < len(bounds):
             bounds = bounds[int(key)]
         else:
@@ -72,7 +89,7 @@ def _pair(bounds: Any, name: str, shape: tuple[int, ...], nested: bool) -> tuple
         lower, upper = _columns(bounds, name, shape)
     try:
         return tuple(np.broadcast_to(np.asarray(b, np.float64), shape) for b in (lower, upper))  # type: ignore[return-value]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"`bounds` of {name!r} do not fit: {error}; expected bounds of shape {shape}") from None
 
 
@@ -93,7 +110,10 @@ def _columns(bounds: Any, name: str, shape: tuple[int, ...]) -> tuple[Matrix, Ma
         )
     lower = [-np.inf if low is None else low for low, _ in pairs]
     upper = [np.inf if high is None else high for _, high in pairs]
-    return np.asarray(lower, np.float64).reshape(shape), np.asarray(upper, np.float64).reshape(shape)
+    try:
+        return np.asarray(lower, np.float64).reshape(shape), np.asarray(upper, np.float64).reshape(shape)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"`bounds` of {name!r} is {bounds!r}; expected pairs of numbers or None: {error}") from None
 
 
 def _check(name: str, lower: Matrix, upper: Matrix) -> None:
@@ -105,9 +125,17 @@ def _check(name: str, lower: Matrix, upper: Matrix) -> None:
         )
 
 
+def _check_cast(name: str, lower: Array, upper: Array) -> None:
+    if bool(arrays.namespace(lower).any((lower == np.inf) | (upper == -np.inf))):
+        raise ValueError(
+            f"`bounds` of {name!r} lie beyond the range of {arrays.dtype_name(lower)}; expected bounds within it"
+        )
+
+
 def _like(leaf: Array, bound: Matrix) -> Array:
-    if isinstance(leaf, np.ndarray):
-        return np.array(bound, leaf.dtype, order="C")
+    with np.errstate(over="ignore"):
+        if isinstance(leaf, np.ndarray):
+            return np.array(bound, leaf.dtype, order="C")
+        bound = bound.astype("float64" if arrays.dtype_name(leaf) == "float64" else "float32")
     xp = arrays.namespace(leaf)
-    bound = bound.astype("float64" if arrays.dtype_name(leaf) == "float64" else "float32")
     return xp.astype(xp.asarray(bound, device=array_api_compat.device(leaf)), leaf.dtype)

@@ -64,6 +64,7 @@ class Loop:
         self.runs, self._kept, self.optimizer = list(runs), (evaluate, kept), runs[0].optimizer
         x = runs[0].get("x")[0]
         self.rows = 16
+        self.threads = 1 if _is_parallel(runs[0].objective) else self.optimizer.threads
         self.limits = runs[0].limits
         self.clips = np.array([self.optimizer.clipnorm or 0.0, self.optimizer.global_clipnorm or 0.0])
         flags = [True if on else None for on in (self.optimizer.amsgrad, self.optimizer.use_ema)]
@@ -86,7 +87,7 @@ class Loop:
         best = [run.get(role)[0] if role in run.roles else None for role in ("best", "best_gradient")]
         found = [run.get("x")[0], None, run.get("gradient")[0]]
         found += [slots.get(key) for key in ("momentum", "velocity", "velocity_hat", "average")]
-        found += [*best, run.previous[0], *(run.bounds[0] if run.bounds else (None, None))]
+        found += [*best, run.get("previous")[0], *(run.bounds[0] if run.bounds else (None, None))]
         return [0 if array is None else array.ctypes.data for array in found]
 
     def _addresses(self, r: int, evaluate: int) -> list[int]:
@@ -127,7 +128,7 @@ class Loop:
             *(self.limits.ctypes.data, self.clips.ctypes.data, CHUNK),
         ]
         elements = max(len(self.runs) * PART, SERIAL_BELOW) if len(self.runs) > 1 else 0
-        for function, *arguments in job_calls(self.kernel, self.block.ctypes.data, elements, self.optimizer.threads):
+        for function, *arguments in job_calls(self.kernel, self.block.ctypes.data, elements, self.threads):
             function(*arguments)  # type: ignore[operator]
 
     def _take_over(self, r: int, run: Any, records: Any, rates: Any, first: int, before: tuple[int, float]) -> None:
@@ -147,7 +148,14 @@ class Loop:
         if left == kernel.BEFORE_UPDATE:
             run.advance()
         elif left == kernel.AFTER_UPDATE:
-            run.finish(float(rates[int(run.optimizer._state.scalars["iteration"]) - 1 - first]))
+            run.rate[0] = rates[int(run.optimizer._state.scalars["iteration"]) - 1 - first]
+            run.finish()
+
+
+def _is_parallel(objective: Any) -> bool:
+    """Whether the objective has threads of its own: Numba's simplest layer of them ends the process if two enter it."""
+    functions = [function for function in (objective.fun, objective.jac) if kernel.is_compiled(function)]
+    return any(function.targetoptions.get("parallel") for function in functions)
 
 
 def _padded(x: np.ndarray[Any, Any]) -> int:

@@ -239,7 +239,7 @@ def prepare(fun: Any, x0: Any, args: Any, jac: Any, bounds: Any, settings: dict[
     names, container, leaves = start(x0)
     args = args if isinstance(args, tuple) else (args,)
     objective.check(fun, jac, settings["batches"], leaves)
-    pairs = read_bounds(bounds, names, leaves)
+    pairs = read_bounds(bounds, names, leaves, isinstance(container, (dict, list, tuple)))
     leaves = leaves if pairs is None else within(leaves, pairs)
     target = Objective(
         fun, jac, args, container, names, settings["batches"], settings["workers"], settings["finite_diff_rel_step"]
@@ -328,7 +328,7 @@ def _limits(settings: dict[str, Any]) -> np.ndarray[Any, Any]:
     for index, key in ((stopping.GTOL, "gtol"), (stopping.FTOL, "ftol"), (stopping.XTOL, "xtol")):
         limits[index] = -1 if settings[key] is None else settings[key]
     for index, key in ((stopping.PATIENCE, "patience"), (stopping.MAXITER, "maxiter"), (stopping.MAXFEV, "maxfev")):
-        limits[index] = math.inf if settings[key] is None else settings[key]
+        limits[index] = math.inf if settings[key] is None else min(settings[key], sys.maxsize)
     limits[stopping.STOP_AT_NONFINITE] = settings["nonfinite"] == "stop"
     return limits
 

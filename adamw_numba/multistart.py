@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -71,8 +72,10 @@ def multistart(
         one = partial(_one, fun, args, {"jac": jac, "bounds": bounds, "tol": tol, **options})
         with _mapper(workers) as mapper:
             results = list(mapper(one, starts))
-    results = sorted(results, key=lambda result: (math.isnan(result.fun), result.fun))
-    return new_result({**results[0], "results": results})
+        if len(results) != len(starts):
+            raise ValueError(f"`workers` gave {len(results)} results; expected {len(starts)}, one for each start")
+    results = sorted(results, key=lambda result: result.fun if math.isfinite(result.fun) else math.inf)
+    return new_result({**deepcopy(dict(results[0])), "results": results})
 
 
 def _mapper(workers: Any) -> Any:
@@ -90,7 +93,10 @@ class _AsContext(processes):
 
 
 def _one(fun: Any, args: Any, keywords: dict[str, Any], x0: Any) -> Any:
-    return minimize(fun, x0, args, **keywords)
+    try:
+        return minimize(fun, x0, args, **keywords)
+    except StopIteration as error:  # it would end the map, and leave out the other starts
+        raise RuntimeError("`fun` raised StopIteration") from error
 
 
 def _starts(x0s: Any, bounds: Any, rng: Any) -> list[Any]:

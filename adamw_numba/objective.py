@@ -1,6 +1,7 @@
 """The function to minimize, its gradient and its batches: whatever form they come in, a value and checked gradients."""
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -208,7 +209,14 @@ class _FlatFunction(NamedTuple):
         x = self.flat.astype(np.result_type(self.flat, free_elements))
         x[self.free] = free_elements
         value = self.fun(rebuild(self.container, _split(x, self.shapes)), *self.rest)
-        return value if np.iscomplexobj(free_elements) else number_of(value)
+        if not np.iscomplexobj(free_elements):
+            return number_of(value)
+        if not np.iscomplexobj(value):
+            raise TypeError(
+                f"`fun` returned {_brief(value)} for complex x; expected a complex number, since jac='cs' "
+                "(jac='3-point' takes functions of real numbers)"
+            )
+        return value
 
 
 class processes:  # noqa: N801 - a function to whoever uses it
@@ -221,15 +229,19 @@ class processes:  # noqa: N801 - a function to whoever uses it
     def __enter__(self) -> Any:
         if self.workers in (None, 1):
             return map
-        import multiprocessing
+        from concurrent.futures import ProcessPoolExecutor
 
-        self.pool = multiprocessing.Pool(None if self.workers == -1 else self.workers)
-        return self.pool.map
+        self.pool = ProcessPoolExecutor(None if self.workers == -1 else self.workers)
+        return self._map_in_chunks
 
     def __exit__(self, *error: object) -> None:
         if self.pool is not None:
-            self.pool.terminate()
-            self.pool.join()
+            self.pool.shutdown(cancel_futures=True)
+
+    def _map_in_chunks(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Any:
+        items = list(items)
+        count = (os.cpu_count() or 1) if self.workers in (None, -1) else self.workers
+        return self.pool.map(function, items, chunksize=max(1, len(items) // (4 * count)))
 
 
 def check(fun: Any, jac: Any, batches: Any, leaves: Sequence[Array]) -> None:
@@ -317,6 +329,8 @@ def number_of(value: Any) -> float:
             return float(value if value.shape == () else value.reshape(-1)[0])
     except (TypeError, AttributeError):
         pass
+    except OverflowError:
+        raise ValueError(f"`fun` returned {_brief(value)}; expected a number within the range of float64") from None
     raise TypeError(f"`fun` returned {_brief(value)}; expected a real number")
 
 

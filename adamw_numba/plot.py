@@ -92,7 +92,7 @@ def waterfall(result: Any, ax: Any = None) -> Any:
     >>> adamw_numba.plot.waterfall(result).get_ylabel()
     'final loss'
     """
-    if "results" not in result:
+    if not result.get("results"):
         raise ValueError("`result` holds no `results`; expected what `multistart` returns")
     ax = _new_axes() if ax is None else ax
     losses = np.array([one["fun"] for one in result["results"]])

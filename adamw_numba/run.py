@@ -2,6 +2,7 @@
 
 import math
 import time
+import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -66,10 +67,12 @@ class Run:
         last = self._numbers("history_last", (len(COLUMNS),))
         self.history = History(rows, last, self._numbers("history_marks", (2,), np.int64))
         self.clock = self._numbers("clock", (1,))  # seconds before it was resumed
-        self.previous = [arrays.like(x, x) for x in problem.leaves]
-        roles = ["gradient", *["best", "best_gradient"] * return_best, *["x"] * (not self.mutable)]
+        self.rate = self._numbers("rate", (1,))  # of the last update; NaN where there was none
+        self.rate[0] = math.nan
+        self.origin = self._numbers("origin", (2,), np.int64)  # checksums of x0 and the bounds, where it is saved
+        roles = ["gradient", "previous", *["best", "best_gradient"] * return_best, *["x"] * (not self.mutable)]
         self._arrays = {role: [self._array_like(role, k, x) for k, x in enumerate(problem.leaves)] for role in roles}
-        for role in ("best", "x"):
+        for role in ("best", "x", "previous"):
             if role in self._arrays:
                 self.put(role, problem.leaves)
         self.started = time.perf_counter()
@@ -89,7 +92,7 @@ class Run:
     # Its arrays
 
     def get(self, role: str) -> list[Array]:
-        """Live arrays, one per variable: ``x``, ``gradient``, ``best`` or ``best_gradient``."""
+        """Live arrays, one per variable: ``x``, ``previous``, ``gradient``, ``best`` or ``best_gradient``."""
         if role == "x" and self.mutable:
             return self.problem.leaves
         return [self.optimizer._state.added[True][name] for name in self._arrays[role]]
@@ -133,26 +136,23 @@ class Run:
     def start(self) -> None:
         """Evaluate where nothing has been evaluated yet, and decide whether to go on."""
         if not self.counts[stopping.EVALUATED]:
-            self.evaluate(self._rate())
+            self.evaluate()
         self.counts[stopping.REASON] = stopping.verdict(self.values, self.counts, self.limits)
 
     def advance(self) -> None:
         """One update, and the evaluation of where it leads."""
         self.update()
-        self.finish(self._rate())
+        self.finish()
 
-    def finish(self, rate: float) -> None:
+    def finish(self) -> None:
         """The second half of an iteration: evaluate, and decide whether to go on."""
-        self.evaluate(rate)
+        self.evaluate()
         self.counts[stopping.REASON] = stopping.verdict(self.values, self.counts, self.limits)
 
     def update(self) -> None:
         """Move the arrays against their gradients, and into the bounds."""
-        for before, x in zip(self.previous, self.get("x"), strict=True):
-            if self.mutable:
-                arrays.write(before, x)
-        if not self.mutable:
-            self.previous = self.get("x")
+        self.put("previous", self.get("x"))
+        before = self.optimizer.iterations
         self.counts[stopping.EVALUATED] = 0
         gradients = self.get("gradient")
         if self.mutable:
@@ -162,6 +162,8 @@ class Run:
         if self.bounds is not None:
             self.put("x", within(self.get("x"), self.bounds))
         self.counts[stopping.NIT] += 1
+        self.rate[0] = self.optimizer.last_step.learning_rate  # type: ignore[union-attr]
+        self.counts[stopping.UPDATED] = self.optimizer.iterations > before and self.rate[0] > 0
 
     def _apply_statelessly(self, gradients: list[Array]) -> None:
         optimizer = self.optimizer
@@ -171,8 +173,8 @@ class Run:
         self.put("x", new)
         optimizer._last[0] = LastStep(None, optimizer.iterations > before, rate)
 
-    def evaluate(self, rate: float) -> None:
-        """Value and gradient where an update with this learning rate has led, and what they mean for the tolerances."""
+    def evaluate(self) -> None:
+        """Value and gradient where the last update has led, and what they mean for the tolerances."""
         evaluation = self.objective.evaluate(self.get("x"), self.nit)
         self._record(evaluation)
         stopping.note(self.values, self.counts, self.limits)
@@ -180,7 +182,7 @@ class Run:
         if "best" in self._arrays and self.counts[stopping.BEST_AT] == self.nit:
             self.put("best", self.get("x"))
             self.put("best_gradient", self.get("gradient"))
-        self.history.extend(np.array([[self.nit, *self.values[:2], rate, self.values[2], self.elapsed]]))
+        self.history.extend(np.array([[self.nit, *self.values[:2], self.rate[0], self.values[2], self.elapsed]]))
 
     def _record(self, evaluation: Evaluation) -> None:
         x = self.get("x")
@@ -191,15 +193,11 @@ class Run:
         gradients = self.get("gradient") if self.bounds is None else _inward(x, self.get("gradient"), self.bounds)
         self.values[stopping.GRADIENT_NORM] = largest(gradients)
         self.values[stopping.SIZE] = largest(x)
-        self.values[stopping.STEP_NORM] = largest([_difference(*pair) for pair in zip(x, self.previous, strict=True)])
+        moves = [_difference(*pair) for pair in zip(x, self.get("previous"), strict=True)]
+        self.values[stopping.STEP_NORM] = largest(moves)
         self.counts[stopping.NFEV] += evaluation.calls
         self.counts[stopping.NJEV] += 1
         self.counts[stopping.COST] = evaluation.calls
-
-    def _rate(self) -> float:
-        """The learning rate of the update before this evaluation; NaN where there was none."""
-        last = self.optimizer.last_step
-        return math.nan if last is None else last.learning_rate
 
     # What comes out
 
@@ -249,16 +247,29 @@ class Run:
         """Note the time, before the state is saved."""
         self.clock[0], self.started = self.elapsed, time.perf_counter()
 
+    def sign(self) -> None:
+        """Note the checksums of where it starts, before anything moves."""
+        bounds = [bound for pair in self.bounds or [] for bound in pair]
+        self.origin[:] = [_checksum(self.problem.leaves), _checksum(bounds)]
+
 
 def within(leaves: Sequence[Array], bounds: Sequence[tuple[Array, Array]]) -> list[Array]:
     """Arrays projected onto their bounds."""
-    pairs = zip(leaves, bounds, strict=True)
-    return [
-        np.minimum(np.maximum(x, lower), upper)
-        if isinstance(x, np.ndarray)
-        else arrays.namespace(x).clip(x, lower, upper)
-        for x, (lower, upper) in pairs
-    ]
+    return [_within(x, *pair) for x, pair in zip(leaves, bounds, strict=True)]
+
+
+def _within(x: Array, lower: Array, upper: Array) -> Array:
+    """What lies within stays as it is, the sign of a zero included, as in the compiled loop."""
+    xp = arrays.namespace(x)
+    x = xp.where(x < lower, lower, x)
+    return xp.where(x > upper, upper, x)
+
+
+def _checksum(leaves: Sequence[Array]) -> int:
+    total = 0
+    for leaf in leaves:
+        total = zlib.crc32(np.ascontiguousarray(arrays.to_numpy(leaf)).tobytes(), total)
+    return total
 
 
 def largest(leaves: Sequence[Array]) -> float:

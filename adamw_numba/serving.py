@@ -37,15 +37,30 @@ class Keeper:
             else:
                 raise TypeError(f"`checkpoint` is {checkpoint!r}; expected a path, or Checkpoints")
         self.is_on = checkpoint is not None
+        if self.is_on:
+            run.sign()
+        self.is_read = False  # nothing is written over what could not be read
         self.saved_at = time.monotonic()
         self.saved_nit = -1
 
     def restore(self) -> None:
-        """Go on from what is saved, if anything is."""
+        """Go on from what is saved, if anything is, with the learning rate of this call."""
+        origin, scalars = self.run.origin.copy(), self.run.optimizer._state.scalars
+        rate = scalars["learning_rate"].copy() if "learning_rate" in scalars else None
         if self.path is not None and self.path.exists():
             self.run.optimizer.restore(self.path)
         elif self.checkpoints is not None:
             self.checkpoints.restore_latest(self.run.optimizer)
+        for what, ours, saved in zip(("x0", "bounds"), origin, self.run.origin, strict=True):
+            if ours != saved:
+                place = self.path or self.checkpoints
+                raise ValueError(
+                    f"`checkpoint` is {str(place)!r}, which holds a run with another `{what}`; expected the same, or "
+                    "another place"
+                )
+        if rate is not None:
+            scalars["learning_rate"][...] = rate
+        self.is_read = True
 
     def save(self) -> None:
         """Save the run as it is, if there is a place for it."""
@@ -150,7 +165,7 @@ def explain(error: BaseException, run: Run, keeper: Keeper) -> None:
         error.add_note("the result so far is the `intermediate_result` of this exception")
     except AttributeError:
         pass
-    if keeper.is_on:
+    if keeper.is_read and keeper.is_on:
         try:
             keeper.finish()
             error.add_note(f"the state is saved in {keeper.path or keeper.checkpoints}")

@@ -5,8 +5,9 @@ from typing import Any
 
 # What is known of the last evaluation, in float64.
 FUN, GRADIENT_NORM, STEP_NORM, SIZE, PREVIOUS, BEST, REFERENCE, HOW_MANY_VALUES = range(8)
-# What is counted, in int64; EVALUATED is 0 where the arrays have moved since the last evaluation.
-NIT, NFEV, NJEV, COST, BEST_AT, STALE, FLAT, STILL, REASON, EVALUATED, HOW_MANY_COUNTS = range(11)
+# What is counted, in int64; EVALUATED is 0 where the arrays have moved since the last evaluation, UPDATED is 1 where an
+# update with a rate above 0 came before it: not while gradients accumulate, for one.
+NIT, NFEV, NJEV, COST, BEST_AT, STALE, FLAT, STILL, REASON, EVALUATED, UPDATED, HOW_MANY_COUNTS = range(12)
 # What is allowed, in float64: infinity for no limit, -1 for a tolerance that is off.
 GTOL, FTOL, XTOL, PATIENCE, MAXITER, MAXFEV, STOP_AT_NONFINITE, HOW_MANY_LIMITS = range(8)
 
@@ -32,18 +33,20 @@ STATUS = {
 def note(values: Any, counts: Any, limits: Any) -> None:
     """Count what the last evaluation means for the tolerances; `BEST_AT` is its iteration if it is the best so far."""
     f, last, reference = float(values[FUN]), float(values[PREVIOUS]), float(values[REFERENCE])
-    if f < values[BEST]:
+    finite = math.isfinite(f) and math.isfinite(values[GRADIENT_NORM])
+    if finite and f < values[BEST]:
         values[BEST] = f
         counts[BEST_AT] = counts[NIT]
     flat = abs(f - last) <= float(limits[FTOL]) * max(abs(f), abs(last), 1.0)
-    counts[FLAT] = counts[FLAT] + 1 if flat and counts[NIT] > 0 else 0
     still = values[STEP_NORM] <= limits[XTOL] * (limits[XTOL] + values[SIZE])
-    counts[STILL] = counts[STILL] + 1 if still and limits[XTOL] >= 0 and counts[NIT] > 0 else 0
+    if counts[UPDATED] != 0:
+        counts[FLAT] = counts[FLAT] + 1 if flat else 0
+        counts[STILL] = counts[STILL] + 1 if still and limits[XTOL] >= 0 else 0
     least = max(float(limits[FTOL]), 0.0) * max(abs(reference), 1.0)
-    if (reference == math.inf and f < math.inf) or f < reference - least:
+    if finite and (reference == math.inf or f < reference - least):
         values[REFERENCE] = f
         counts[STALE] = 0
-    elif counts[NIT] > 0:
+    elif counts[UPDATED] != 0:
         counts[STALE] += 1
     values[PREVIOUS] = f
 
@@ -55,11 +58,11 @@ def verdict(values: Any, counts: Any, limits: Any) -> Any:
         return NONFINITE
     if finite and values[GRADIENT_NORM] <= limits[GTOL]:
         return GRADIENT
-    if counts[FLAT] >= IN_A_ROW:
+    if finite and counts[FLAT] >= IN_A_ROW:
         return FUNCTION
-    if counts[STILL] >= IN_A_ROW:
+    if finite and counts[STILL] >= IN_A_ROW:
         return STEP
-    if counts[STALE] >= limits[PATIENCE]:
+    if finite and counts[STALE] >= limits[PATIENCE]:
         return NO_PROGRESS
     if counts[NIT] >= limits[MAXITER]:
         return ITERATIONS

@@ -15,7 +15,7 @@ import torch
 from scipy.optimize import Bounds, OptimizeResult, OptimizeWarning, rosen, rosen_der
 
 import adamw_numba
-from adamw_numba import AdamW, minimize, schedules
+from adamw_numba import AdamW, minimize, multistart, schedules
 
 START = np.array([1.3, 0.7, 0.8, 1.9, 1.2])
 SHORT = {"learning_rate": 0.02, "maxiter": 60}
@@ -240,12 +240,22 @@ for one, other in zip(alone, by_two):
     assert (one.x == other.x).all() and one.nfev == other.nfev, (one, other)
 many = multistart(rosen, starts, workers=2, **options)
 assert sorted(r.fun for r in alone) == [r.fun for r in many.results]
+class Unpicklable(Exception):
+    def __init__(self, a, b):
+        super().__init__(a)
+def broken(x):
+    raise Unpicklable(1, 2)
+try:
+    multistart(broken, starts, workers=2)
+except Exception as error:
+    print(type(error).__name__)
 """
 
 
 def test_workers_are_processes():
-    done = subprocess.run([sys.executable, "-W", "error", "-c", PROCESSES], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-W", "error", "-c", PROCESSES], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+    assert "Broken" in done.stdout  # what cannot be sent back ends the pool, and does not hang
 
 
 def nested(x):
@@ -345,6 +355,83 @@ def test_stops(case):
     assert result.nfev <= keywords.get("maxfev", np.inf)
     if status == 0:
         np.testing.assert_allclose(result.x, 1, atol=2e-2)
+
+
+# What is no success: keywords, iterations, where it ends. The function is flat or NaN, and may never have moved.
+NO_SUCCESS = {
+    "accumulation": ({"gradient_accumulation_steps": 12, "ftol": 1e-12, "xtol": 1e-12, "patience": 2}, 11),
+    "a rate of zero": ({"learning_rate": lambda step: 0.0, "ftol": 1e-12, "xtol": 1e-12, "patience": 2}, 30),
+    "skipped": ({"fun": lambda x: (1.0, x * np.nan), "nonfinite": "skip", "ftol": 0.1, "patience": 2}, 30),
+    "NaN": ({"fun": lambda x: (np.nan, x), "nonfinite": "propagate", "xtol": 1.0, "patience": 2}, 30),
+}
+
+
+@pytest.mark.parametrize("case", NO_SUCCESS)
+def test_no_success_without_updates(case):
+    keywords, maxiter = NO_SUCCESS[case]
+    result = minimize(**{"fun": bowl, "x0": np.zeros(3), "jac": True, "gtol": None, "maxiter": maxiter} | keywords)
+    assert (result.status, result.nit) == (1, maxiter)
+
+
+@pytest.mark.parametrize("bad", [(-np.inf, 1.0), (-5.0, np.nan)], ids=["-inf", "NaN gradient"])
+def test_only_finite_points_are_the_best(bad):
+    value, slope = bad
+
+    def fun(x):
+        return (value, slope * np.ones_like(x)) if x[0] < 0.5 else (float(x[0]), np.ones_like(x))
+
+    result = minimize(fun, [1.0], jac=True, learning_rate=0.1)
+    assert (result.status, result.fun) == (3, result.x[0])
+    assert 0.5 <= result.fun < 0.6
+
+
+def test_starts_at_infinity_come_last():
+    starts = multistart(lambda x: (-np.inf if x[0] < 0 else float(x[0]), x), [[-1.0], [1.0]], jac=True, maxiter=2)
+    assert [np.isfinite(result.fun) for result in starts.results] == [True, False]
+    starts.x[:] = 7
+    assert starts.results[0].x[0] < 1
+
+
+def test_complex_steps_need_a_complex_function():
+    with pytest.raises(TypeError, match="complex"):
+        minimize(lambda x: float((np.real(x) ** 2).sum()), np.ones(2), jac="cs")
+
+
+@pytest.mark.parametrize(
+    ("x0", "bounds"),
+    [
+        ([np.zeros(2)], [[(0.5, 2), (None, 0.5)]]),
+        ({0: np.zeros(2)}, {0: (0.5, 2)}),
+        ({"a": np.zeros(2)}, {"a": (2, 3)}),
+    ],
+    ids=["a list", "an integer", "text"],
+)
+def test_bounds_are_like_x0(x0, bounds):
+    def fun(x):
+        leaf = next(iter(x.values())) if isinstance(x, dict) else x[0]
+        return 0.0, type(x)([np.ones(2)]) if isinstance(x, list) else dict.fromkeys(x, np.ones_like(leaf))
+
+    result = minimize(fun, x0, jac=True, bounds=bounds, maxiter=1, history=False)
+    leaf = next(iter(result.x.values())) if isinstance(x0, dict) else result.x[0]
+    assert leaf[0] == (2 if isinstance(x0, dict) and "a" in x0 else 0.5)
+
+
+def test_limits_beyond_floats():
+    assert minimize(bowl, np.ones(2), jac=True, maxiter=10**400, maxfev=10**400).success
+    with pytest.raises(ValueError, match="results"):
+        adamw_numba.plot.waterfall({"results": []})
+
+
+def test_no_start_is_left_out():
+    def fun(x):
+        if x[0] == 1:
+            raise StopIteration
+        return bowl(x)
+
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        multistart(fun, np.arange(3.0)[:, None], jac=True, maxiter=1)
+    with pytest.raises(ValueError, match="gave 1 results; expected 3"):
+        multistart(bowl, np.arange(3.0)[:, None], jac=True, maxiter=1, workers=lambda f, xs: [f(xs[0])])
 
 
 @pytest.mark.parametrize("maxfev", [6, 7, 25])
@@ -477,6 +564,15 @@ WRONG = {
     "batches walked once": ({"batches": iter([1])}, TypeError, ["batches", "once"]),
     "batches": ({"batches": 3}, TypeError, ["batches", "3"]),
     "checkpoint": ({"checkpoint": 3}, TypeError, ["checkpoint", "3"]),
+    "bounds text": ({"bounds": [("a", "b")] * 3}, TypeError, ["bounds", "'a'"]),
+    "bounds of nothing": ({"x0": {"a": np.ones(2)}, "bounds": {"b": (0, 1)}}, ValueError, ["bounds", "'b'", "'a'"]),
+    "bounds inside": ({"x0": {"a": {"b": np.ones(2)}}, "bounds": {"a": {"c": (0, 1)}}}, ValueError, ["'c'", "'b'"]),
+    "bounds of too many": ({"x0": [np.ones(2)], "bounds": [(0, 1)] * 3}, ValueError, ["bounds", "[1, 2]"]),
+    "bounds beyond float32": (
+        {"x0": np.ones(3, np.float32), "bounds": [(1e300, 2e300)] * 3},
+        ValueError,
+        ["bounds", "float32"],
+    ),
 }
 
 
@@ -498,6 +594,7 @@ RETURNS = {
     "gradient None": (lambda x: (0.0, None), TypeError, ["object"]),
     "value None": (lambda x: (None, x), TypeError, ["None", "real number"]),
     "value array": (lambda x: (x, x), TypeError, ["real number"]),
+    "value beyond float64": (lambda x: (10**400, x), ValueError, ["float64"]),
     "value complex": (lambda x: (1j, x), TypeError, ["1j", "real number"]),
 }
 

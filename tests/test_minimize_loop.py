@@ -1,5 +1,7 @@
 """The compiled loop does what the ordinary loop does, bit for bit; and many starts at once."""
 
+import subprocess
+import sys
 import threading
 
 import numba
@@ -125,10 +127,18 @@ def test_same_bits_at_every_size(size, advanced):
     assert len(advanced) > 8
 
 
+@numba.njit
+def writes(x, factor, data):
+    value = value_of(x, factor, data)
+    x[:] = 100
+    return value
+
+
 # Forms of the objective: fun, jac, args
 FORMS = {
     "fills the gradient": (fills, True, (0.5, DATA)),
     "two functions": (value_of, gradient_of, (0.5, DATA)),
+    "two functions, one of which writes into x": (writes, gradient_of, (0.5, DATA)),
     "Fortran order": (valley, True, (0.5, np.asfortranarray(DATA))),
     "strided": (valley, True, (0.5, DATA[::2, ::-1])),
     "integers": (valley, True, (2, np.arange(6))),
@@ -265,6 +275,53 @@ def test_a_second_run_compiles_nothing(monkeypatch):
 
     monkeypatch.setattr("numba.core.compiler.Compiler.__init__", refuse)
     assert_equal(minimize(valley, START, **keywords), first)
+
+
+@pytest.mark.parametrize("zero", [-0.0, 0.0])
+def test_the_sign_of_a_zero_at_a_bound(zero, advanced):
+    for bounds in (Bounds(zero, 5), Bounds(-5, zero)):
+        keywords = {"jac": True, "bounds": bounds, "learning_rate": 0.0, "maxiter": 2, "gtol": None}
+        for x0 in ([-0.0, 0.0], [-1.0, 1.0]):
+            results = [minimize(bowl, x0, compiled=compiled, **keywords).x_last for compiled in (True, False)]
+            np.testing.assert_array_equal(*map(np.signbit, results))
+    assert advanced
+
+
+TARGET = 1.0
+
+
+def test_a_recompiled_objective_is_seen(monkeypatch, advanced):
+    @numba.njit
+    def moving(x):
+        return ((x - TARGET) ** 2).sum(), 2 * (x - TARGET)
+
+    keywords = {"x0": np.zeros(2), "jac": True, "maxiter": 50, "learning_rate": 0.1}
+    first = minimize(moving, **keywords)
+    monkeypatch.setitem(globals(), "TARGET", -1.0)
+    moving.recompile()
+    assert_equal(minimize(moving, **keywords), minimize(moving, compiled=False, **keywords))
+    assert first.x[0] > 0 > minimize(moving, **keywords).x[0]
+    assert advanced
+
+
+PARALLEL = """
+import numba, numpy as np
+from adamw_numba import multistart
+numba.config.THREADING_LAYER = "workqueue"
+@numba.njit(parallel=True)
+def fun(x):
+    value = 0.0
+    for i in numba.prange(x.size):
+        value += x[i] ** 2
+    return value, 2 * x
+best = multistart(fun, np.linspace(-1, 1, 2000 * 4).reshape(2000, 4), jac=True, maxiter=5)
+print(len(best.results), numba.threading_layer())
+"""
+
+
+def test_many_starts_of_a_parallel_objective():
+    done = subprocess.run([sys.executable, "-c", PARALLEL], capture_output=True, text=True, timeout=100)
+    assert done.stdout.split() == ["2000", "workqueue"], done.stderr
 
 
 STARTS = np.random.default_rng(0).normal(size=(40, 5))

@@ -79,6 +79,52 @@ def test_an_objective_that_raises_leaves_a_checkpoint(tmp_path):
     whole = minimize(fun, np.zeros(2), **options)
     for key in ("x", "fun", "nit", "nfev"):
         np.testing.assert_array_equal(resumed[key], whole[key])
+    for key in ("step_norm", "learning_rate"):
+        np.testing.assert_array_equal(resumed.history[key], whole.history[key])
+
+
+def never(x):
+    pytest.fail("called")
+
+
+# What a file does not fit: keywords of the second call, words
+OTHERS = {
+    "shape": ({"x0": np.zeros(5)}, "shape"),
+    "x0": ({"x0": np.ones(3)}, "`x0`"),
+    "bounds": ({"bounds": [(-1, 2)] * 3}, "`bounds`"),
+}
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_run_of_another_problem_is_refused_and_kept(case, numbered, tmp_path):
+    keywords, words = OTHERS[case]
+    place = Checkpoints(tmp_path / "folder", every=10) if numbered else tmp_path / "run.npz"
+    good = {"x0": np.zeros(3), "jac": True, "checkpoint": place, "maxiter": 5}
+    minimize(lambda x: (((x - 1) ** 2).sum(), 2 * (x - 1)), **good)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    with pytest.raises(ValueError, match=words):
+        minimize(never, **good | keywords)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+
+
+def test_an_unrelated_file_is_kept(tmp_path):
+    path = tmp_path / "data.npz"
+    np.savez(path, a=np.ones(3))
+    before = path.read_bytes()
+    with pytest.raises(Exception, match=r"data\.npz"):
+        minimize(never, np.zeros(3), jac=True, checkpoint=path)
+    assert path.read_bytes() == before
+
+
+def test_a_resumed_run_takes_the_learning_rate_of_the_call(tmp_path):
+    def fun(x):
+        return ((x - 1) ** 2).sum(), 2 * (x - 1)
+
+    options = {"jac": True, "checkpoint": tmp_path / "run.npz"}
+    minimize(fun, np.zeros(2), maxiter=5, learning_rate=0.01, **options)
+    rates = minimize(fun, np.zeros(2), maxiter=9, learning_rate=0.02, **options).history["learning_rate"][1:]
+    np.testing.assert_array_equal(rates, [0.01] * 5 + [0.02] * 4)
 
 
 def test_a_finished_run_is_read_and_can_be_prolonged(tmp_path):

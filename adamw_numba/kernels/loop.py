@@ -152,7 +152,8 @@ def _measure(run, size, like, values):
 def _project(run, size, like):
     x, lower, upper = _pointer(run[X], like), _pointer(run[LOWER], like), _pointer(run[UPPER], like)
     for i in range(size):
-        x[i] = np.minimum(np.maximum(x[i], lower[i]), upper[i])
+        value = lower[i] if x[i] < lower[i] else x[i]
+        x[i] = upper[i] if value > upper[i] else value
 
 
 @_jit
@@ -201,6 +202,7 @@ def _advance(block, run, like, top, average, limit):
         iteration[0] += 1
         counts[stopping.NIT] += 1
         counts[stopping.EVALUATED] = 0
+        counts[stopping.UPDATED] = rows[k] > 0
         if not _evaluate(run, size, padded, like, values, counts):
             run[LEFT] = AFTER_UPDATE
             return
@@ -332,7 +334,7 @@ def _both(fun, jac, fills):
     else:
 
         def both(x, g, args):
-            f = fun(x, *args)
+            f = fun(x.copy(), *args)  # it may write into what it is given
             gradient = jac(x, *args)
             if gradient.shape != x.shape:
                 raise ValueError("shape")
@@ -342,12 +344,21 @@ def _both(fun, jac, fills):
     return njit(both)
 
 
-@lru_cache(maxsize=64)
 def objective_kernel(fun: Any, jac: Any, fills: bool, dtype: str, shape: Any, specs: Any) -> Any:
     """The objective as a C function of three addresses: the elements, the gradient, the words; None if it is not one.
 
     What it raises sets the first word; Python then calls it again, for the exception.
     """
+    found, used = _objective_kernel(fun, jac, fills, dtype, shape, specs)
+    if any(function.overloads.get(key) is not result for function, key, result in used):  # recompiled since
+        _objective_kernel.cache_clear()
+        found, used = _objective_kernel(fun, jac, fills, dtype, shape, specs)
+    return found
+
+
+@lru_cache(maxsize=64)
+def _objective_kernel(fun: Any, jac: Any, fills: bool, dtype: str, shape: Any, specs: Any) -> Any:
+    """The C function or None, and which compilations of the objective it may hold."""
     both, read, like = _both(fun, jac, fills), _read_all(specs), cpu.LIKE[dtype]
     entries = len(specs) + 1
 
@@ -363,9 +374,11 @@ def objective_kernel(fun: Any, jac: Any, fills: bool, dtype: str, shape: Any, sp
         return value
 
     try:
-        return cfunc(types.float64(types.intp, types.intp, types.intp))(evaluate)
+        found = cfunc(types.float64(types.intp, types.intp, types.intp))(evaluate)
     except NumbaError:
-        return None
+        found = None
+    functions = [function for function in (fun, jac) if is_compiled(function)]
+    return found, [(function, *item) for function in functions for item in function.overloads.items()]
 
 
 def is_compiled(function: object) -> bool:
