@@ -396,6 +396,7 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def numbers(array: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
+    """The numbers that saved bits stand for: bfloat16 as float32, which holds it exactly."""
     if dtype != "bfloat16":
         return array
     return (array.astype(np.uint32) << 16).view(np.float32)

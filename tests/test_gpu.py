@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from numba import config
 from oracle import Oracle
-from test_parity import ask_oracle, assert_close, magnitudes, runs, train
+from test_parity import assert_equals_the_textbook, magnitudes, runs, train
 
 from adamw_numba import AdamW, LossScaleOptimizer, schedules
 
@@ -71,17 +71,7 @@ def equal(one, other):
 @BOUNDED
 @given(run=runs(dtypes=("float64", "complex128")))
 def test_float64_equals_the_textbook(make, run):
-    variables, optimizer = train(make, run)
-    oracle = ask_oracle(run)
-    for k, variable in enumerate(variables):
-        assert_close(variable, oracle.variables[k], 1e-12)
-        assert_close(optimizer.state[f"momentum/{k}"], oracle.m[k], 1e-12)
-        assert_close(optimizer.state[f"velocity/{k}"], oracle.v[k], 1e-12)
-        if optimizer.use_ema:
-            assert_close(optimizer.averages[k], oracle.average[k], 1e-12)
-        if optimizer.gradient_accumulation_steps:
-            assert_close(optimizer.state[f"gradient_accumulator/{k}"], oracle.total[k], 1e-12)
-    assert optimizer.iterations == oracle.updates
+    assert_equals_the_textbook(make, run)
 
 
 @on_every_library
@@ -107,7 +97,7 @@ def test_every_dtype_agrees_with_the_cpu(make, run):
         unit = {"float16": 2.0**-10, "bfloat16": 2.0**-7}.get(kind, 2e-5)
         finite = np.isfinite(np.abs(other.astype(complex)))
         np.testing.assert_allclose(
-            one.astype(complex)[finite], other.astype(complex)[finite], rtol=4 * unit, atol=4 * unit * size * 10
+            one.astype(complex)[finite], other.astype(complex)[finite], rtol=4 * unit, atol=4 * unit * size
         )
 
 
@@ -547,13 +537,18 @@ def test_a_captured_graph_follows_the_schedules(options, monkeypatch):
     assert equal(*results)
 
 
-def test_eager_steps_of_other_kinds_between_replays(monkeypatch):
-    """After a step for which the host waits, replays are still counted, and the rows have to be sent again."""
+def stepped_once():
     maker = array if SIMULATED else (lambda a: libraries.torch_on_gpu(a, "float32"))
     x, g = maker(np.ones(5)), maker(np.ones(5))
     optimizer = AdamW(0.1)
     optimizer.build([x])
     optimizer.apply([g])
+    return x, g, optimizer
+
+
+def test_eager_steps_of_other_kinds_between_replays(monkeypatch):
+    """After a step for which the host waits, replays are still counted, and the rows have to be sent again."""
+    x, g, optimizer = stepped_once()
     with captured(monkeypatch) as graph:
         optimizer.apply([g])
     optimizer.nonfinite = "raise"
@@ -577,11 +572,7 @@ def test_eager_steps_of_other_kinds_between_replays(monkeypatch):
 
 
 def test_rows_survive_a_callable_that_raises(monkeypatch):
-    maker = array if SIMULATED else (lambda a: libraries.torch_on_gpu(a, "float32"))
-    x, g = maker(np.ones(5)), maker(np.ones(5))
-    optimizer = AdamW(0.1)
-    optimizer.build([x])
-    optimizer.apply([g])
+    _, g, optimizer = stepped_once()
     with captured(monkeypatch) as graph:
         optimizer.apply([g])
     good = optimizer.learning_rate
@@ -594,11 +585,7 @@ def test_rows_survive_a_callable_that_raises(monkeypatch):
 
 
 def test_a_graph_that_runs_out_of_rows_stops_and_says_so(monkeypatch):
-    maker = array if SIMULATED else (lambda a: libraries.torch_on_gpu(a, "float32"))
-    x, g = maker(np.ones(5)), maker(np.ones(5))
-    optimizer = AdamW(0.1)
-    optimizer.build([x])
-    optimizer.apply([g])
+    x, g, optimizer = stepped_once()
     optimizer.update_hyperparameters(70)
     with captured(monkeypatch) as graph:
         optimizer.apply([g])

@@ -124,6 +124,10 @@ def test_float64_equals_the_textbook(make, run):
             [[g if g is None else g.real for g in s] for s in run[3]],
             run[4],
         )
+    assert_equals_the_textbook(make, run)
+
+
+def assert_equals_the_textbook(make, run):
     variables, optimizer = train(make, run)
     oracle = ask_oracle(run)
     for k, variable in enumerate(variables):

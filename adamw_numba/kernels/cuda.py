@@ -328,36 +328,28 @@ def update_function(p_type, g_type, compute, top, average, total, master):
     return update_kernel
 
 
-@device_function
-def _sum_of_lanes(x, lanes):
-    """The sum over a block's threads, in a fixed tree; every thread gets it."""
-    lanes[cuda.threadIdx.x] = x
-    width = BLOCK // 2
-    cuda.syncthreads()
-    while width > 0:
-        if cuda.threadIdx.x < width:
-            lanes[cuda.threadIdx.x] += lanes[cuda.threadIdx.x + width]
+def _over_lanes(combine):
+    """What becomes of one number of each of a block's threads, combined in a fixed tree; every thread gets it."""
+
+    @device_function
+    def over_lanes(x, lanes):
+        lanes[cuda.threadIdx.x] = x
+        width = BLOCK // 2
         cuda.syncthreads()
-        width //= 2
-    total = lanes[0]
-    cuda.syncthreads()
-    return total
+        while width > 0:
+            if cuda.threadIdx.x < width:
+                lanes[cuda.threadIdx.x] = combine(lanes[cuda.threadIdx.x], lanes[cuda.threadIdx.x + width])
+            cuda.syncthreads()
+            width //= 2
+        result = lanes[0]
+        cuda.syncthreads()
+        return result
+
+    return over_lanes
 
 
-@device_function
-def _most_of_lanes(x, lanes):
-    """The maximum over a block's threads; NaN if one is."""
-    lanes[cuda.threadIdx.x] = x
-    width = BLOCK // 2
-    cuda.syncthreads()
-    while width > 0:
-        if cuda.threadIdx.x < width:
-            lanes[cuda.threadIdx.x] = np.maximum(lanes[cuda.threadIdx.x], lanes[cuda.threadIdx.x + width])
-        cuda.syncthreads()
-        width //= 2
-    most = lanes[0]
-    cuda.syncthreads()
-    return most
+_sum_of_lanes = _over_lanes(device_function(lambda one, other: one + other))
+_most_of_lanes = _over_lanes(device_function(lambda one, other: np.maximum(one, other)))  # NaN if one is
 
 
 def square_function(g_type, compute, total):

@@ -33,6 +33,11 @@ def _simulated():
         size = np.dtype(dtype).itemsize * count
         return np.frombuffer((ctypes.c_char * size).from_address(int(address)), dtype)
 
+    def check(address, width):
+        """What a GPU would answer with an error of its own."""
+        if width > 1 and address % ACCESS:
+            raise RuntimeError(f"{width} elements are accessed at address {address}; expected a multiple of {ACCESS}")
+
     def word(address):
         return int(memory(address, np.int64)[0])
 
@@ -55,11 +60,11 @@ def _simulated():
 
     def elements(storage, width, streaming):
         def load(out, address):
-            assert width == 1 or address % ACCESS == 0
+            check(address, width)
             out[:width] = memory(address, dtypes[storage], width)
 
         def store(values, address):
-            assert width == 1 or address % ACCESS == 0
+            check(address, width)
             with np.errstate(over="ignore"):
                 memory(address, dtypes[storage], width)[:] = values[:width]
 
