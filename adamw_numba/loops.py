@@ -11,7 +11,7 @@ import numpy as np
 from .coefficients import coefficients
 from .kernels import cpu
 from .kernels import loop as kernel
-from .kernels.threads import PART, SERIAL_BELOW, job_calls
+from .kernels.threads import WOKEN_FROM, call_helpers, helpers_of, job_call
 from .plan import CHUNK
 from .schedules import _HOST, LearningRateSchedule, _Schedule
 
@@ -127,9 +127,11 @@ class Loop:
             *(rows.ctypes.data, first, first + count),
             *(self.limits.ctypes.data, self.clips.ctypes.data, CHUNK),
         ]
-        elements = max(len(self.runs) * PART, SERIAL_BELOW) if len(self.runs) > 1 else 0
-        for function, *arguments in job_calls(self.kernel, self.block.ctypes.data, elements, self.threads):
-            function(*arguments)  # type: ignore[operator]
+        call = job_call(self.kernel, self.block.ctypes.data, WOKEN_FROM, self.threads, parts=len(self.runs))
+        if helpers_of(call):
+            call_helpers(helpers_of(call), WOKEN_FROM)
+        function, *arguments = call
+        function(*arguments)
 
     def _take_over(self, r: int, run: Any, records: Any, rates: Any, first: int, before: tuple[int, float]) -> None:
         """Note what a run has done; one iteration in Python where the compiled loop could not."""

@@ -10,7 +10,7 @@ import numpy as np
 from . import arrays
 from .arrays import Array, Layout
 from .kernels import cpu, headers
-from .kernels.threads import MOST_PARTS, job_calls
+from .kernels.threads import MOST_PARTS, call_helpers, helpers_of, job_call
 from .tensors import Tensors
 from .update import Coefficients
 
@@ -340,6 +340,7 @@ class HostPlan(Plan):
         self.repeat: Any = None
         self.groups: list[Group] = []
         self._sums = np.zeros((MOST_PARTS, cpu.LANES))
+        self._helpers = 0, 0  # how many the calls made last can do with, and for how many elements
         super().__init__("cpu", names, variables, slots)
 
     def update_calls(
@@ -372,19 +373,23 @@ class HostPlan(Plan):
             self.factors[cpu.CLIP] = 1.0 if clips is None else clips
             self._clipped = clips is not None
 
-    def can_repeat(self, calls: Sequence[Call]) -> bool:
-        """Whether calls can be made again: those with helpers are used up."""
-        return all(function is cpu.run_serial for function, *_ in calls)
-
     def _calls(self, key: tuple[Any, ...], kernel: Callable[[Group], Any]) -> list[Call]:
         """What to call, with no Python in between, to run a kernel over every group; what is new is compiled here."""
         addresses = self._kernels.get(key)
         if addresses is None:
             addresses = self._kernels[key] = [kernel(group).address for group in self.groups]
-        result: list[Call] = []
-        for address, group in zip(addresses, self.groups, strict=True):
-            result += job_calls(address, group.block_address, group.elements, self.threads)
+        result = [
+            job_call(address, group.block_address, group.elements, self.threads)
+            for address, group in zip(addresses, self.groups, strict=True)
+        ]
+        self._helpers = max(map(helpers_of, result), default=0), max((g.elements for g in self.groups), default=0)
+        self.call_helpers()
         return result
+
+    def call_helpers(self) -> None:
+        """Have helpers stand by for the calls made last."""
+        if self._helpers[0]:
+            call_helpers(*self._helpers)
 
     def norms(self, total: Flag, elsewhere: dict[int, float]) -> tuple[Matrix, float]:
         """The norm of each variable's gradient (with what it has accumulated, if `total`), and of all together.

@@ -209,6 +209,7 @@ def take_again(
     gradients = list(grads)  # the caller's may change while we work
     if not 0 < number < 2**62 or plan.reads(gradients) != len(gradients):
         return False
+    plan.call_helpers()
     plan.set_rates(step_size(number, rate, log_beta_1, log_beta_2), rate * weight_decay)
     if prepared.touched:
         arrays.note_writes(prepared.touched)
@@ -218,15 +219,9 @@ def take_again(
 
 
 def _note(hyper: Any, built: Built, gradients: Sequence[Array | None], loss_scale: float, prepared: Prepared) -> None:
-    """Keep a step for `take_again`, if every variable has its part in it and one thread is enough."""
+    """Keep a step for `take_again`, if every variable has its part in it."""
     overwrites = hyper.use_ema and hyper.ema_overwrite_frequency
-    if (
-        built.plan is None
-        or built.devices
-        or built.elsewhere
-        or overwrites
-        or not built.plan.can_repeat(prepared.calls)
-    ):
+    if built.plan is None or built.devices or built.elsewhere or overwrites:
         return
     if all(gradient is not None for gradient in gradients):
         built.plan.repeat = Repeat(hyper._settings, loss_scale, log(hyper.beta_1), log(hyper.beta_2), prepared)

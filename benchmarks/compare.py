@@ -109,10 +109,10 @@ def pair(
 
 
 def repeats(contender: Contender, given: Arrays, fresh: bool = False) -> int:
-    """How many steps make a millisecond."""
+    """How many steps make some milliseconds."""
     call = timer(contender, given, fresh, 1)
     call(False)
-    return int(np.clip(1e-3 / call(True), 1, 100))
+    return int(np.clip(4e-3 / call(True), 1, 200))
 
 
 def cells(quick: bool, wanted: list[str], options: list[str]) -> Iterator[tuple[str, str]]:

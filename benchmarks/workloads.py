@@ -11,6 +11,7 @@ Shapes = list[tuple[int, ...]]
 Arrays = list[np.ndarray[Any, Any]]
 
 LEARNING_RATE, WEIGHT_DECAY, EPSILON = 1e-3, 0.01, 1e-8
+SETTLING = 2e-2  # seconds, before what counts: threads of OpenMP spin for about as long
 LOSS_SCALE, EMA_MOMENTUM = 1024.0, 0.99
 
 
@@ -100,14 +101,16 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """What each contender's calls return, the contenders taking turns for about so many seconds.
 
-    A turn is one call with False, which does not count, and one with True: the threads of whoever came before still
-    spin for a while, and neither shall pay for the other's.
+    A turn is calls with False for some milliseconds, which do not count, and one with True: the threads of whoever came
+    before still spin for a while, and neither shall pay for the other's.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     end = time.perf_counter() + seconds
     for turn in range(most):
         for name, call in contenders.items():
-            call(False)
+            until = time.perf_counter() + SETTLING
+            while time.perf_counter() < until:
+                call(False)
             times[name].append(call(True))
         if turn + 1 >= least and time.perf_counter() > end:
             break

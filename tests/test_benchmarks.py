@@ -42,8 +42,11 @@ def test_workloads(name, arrays, parameters):
     assert (len(workloads.WORKLOADS[name]), workloads.elements(workloads.WORKLOADS[name])) == (arrays, parameters)
 
 
-def test_turns():
-    calls = []
+def test_turns(monkeypatch):
+    """Each turn is some calls that do not count, for as long as other threads may spin, and one that does."""
+    calls, clock = [], iter(range(1000))
+    monkeypatch.setattr(workloads.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(workloads, "SETTLING", 2)
     times = workloads.interleaved({k: lambda counts, k=k: calls.append((k, counts)) or 1.0 for k in "ab"}, 0.0, least=2)
     assert calls == [(k, counts) for _ in range(2) for k in "ab" for counts in (False, True)]
     assert times == {"a": [1.0, 1.0], "b": [1.0, 1.0]}

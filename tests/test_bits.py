@@ -38,12 +38,15 @@ def numbers(dtype, sizes=SIZES, steps=4):
     ],
     ids=str,
 )
-def test_any_number_of_threads(dtype, options, monkeypatch):
-    monkeypatch.setattr(threads, "SERIAL_BELOW", 0)
-    monkeypatch.setattr(threads, "PART", 5_000)
-    helped = []
-    monkeypatch.setattr(threads, "job_calls", lambda *a, real=threads.job_calls: helped.append(len(c := real(*a))) or c)
-    monkeypatch.setattr("adamw_numba.plan.job_calls", threads.job_calls)
+@pytest.mark.parametrize("part_from", [0, 2**19])
+def test_any_number_of_threads(dtype, options, part_from, monkeypatch):
+    """Also where helpers come late, or not at all: `call_helpers` has them come at some steps only."""
+    monkeypatch.setattr(threads, "MOST_THREADS", 5)
+    monkeypatch.setattr(threads, "WOKEN_FROM", part_from)
+    for name in ("HELPED_FROM", "LEAST", "PART"):
+        monkeypatch.setattr(threads, name, 5_000)
+    shared = []
+    monkeypatch.setattr("adamw_numba.plan.helpers_of", lambda c: shared.append(threads.helpers_of(c)) or shared[-1])
     arrays, gradients = numbers(dtype)
     expected, reference = run(arrays, gradients, threads=1, **options)
     for count in (2, 3, 5, None):
@@ -51,7 +54,7 @@ def test_any_number_of_threads(dtype, options, monkeypatch):
         for one, other in zip([*found, *optimizer.variables], [*expected, *reference.variables], strict=True):
             np.testing.assert_array_equal(one, other)
         assert optimizer.last_step == reference.last_step
-    assert {1, 2, 3, 5} <= set(helped)
+    assert {0, 1, 2, 4} <= set(shared)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])

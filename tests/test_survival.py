@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from adamw_numba import AdamW
-from adamw_numba.kernels.threads import SERIAL_BELOW
+from adamw_numba.kernels.threads import WOKEN_FROM
 
-SIZE = 2 * SERIAL_BELOW
+SIZE = 2 * WOKEN_FROM
 
 
 def work(seed=0, steps=5):

@@ -3,11 +3,19 @@
 Whoever runs a job begins at once and waits for nobody else to begin. In a region of OpenMP, or of Numba's own pool, it
 would wait for all threads to arrive, which takes milliseconds where another library (a BLAS after a matrix product,
 say) has threads that spin on the same cores. Nor do these threads mind a fork, or several callers at once.
+
+To wake a helper takes as long as a large step. Once awake it stands by for a while, looking out for the next job: where
+steps follow each other closely, it is there at once.
 """
 
 import ctypes
+import math
+import operator
 import os
 import threading
+import time
+from collections import deque
+from itertools import starmap
 from queue import SimpleQueue
 from typing import Any
 
@@ -18,9 +26,15 @@ from . import cpu
 
 MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 MOST_PARTS = 8 * MOST_THREADS
-SERIAL_BELOW = 2**19  # elements: to wake a helper takes as long as half as many do
-PART = 2**15  # elements, at least
-Job = np.ndarray[tuple[int], np.dtype[np.int64]]
+HELPED_FROM = 2**15  # elements
+LEAST = 2**14  # elements for a thread
+WOKEN_FROM = 2**19  # elements: to wake a helper takes as long as half as many do
+PART = 2**15  # elements, at least, from there on
+PATIENCE, CLOSELY = 1.5e-4, 1e-4  # seconds: how long a helper stands by, and what following closely is
+LONGEST = 1e-9  # seconds that the last job took, for each element
+MOST_PASSED_OVER = 1000  # small jobs that do not call, after others have called in vain
+TRIES, LOOKS = 3, 200  # to find out how long a look takes
+_run = deque[Any](maxlen=0).extend  # makes calls with no bytecode, and so no interrupt, between them
 
 
 def _address_of_give_way() -> int:
@@ -30,48 +44,96 @@ def _address_of_give_way() -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
+_GIVE_WAY = _address_of_give_way()
+
+
 class _Helpers:
     """The threads of this process, started when first needed; a forked child starts its own."""
 
     def __init__(self) -> None:
+        self.bench = np.zeros((cpu.JOBS + 1) * cpu.JOB_WORDS, np.int64)
+        self.address: int = self.bench.ctypes.data
         self.forget()
 
     def forget(self) -> None:
         """Begin anew: in a forked child the threads do not exist."""
-        self.queue: SimpleQueue[Job] = SimpleQueue()
-        self.count = 0
+        self.bench[:] = 0
+        self.queue: SimpleQueue[None] = SimpleQueue()
+        self.started, self.last, self.pass_over, self.in_vain = 0, 0.0, 0, 0
         self.lock = threading.Lock()
 
-    def ensure(self, count: int) -> "SimpleQueue[Job]":
-        """The queue that so many helpers, or more, take jobs from."""
-        if self.count < count:
-            with self.lock:
-                while self.count < count:
-                    threading.Thread(target=_help, args=(self.queue,), name="adamw_numba", daemon=True).start()
-                    self.count += 1
-        return self.queue
+    def call(self, count: int, elements: int) -> None:
+        """Have so many helpers stand by for a job that comes now, if it is large or follows closely on another.
+
+        Where small jobs turn out not to, they call less and less often.
+        """
+        now = time.perf_counter()
+        soon, self.last = now - self.last < CLOSELY + elements * LONGEST, now
+        missing = count - self.bench.item(cpu.HELPERS)
+        if missing <= 0:
+            self.pass_over = self.in_vain = 0
+        elif elements >= WOKEN_FROM:
+            self._wake(count, missing)
+        elif soon and self.pass_over > 0:
+            self.pass_over -= 1
+        elif soon:
+            self.pass_over = self.in_vain = min(2 * self.in_vain + 1, MOST_PASSED_OVER)
+            self._wake(count, missing)
+
+    def _wake(self, count: int, missing: int) -> None:
+        with self.lock:
+            while self.started < count:
+                try:
+                    threading.Thread(target=_help, args=(self,), name="adamw_numba", daemon=True).start()
+                except RuntimeError:  # the system, or an interpreter that ends, allows no more of them
+                    return
+                self.started += 1
+        _run(starmap(operator.call, [(cpu.count_helper, self.address, 1), (self.queue.put, None)] * missing))
 
 
-def _help(queue: "SimpleQueue[Job]") -> None:
+def _looks() -> int:
+    """How often a helper can look out for jobs while it stands by."""
+    nobody, took = np.zeros((cpu.JOBS + 1) * cpu.JOB_WORDS, np.int64), []
+    for _ in range(TRIES):
+        start = time.perf_counter()
+        cpu.stand_by(nobody.ctypes.data, LOOKS)
+        took.append(time.perf_counter() - start)
+    return math.ceil(LOOKS * PATIENCE / min(took))
+
+
+def _help(helpers: _Helpers) -> None:
+    queue, looks = helpers.queue, _looks()
     while True:
-        cpu.take_parts(queue.get())
+        queue.get()
+        cpu.stand_by(helpers.address, looks)
 
 
-_GIVE_WAY = _address_of_give_way()
-# The first call with an array asks Python for its type, where an interrupt could come in: not in a step, but here.
-cpu.take_parts(np.zeros(5, np.int64))
-cpu.run_job(np.zeros(5, np.int64), _GIVE_WAY)
 _HELPERS = _Helpers()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_HELPERS.forget)
 
+Call = tuple[Any, ...]
 
-def job_calls(kernel: int, block: int, elements: int, requested: int | None) -> list[tuple[object, ...]]:
-    """What to call to run a kernel over so many elements, on at most `requested` threads (None: as many as Numba's)."""
-    parts = min(elements // PART, MOST_PARTS) if elements >= SERIAL_BELOW else 1
-    threads = min(parts, MOST_THREADS, requested or MOST_THREADS)
-    if threads < 2:
-        return [(cpu.run_serial, kernel, block)]
-    queue = _HELPERS.ensure(threads - 1)
-    job = np.array([kernel, block, parts, 0, 0], np.int64)
-    return [*[(queue.put, job)] * (threads - 1), (cpu.run_job, job, _GIVE_WAY)]
+
+def job_call(kernel: int, block: int, elements: int, requested: int | None, parts: int | None = None) -> Call:
+    """What to call to run a kernel over so many elements, on at most `requested` threads (None: as many as Numba's).
+
+    `parts` is into how many parts to cut the work, if elements shall not decide.
+    """
+    if parts is None and elements >= WOKEN_FROM:
+        parts = min(elements // PART, MOST_PARTS)
+    elif parts is None:  # one for each thread, the same at every step: each core has its own in its cache
+        parts = elements // LEAST if elements >= HELPED_FROM else 1
+        requested = parts = min(parts, MOST_THREADS, requested or MOST_THREADS)
+    count = min(parts, MOST_THREADS, requested or MOST_THREADS)
+    if count < 2:
+        return cpu.run_serial, kernel, block
+    return cpu.run_job, kernel, block, parts, count - 1, _HELPERS.address, _GIVE_WAY
+
+
+def helpers_of(call: Call) -> int:
+    """How many helpers a call can do with."""
+    return 0 if call[0] is cpu.run_serial else call[4]
+
+
+call_helpers = _HELPERS.call
