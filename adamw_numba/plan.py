@@ -1,5 +1,6 @@
 """Many arrays become one table of addresses and one work list: built once, refreshed at each step."""
 
+import math
 import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -319,6 +320,8 @@ class HostPlan(Plan):
         What each variable multiplies the decay and the scale of its gradient with.
     threads : int or None
         The most threads to use; None for Numba's own number.
+    helpers : pair of int
+        How many the calls made last can do with, and for how many elements.
     repeat : object
         What the owner notes about the last step, gone as soon as other numbers are set.
     """
@@ -336,11 +339,12 @@ class HostPlan(Plan):
         self.numbers = np.zeros(cpu.HOW_MANY)
         self._packed = memoryview(self.numbers)  # type: ignore[arg-type]
         self._clipped = False
-        self._kernels: dict[tuple[Any, ...], list[int]] = {}  # their addresses, by options: one for each group
+        # By options and threads: the calls, one for each group, and `helpers`.
+        self._made: dict[tuple[Any, ...], tuple[list[Call], tuple[int, int]]] = {}
         self.repeat: Any = None
         self.groups: list[Group] = []
         self._sums = np.zeros((MOST_PARTS, cpu.LANES))
-        self._helpers = 0, 0  # how many the calls made last can do with, and for how many elements
+        self.helpers = 0, 0
         super().__init__("cpu", names, variables, slots)
 
     def update_calls(
@@ -363,9 +367,11 @@ class HostPlan(Plan):
         self.repeat = None
         _NUMBERS.pack_into(self._packed, 0, *c, overwrite, 1.0)
 
-    def set_rates(self, alpha: float, decay: float) -> None:
-        """The same, where all other numbers are those of the last step."""
+    def set_rates(self, alpha: float, decay: float, scale: float | None = None) -> None:
+        """The same, where all other numbers are those of the last step; so is the scale, if it is not given."""
         _RATES.pack_into(self._packed, 0, alpha, decay)
+        if scale is not None:
+            self._packed[cpu.SCALE] = scale
 
     def set_clips(self, clips: Matrix | None) -> None:
         """What each variable's gradient is multiplied with; None where nothing is clipped by norm."""
@@ -375,21 +381,19 @@ class HostPlan(Plan):
 
     def _calls(self, key: tuple[Any, ...], kernel: Callable[[Group], Any]) -> list[Call]:
         """What to call, with no Python in between, to run a kernel over every group; what is new is compiled here."""
-        addresses = self._kernels.get(key)
-        if addresses is None:
-            addresses = self._kernels[key] = [kernel(group).address for group in self.groups]
-        result = [
-            job_call(address, group.block_address, group.elements, self.threads)
-            for address, group in zip(addresses, self.groups, strict=True)
-        ]
-        self._helpers = max(map(helpers_of, result), default=0), max((g.elements for g in self.groups), default=0)
+        made = self._made.get((key, self.threads))
+        if made is None:
+            calls = [job_call(kernel(g).address, g.block_address, g.elements, self.threads) for g in self.groups]
+            helpers = max(map(helpers_of, calls), default=0), max((g.elements for g in self.groups), default=0)
+            made = self._made[key, self.threads] = calls, helpers
+        calls, self.helpers = made
         self.call_helpers()
-        return result
+        return calls
 
     def call_helpers(self) -> None:
         """Have helpers stand by for the calls made last."""
-        if self._helpers[0]:
-            call_helpers(*self._helpers)
+        if self.helpers[0]:
+            call_helpers(*self.helpers)
 
     def norms(self, total: Flag, elsewhere: dict[int, float]) -> tuple[Matrix, float]:
         """The norm of each variable's gradient (with what it has accumulated, if `total`), and of all together.
@@ -398,21 +402,26 @@ class HostPlan(Plan):
         Where a float64 square over- or underflows, the sum is taken again at another scale, so that a norm is not
         finite only if an element is not.
         """
-        with np.errstate(all="ignore"):
+        if not elsewhere and all(group.compute == "float32" for group in self.groups):
             squares = self._squares(total, 1.0, elsewhere)
-            norms, whole = np.sqrt(squares), cpu.add_in_order(squares)
-            double = bool(elsewhere) or any(group.compute == "float64" for group in self.groups)
-            if not double or 1e-280 < whole < np.inf:
-                return norms, float(np.sqrt(whole))
-            for scale, odd in ((RESCUE, ~np.isfinite(squares)), (1 / RESCUE, squares < 1e-280)):
-                if odd.any():
-                    scaled = np.sqrt(self._squares(total, scale, elsewhere))
-                    rescued = np.where(np.isfinite(scaled), np.minimum(scaled / scale, _LARGEST), scaled)
-                    norms = np.where(odd, rescued, norms)
-            peak = float(norms.max())
-            if not 0 < peak < np.inf:
-                return norms, peak
-            return norms, min(peak * float(np.sqrt(cpu.add_in_order((norms / peak) ** 2))), _LARGEST)
+            return np.sqrt(squares), math.sqrt(cpu.add_in_order(squares))
+        with np.errstate(all="ignore"):
+            return self._norms_in_range(total, elsewhere)
+
+    def _norms_in_range(self, total: Flag, elsewhere: dict[int, float]) -> tuple[Matrix, float]:
+        squares = self._squares(total, 1.0, elsewhere)
+        norms, whole = np.sqrt(squares), cpu.add_in_order(squares)
+        if 1e-280 < whole < np.inf:
+            return norms, float(np.sqrt(whole))
+        for scale, odd in ((RESCUE, ~np.isfinite(squares)), (1 / RESCUE, squares < 1e-280)):
+            if odd.any():
+                scaled = np.sqrt(self._squares(total, scale, elsewhere))
+                rescued = np.where(np.isfinite(scaled), np.minimum(scaled / scale, _LARGEST), scaled)
+                norms = np.where(odd, rescued, norms)
+        peak = float(norms.max())
+        if not 0 < peak < np.inf:
+            return norms, peak
+        return norms, min(peak * float(np.sqrt(cpu.add_in_order((norms / peak) ** 2))), _LARGEST)
 
     def _squares(self, total: bool | None, scale: float, elsewhere: dict[int, float]) -> Matrix:
         squares = np.zeros(len(self.names))
@@ -422,6 +431,9 @@ class HostPlan(Plan):
         ):
             function(*arguments)
         for group in self.groups:
+            if scale != 1 and group.compute == "float32":  # there the kernel knows no scale: no square overflows
+                group.partials *= scale
+                group.partials *= scale
             cpu.gather_squares(group.work, group.partials, squares)
         for i, norm in elsewhere.items():
             squares[i] = np.square(np.float64(norm) * scale)
@@ -434,7 +446,7 @@ class HostPlan(Plan):
             sizes = [arrays.ITEMSIZE[types[0]], arrays.ITEMSIZE[types[1]], arrays.ITEMSIZE[arrays.COMPUTE[types[0]]]]
             strided = None if (work[0, cpu.P_STEP :] == sizes).all() else True
             rows.setdefault((*types, strided), []).append(work)
-        self._kernels = {}
+        self._made = {}
         self.groups = [self._group(*kind, np.concatenate(works)) for kind, works in rows.items()]
 
     def _group(self, p_type: str, g_type: str, strided: bool | None, work: Matrix) -> Group:

@@ -73,6 +73,7 @@ class Repeat(NamedTuple):
     loss_scale: float
     log_beta_1: float
     log_beta_2: float
+    takes_norm: bool
     prepared: Prepared
 
 
@@ -173,17 +174,16 @@ def prepare(hyper: Any, built: Built, gradients: Sequence[Array | None], taken: 
         if taken.nonfinite != "propagate" and not math.isfinite(norm):
             _refuse(built, norms, taken.nonfinite)
             return Prepared([], [], [], norm, False)
-        if numbers.is_update and hyper.global_clipnorm:
-            c = c._replace(scale=c.scale * clip_factor(norm, hyper.global_clipnorm))
-        elif numbers.is_update and hyper.clipnorm:
-            clips = hyper.clipnorm / np.maximum(norms, hyper.clipnorm)
+        if numbers.is_update:
+            scale, clips = _clipped(hyper, c.scale, norms, norm)
+            c = c._replace(scale=scale)
     numbers = numbers._replace(c=c)
     launches = _launches(hyper, built, numbers, taken.iteration, clips)
     if not numbers.is_update:
         return Prepared([], *_accumulations(built, gradients, c), norm, True, launches)
     touched = [tensor for i, tensor in built.tensors if numbers.overwrite or gradients[i] is not None]
     prepared = Prepared(touched, *_updates(hyper, built, gradients, c, clips, numbers.overwrite), norm, True, launches)
-    if taken.iteration and norm is None and not hyper.gradient_accumulation_steps:
+    if taken.iteration and not taken.waits and not hyper.gradient_accumulation_steps:
         _note(hyper, built, gradients, taken.loss_scale, prepared)
     return prepared
 
@@ -198,9 +198,9 @@ def take_again(
     """
     if plan.repeat is None or type(grads) is not list:
         return False
-    settings, scale, log_beta_1, log_beta_2, prepared = plan.repeat
+    settings, noted_scale, log_beta_1, log_beta_2, takes_norm, prepared = plan.repeat
     iteration = scalars["iteration"]
-    if settings is not hyper._settings or scale != loss_scale or not iteration.flags.writeable:
+    if settings is not hyper._settings or noted_scale != loss_scale or not iteration.flags.writeable:
         return False
     if hyper._learning_rate is None and hyper._weight_decay_rate is None:
         number, rate, weight_decay = iteration.item(), scalars["learning_rate"].item(), hyper.weight_decay
@@ -209,13 +209,31 @@ def take_again(
     gradients = list(grads)  # the caller's may change while we work
     if not 0 < number < 2**62 or plan.reads(gradients) != len(gradients):
         return False
-    plan.call_helpers()
-    plan.set_rates(step_size(number, rate, log_beta_1, log_beta_2), rate * weight_decay)
+    norm = scale = None
+    if takes_norm:
+        norms, norm = plan.norms(None, {})
+        norms, norm = norms * (1 / loss_scale), norm * (1 / loss_scale)
+        if hyper.nonfinite != "propagate" and not math.isfinite(norm):
+            return False
+        scale, clips = _clipped(hyper, 1 / loss_scale, norms, norm)
+        plan.set_clips(clips)
+    if plan.helpers[0]:
+        plan.call_helpers()
+    plan.set_rates(step_size(number, rate, log_beta_1, log_beta_2), rate * weight_decay, scale)
     if prepared.touched:
         arrays.note_writes(prepared.touched)
-    counts = (operator.setitem, last, 0, (None, True, rate)), (operator.setitem, iteration, (), number + 1)
+    counts = (operator.setitem, last, 0, (norm, True, rate)), (operator.setitem, iteration, (), number + 1)
     _run(starmap(operator.call, (*prepared.calls, *counts)))
     return True
+
+
+def _clipped(
+    hyper: Any, scale: float, norms: np.ndarray[Any, Any], norm: float
+) -> tuple[float, np.ndarray[Any, Any] | None]:
+    """What clipping by norm makes of the scale of all gradients, and of each one's."""
+    if hyper.global_clipnorm:
+        return scale * clip_factor(norm, hyper.global_clipnorm), None
+    return scale, hyper.clipnorm / np.maximum(norms, hyper.clipnorm) if hyper.clipnorm else None
 
 
 def _note(hyper: Any, built: Built, gradients: Sequence[Array | None], loss_scale: float, prepared: Prepared) -> None:
@@ -224,7 +242,8 @@ def _note(hyper: Any, built: Built, gradients: Sequence[Array | None], loss_scal
     if built.plan is None or built.devices or built.elsewhere or overwrites:
         return
     if all(gradient is not None for gradient in gradients):
-        built.plan.repeat = Repeat(hyper._settings, loss_scale, log(hyper.beta_1), log(hyper.beta_2), prepared)
+        logs = log(hyper.beta_1), log(hyper.beta_2)
+        built.plan.repeat = Repeat(hyper._settings, loss_scale, *logs, prepared.norm is not None, prepared)
 
 
 def _prepare_resident(hyper: Any, built: Built, gradients: Sequence[Array | None], taken: Step) -> Prepared:

@@ -19,7 +19,8 @@ OPTIONS = {
     },
     "no momentum": {"beta_1": 0.0, "beta_2": 0.0},
     "clip": {"clipnorm": 0.5},
-    "skip": {"nonfinite": "skip"},
+    "global clip": {"global_clipnorm": 0.5, "loss_scale_factor": 3.0},
+    "skip": {"nonfinite": "skip", "global_clipnorm": 0.5},
     "accumulation": {"gradient_accumulation_steps": 2},
 }
 
@@ -56,6 +57,7 @@ EVENTS = {
     "Adam alone": lambda o, g: o.update_step(g[0], o.trainable_variables[0], 0.1),
     "gradients of another dtype": lambda o, g: o.apply([libraries.numpy(libraries.look(a), "float64") if isinstance(a, np.ndarray) else a.double() for a in g]),
     "a refused step": refused,
+    "a gradient that is not finite": lambda o, g: o.apply([g[0] * np.inf, g[1]]),
 }  # fmt: skip
 
 
@@ -73,8 +75,10 @@ def trained(options, event, make, anew):
     return [libraries.look(a) for a in [*optimizer.trainable_variables, *optimizer.variables]], optimizer.last_step
 
 
-CASES = [(o, "nothing") for o in OPTIONS] + [(o, e) for o in ("plain", "everything") for e in EVENTS if e != "nothing"]
-CASES = [case for case in CASES if case != ("everything", "a clip and back")]  # it has a clip by value
+CASES = [(o, "nothing") for o in OPTIONS] + [
+    (o, e) for o in ("plain", "everything", "clip", "skip") for e in EVENTS if e != "nothing"
+]
+CASES = [case for case in CASES if case[1] != "a clip and back" or case[0] == "plain"]  # others clip otherwise
 
 
 @pytest.mark.parametrize(("options", "event"), CASES)
@@ -86,14 +90,15 @@ def test_bits(options, event, make):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("options", ["plain", "clip", "global clip", "skip"])
 @pytest.mark.parametrize("make", [libraries.numpy, libraries.parameter])
-def test_which_steps_are_prepared(make, monkeypatch):
+def test_which_steps_are_prepared(make, options, monkeypatch):
     """Of steady steps the first two alone; copies begin anew; a torch graph notices every step."""
     counted = []
     prepare = step.prepare
     monkeypatch.setattr(step, "prepare", lambda *a: counted.append(1) or prepare(*a))
     variable, gradient = make(np.ones(3), "float32"), make(np.ones(3), "float32")
-    optimizer = AdamW(0.1)
+    optimizer = AdamW(0.1, **OPTIONS[options])
     optimizer.build([variable])
     for _ in range(5):
         optimizer.apply([gradient])

@@ -21,7 +21,8 @@ from ..update import Coefficients, accumulate, blend, make_update
 
 WHOLE = 2**30  # longer than any chunk
 PIECE, AHEAD = 128, 1024  # elements that are asked for together, how many bytes before their turn
-LANES = 256  # independent sums of squares in a chunk, whatever the machine's vectors
+LANES = 64  # independent sums of squares in a chunk, whatever the machine's vectors
+FURTHER_AHEAD = 4096  # bytes: what is read only passes faster
 LIKE = {"float32": np.float32(0), "float64": np.float64(0), "float16": np.int16(0), "bfloat16": np.uint16(0)}
 
 # Rows of the table of addresses: one column per variable; a gradient at address 0 does not exist.
@@ -31,7 +32,7 @@ ARRAY, START, COUNT, P_AT, G_AT, S_AT, P_STEP, G_STEP, S_STEP = range(9)
 # The block: addresses and sizes.
 WORK, CHUNKS, TABLE, ARRAYS, FACTORS, NUMBERS, PARTIALS, SUMS, IS_FAR, BLOCK_WORDS = range(10)
 # The numbers of a step: ten coefficients, whether to overwrite with the average, the scale of the squares.
-OVERWRITE, SQUARE_SCALE, HOW_MANY = 10, 11, 12
+SCALE, OVERWRITE, SQUARE_SCALE, HOW_MANY = 7, 10, 11, 12
 # The bench, where helpers and jobs meet: rows of words, one job each; and one more row, of which the first word counts
 # the helpers. A job: whether somebody owns the row, how many more may help, a kernel, its block, into how many parts it
 # is cut, how many of them are not taken yet (none: whatever else the row holds is void), and how many are done.
@@ -192,13 +193,13 @@ def _prefetch(typingctx, address):
 
 
 @_jit
-def _ask_for(exists, address, count, step):
+def _ask_for(exists, address, count, step, ahead=AHEAD):
     """Ask for what comes after `count` elements of a dense run, in good time.
 
     The processor would ask too late by itself: its window holds few elements of so long a formula.
     """
     if exists is not None:
-        for line in range(address + AHEAD, address + AHEAD + count * step, 64):
+        for line in range(address + ahead, address + ahead + count * step, 64):
             _prefetch(line)
 
 
@@ -328,20 +329,22 @@ def _accumulate_share(address, part, parts, g_like, like, strided):
 
 @_jit
 def _square(g, total, i, c, scale):
-    x = _widen(g[i]) if total is None else _accumulate(total[i], _widen(g[i]), c)
-    return np.float64(x) * scale * (np.float64(x) * scale)
+    x = np.float64(_widen(g[i]) if total is None else _accumulate(total[i], _widen(g[i]), c))
+    return x * x if scale is None else x * scale * (x * scale)
 
 
 @_jit
-def sum_squares(g, total, c, scale, sums):
-    """Element i goes to lane i mod LANES, then lanes are added in a fixed tree.
-
-    Four rows of lanes are taken at once, in order, so that a sum is loaded and stored once for all of them.
-    """
+def sum_squares(g, total, c, scale, sums, far):
+    """Element i goes to lane i mod LANES, then lanes are added in a fixed tree."""
     sums[:] = 0
-    fours = g.size - g.size % (4 * LANES)
-    for start in range(0, fours, 4 * LANES):
-        for lane in range(LANES):
+    rows = 4 * LANES
+    fours = g.size - g.size % rows
+    for start in range(0, fours, rows):
+        if far:
+            _ask_for(True, g.ctypes.data + start * g.itemsize, rows, g.itemsize, FURTHER_AHEAD)
+            if total is not None:
+                _ask_for(True, total.ctypes.data + start * total.itemsize, rows, total.itemsize, FURTHER_AHEAD)
+        for lane in range(LANES):  # a sum is loaded and stored once for all four rows
             i = start + lane
             value = sums[lane] + _square(g, total, i, c, scale)
             value += _square(g, total, i + LANES, c, scale)
@@ -359,13 +362,14 @@ def sum_squares(g, total, c, scale, sums):
 
 
 @_jit
-def _square_share(address, part, parts, g_like, like, total, strided):
+def _square_share(address, part, parts, g_like, like, total, strided, scaled):
     block = carray(_pointer(address, np.int64(0)), BLOCK_WORDS)
     work, first, last = _share(block, part, parts)
     table = _table(block)
     partials = carray(_pointer(block[PARTIALS], 0.0), block[CHUNKS])
     sums = carray(_pointer(block[SUMS] + part * 8 * LANES, 0.0), LANES)
-    scale = _numbers(block)[SQUARE_SCALE]
+    scale = None if scaled is None else _numbers(block)[SQUARE_SCALE]
+    far = block[IS_FAR] != 0
     for w in range(first, last):
         a, n = work[w, ARRAY], work[w, COUNT]
         partials[w] = 0
@@ -373,7 +377,7 @@ def _square_share(address, part, parts, g_like, like, total, strided):
             c = _coefficients(block, a, like)
             g = _row(table[G, a] + work[w, G_AT], n, work[w, G_STEP], g_like, strided)
             totals = _slot(total, table[TOTAL, a] + work[w, S_AT], n, work[w, S_STEP], like, strided)
-            partials[w] = sum_squares(g, totals, c, scale, sums)
+            partials[w] = sum_squares(g, totals, c, scale, sums, far)
 
 
 @cache
@@ -404,10 +408,11 @@ def accumulate_kernel(g_type, compute, strided):
 def square_kernel(g_type, compute, total, strided):
     """The kernel that writes each chunk's sum of squared gradients."""
     g_like, like = LIKE[g_type], LIKE[compute]
+    scaled = True if compute == "float64" else None  # no square of a float32 is out of range
 
     @_kernel
     def square_kernel(block, part, parts):
-        _square_share(block, part, parts, g_like, like, total, strided)
+        _square_share(block, part, parts, g_like, like, total, strided, scaled)
 
     return square_kernel
 

@@ -85,7 +85,7 @@ def _clip(run, clips, size, chunk, like):
     g, sums = carray(_pointer(run[GRADIENT], like), size), carray(_pointer(run[SUMS], 0.0), cpu.LANES)
     total = 0.0
     for start in range(0, size, chunk):
-        total += sum_squares(g[start : start + chunk], None, None, 1.0, sums)
+        total += sum_squares(g[start : start + chunk], None, None, None, sums, False)
     if not 1e-280 < total < np.inf:
         return -1.0
     norm = np.sqrt(total)
