@@ -371,7 +371,7 @@ class HostPlan(Plan):
         """The same, where all other numbers are those of the last step; so is the scale, if it is not given."""
         _RATES.pack_into(self._packed, 0, alpha, decay)
         if scale is not None:
-            self._packed[cpu.SCALE] = scale
+            self.numbers[cpu.SCALE] = scale
 
     def set_clips(self, clips: Matrix | None) -> None:
         """What each variable's gradient is multiplied with; None where nothing is clipped by norm."""
@@ -432,8 +432,8 @@ class HostPlan(Plan):
             function(*arguments)
         for group in self.groups:
             if scale != 1 and group.compute == "float32":  # there the kernel knows no scale: no square overflows
-                group.partials *= scale
-                group.partials *= scale
+                for _ in range(2):
+                    np.multiply(group.partials, scale, out=group.partials)
             cpu.gather_squares(group.work, group.partials, squares)
         for i, norm in elsewhere.items():
             squares[i] = np.square(np.float64(norm) * scale)

@@ -97,3 +97,14 @@ def test_norm_is_that_of_the_exact_sum():
         optimizer.apply([gradient])
         expected = scale * np.sqrt(np.sum((gradient.astype(np.longdouble) / scale) ** 2))
         assert abs(optimizer.last_step.gradient_norm / float(expected) - 1) < 1e-14
+
+
+@pytest.mark.parametrize(("value", "small"), [(1e200, 1e-30), (1e200, 1e30), (1e-200, 0.0)])
+def test_norm_of_both_precisions(value, small):
+    """Where the float64 squares need another scale, those of float32 take part in it."""
+    gradients = [np.full(300, small, np.float32), np.full(300, value), np.full(3, 0.5 * bool(small), np.float16)]
+    optimizer = AdamW(global_clipnorm=1.0, nonfinite="raise")
+    optimizer.build([np.zeros_like(g) for g in gradients])
+    optimizer.apply(gradients)
+    exact = np.sqrt(sum((g.astype(np.longdouble) ** 2).sum() for g in gradients))
+    assert abs(optimizer.last_step.gradient_norm / float(exact) - 1) < 1e-14
