@@ -59,7 +59,8 @@ def _cached(decorator, *signature, **options):
     return decorate
 
 
-_jit = _cached(njit)
+_jit = _cached(njit, no_cpython_wrapper=True, no_cfunc_wrapper=True)  # for compiled code to call; Python cannot
+_jit_for_python = _cached(njit)
 _kernel = _cached(cfunc, types.void(types.intp, types.intp, types.intp))
 _update = _jit(make_update(math.sqrt, np.maximum, np.minimum))
 _accumulate = _jit(accumulate)
@@ -555,14 +556,14 @@ def count_helper(bench, more):
     _add(bench + 8 * HELPERS, more)
 
 
-@_jit
+@_jit_for_python
 def gather_squares(work, partials, squares):
     """Add the chunks of each variable in order."""
     for w in range(work.shape[0]):
         squares[work[w, ARRAY]] += partials[w]
 
 
-@_jit
+@_jit_for_python
 def add_in_order(values):
     """A sum whose rounding does not depend on the machine."""
     total = 0.0

@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from .cpu import G, _cached, _call_plain, _pointer
+from .cpu import G, _cached, _call_plain, _jit, _jit_for_python, _pointer
 
 _HEAD = object.__basicsize__  # bytes of PyObject_HEAD, whose last word is the type
 _WORD = 8
@@ -122,12 +122,12 @@ def _describe(typingctx, function, array, tensor):
     return types.int64(types.intp, types.intp, types.intp), codegen
 
 
-@_cached(njit)
+@_jit
 def _words(address, count):
     return carray(_pointer(address, np.int64(0)), count)
 
 
-@_cached(njit)
+@_jit_for_python
 def describe(array, exporter, tensor, clear):
     """Have a tensor fill in a DLTensor; False, and no exception set, where it cannot."""
     if _describe(exporter, array, tensor) == 0:
@@ -136,7 +136,7 @@ def describe(array, exporter, tensor, clear):
     return False
 
 
-@_cached(njit)
+@_jit
 def _address_as_known(array, known, tensor, clear):
     """Where an array lies, if it is exactly as known."""
     if _words(array + _HEAD - _WORD, 1)[0] != known[TYPE]:
@@ -161,7 +161,7 @@ def _address_as_known(array, known, tensor, clear):
     return header[_DATA] if same else _MISSING
 
 
-@_cached(njit)
+@_jit
 def _is_apart(lows, highs, low, high):
     nearest = np.searchsorted(highs, low, side="right")
     return nearest == lows.size or lows[nearest] >= high or low == high

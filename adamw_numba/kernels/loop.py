@@ -21,7 +21,7 @@ from numpy.lib.stride_tricks import as_strided
 from .. import stopping
 from ..coefficients import clip_factor
 from . import cpu
-from .cpu import _jit, _kernel, _pointer, cast_coefficients, overwrite_chunk, sum_squares, update_chunk
+from .cpu import _jit, _jit_for_python, _kernel, _pointer, cast_coefficients, overwrite_chunk, sum_squares, update_chunk
 
 # A block: what all runs share.
 RUNS, HOMES, COUNT, SIZE, PADDED, ROWS, FIRST, LAST, LIMITS, CLIPS, CHUNK, BLOCK_ENTRIES = range(12)
@@ -49,7 +49,7 @@ def _call_objective(typingctx, address, x, g, words):
     return types.float64(types.intp, types.intp, types.intp, types.intp), codegen
 
 
-@_jit
+@_jit_for_python
 def expm1(x):
     """The `math.expm1` of each element: NumPy's own has other last bits."""
     result = np.empty(x.size)
