@@ -44,8 +44,8 @@ QUICK = {"one-1M": ("plain",), "one-65k": ("plain",), "one-10": ("plain",), "res
          "mlp": ("plain", "full"), "many-small": ("plain",)}  # fmt: skip
 SLOW_TO_COMPILE = {"many-small": ("optax", "Keras on JAX", "Keras on JAX, jitted"),
                    "resnet50": ("Keras on JAX", "Keras on JAX, jitted")}  # fmt: skip
-SWEEP = [10, 100, 1000, 4000, 2**14, 2**16, 2**18, 2**20, 2**22, 2**24, 2**26]
-COUNTS = [10, 100, 1000]  # of arrays of 100
+SWEEP = [10, 100, 1000, 4000, *(2**n for n in (13, 14, 16, 17, 18, 20, 21, 22, 24, 25, 26))]
+COUNTS = [10, 100, 500, 2000]  # of arrays of 100
 Row = dict[str, Any]
 
 

@@ -7,17 +7,17 @@ import numpy as np
 from .workloads import WORKLOADS, elements
 
 BYTES = 28  # of a float32 parameter, read and written by the plain step
-PARALLEL_FROM = 2**19  # elements: where helpers join in
+PARALLEL_FROM = 2**15  # elements: where helpers join in
+SHARED_FROM = 2**18 + 1  # elements, of which four arrays no longer fit the caches of two cores: 4 MiB
 MEMORY_FROM = 2**23  # elements, of which four arrays no longer fit any cache: 128 MiB
-TERMS = ("step", "array", "helpers", "cache, one thread", "cache, all threads", "memory")
+TERMS = ("step", "array", "helpers", "cache, one thread", "caches of all threads", "shared cache", "memory")
 
 
 def _terms(arrays: int, count: int) -> list[float]:
     """How often each constant of `TERMS` counts."""
     parallel = count >= PARALLEL_FROM
-    far = count >= MEMORY_FROM
-    data = BYTES * count
-    return [1, arrays, parallel, data * (not parallel), data * (parallel and not far), data * far]
+    tier = sum(count >= start for start in (PARALLEL_FROM, SHARED_FROM, MEMORY_FROM))
+    return [1, arrays, parallel, *(BYTES * count * (tier == k) for k in range(4))]
 
 
 def _fitted(points: list[tuple[int, int, float]]) -> np.ndarray[Any, Any]:
