@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numba import carray, cfunc, types
 
-from adamw_numba.kernels import cpu, threads
+from adamw_numba.kernels import cpu, jobs, threads
 from adamw_numba.kernels.threads import CLOSELY, MOST_PASSED_OVER, PATIENCE, WOKEN_FROM
 
 SMALL = 2**16
@@ -18,7 +18,7 @@ def count_parts(block, part, parts):
     """Count how often each part is done, and, in the last entry, how many parts there are said to be."""
     counts = carray(cpu._pointer(block, np.int64(0)), 65)
     for _ in range(2000 if part % 8 == 3 else 20):  # long enough to be left behind
-        cpu._pause()
+        jobs._pause()
     counts[part] += 1
     counts[64] = parts
 
@@ -34,7 +34,7 @@ def helpers():
 
 def counted(helpers, parts, seats):
     counts = np.zeros(65, np.int64)
-    cpu.run_job(count_parts.address, counts.ctypes.data, parts, seats, helpers.address, threads._GIVE_WAY)
+    jobs.run_job(count_parts.address, counts.ctypes.data, parts, seats, helpers.address, threads._GIVE_WAY)
     return counts
 
 
@@ -62,39 +62,39 @@ def test_each_part_once(helpers):
 
 def test_a_full_bench(helpers):
     """More jobs at once than there are rows: the last one is done alone, as one part."""
-    rows = helpers.bench[: cpu.HELPERS].reshape(cpu.JOBS, cpu.JOB_WORDS)
-    rows[:, cpu.OWNED] = 1
+    rows = helpers.bench[: jobs.HELPERS].reshape(jobs.JOBS, jobs.JOB_WORDS)
+    rows[:, jobs.OWNED] = 1
     assert counted(helpers, 5, 2).nonzero()[0].tolist() == [0, 64]
-    rows[3, cpu.OWNED] = 0
+    rows[3, jobs.OWNED] = 0
     counts = counted(helpers, 5, 2)
     assert counts[:5].tolist() == [1] * 5
-    assert rows[:, cpu.OWNED].tolist() == [1, 1, 1, 0, 1, 1, 1, 1]
+    assert rows[:, jobs.OWNED].tolist() == [1, 1, 1, 0, 1, 1, 1, 1]
 
 
 def test_seats(helpers):
     """A helper without a seat does nothing; one with a seat takes what is left, and counts itself out in the end."""
     counts = np.zeros(65, np.int64)
-    job = helpers.bench[: cpu.JOB_WORDS]
-    job[[cpu.OWNED, cpu.SEATS, cpu.KERNEL, cpu.BLOCK, cpu.PARTS, cpu.LEFT, cpu.DONE]] = [
+    job = helpers.bench[: jobs.JOB_WORDS]
+    job[[jobs.OWNED, jobs.SEATS, jobs.KERNEL, jobs.BLOCK, jobs.PARTS, jobs.LEFT, jobs.DONE]] = [
         1, 0, count_parts.address, counts.ctypes.data, 7, 4, 0,
     ]  # fmt: skip
-    cpu.count_helper(helpers.address, 2)
-    cpu.stand_by(helpers.address, 3)
+    jobs.count_helper(helpers.address, 2)
+    jobs.stand_by(helpers.address, 3)
     assert not counts.any()
-    job[cpu.SEATS] = 1
-    cpu.stand_by(helpers.address, 3)
+    job[jobs.SEATS] = 1
+    jobs.stand_by(helpers.address, 3)
     assert counts[:7].tolist() == [1, 1, 1, 1, 0, 0, 0]
-    assert helpers.bench[cpu.HELPERS] == 0
-    assert job[cpu.DONE] == 4
+    assert helpers.bench[jobs.HELPERS] == 0
+    assert job[jobs.DONE] == 4
 
 
 def test_helpers_stand_by_for_a_while(helpers):
     helpers.call(2, WOKEN_FROM)
-    assert helpers.bench[cpu.HELPERS] == 2  # from the moment that they are called
+    assert helpers.bench[jobs.HELPERS] == 2  # from the moment that they are called
     deadline = time.perf_counter() + 30
-    while helpers.bench[cpu.HELPERS] and time.perf_counter() < deadline:
+    while helpers.bench[jobs.HELPERS] and time.perf_counter() < deadline:
         time.sleep(PATIENCE)
-    assert helpers.bench[cpu.HELPERS] == 0
+    assert helpers.bench[jobs.HELPERS] == 0
 
 
 # Steps of (seconds since the last job, elements, helpers found standing), and at which of them helpers are called.
@@ -122,7 +122,7 @@ def test_when_helpers_are_called(case, monkeypatch):
     numbers = []
     for number, (seconds, elements, standing) in enumerate(steps):
         clock[0] += seconds
-        made.bench[cpu.HELPERS] = standing
+        made.bench[jobs.HELPERS] = standing
         made.call(1, elements)
         numbers += [number] * len(called)
         called.clear()
@@ -143,5 +143,5 @@ def test_no_more_threads(helpers, monkeypatch):
     monkeypatch.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("can't start")))
     helpers.call(2, WOKEN_FROM)
     assert helpers.started == 0
-    assert helpers.bench[cpu.HELPERS] == 0
+    assert helpers.bench[jobs.HELPERS] == 0
     assert counted(helpers, 3, 2)[:4].tolist() == [1, 1, 1, 0]

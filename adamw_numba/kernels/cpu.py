@@ -2,18 +2,16 @@
 
 A kernel is a C function ``void(block, part, parts)`` that does one of several equal shares of the work. `block` is the
 address of a row of addresses (`Block`), so that a call costs the same for one array and for a thousand, and so that
-`run_serial` and `run_job` are compiled once for all kernels. A 16-bit element is an integer to Numba: ``int16`` is
+what runs kernels (jobs.py) is compiled once for all of them. A 16-bit element is an integer to Numba: ``int16`` is
 float16, ``uint16`` is bfloat16.
 """
 
 import math
-import platform
 from functools import cache
 
 import numpy as np
 from llvmlite import ir
 from numba import carray, cfunc, njit, types
-from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from numpy.lib.stride_tricks import as_strided
 
@@ -33,17 +31,9 @@ ARRAY, START, COUNT, P_AT, G_AT, S_AT, P_STEP, G_STEP, S_STEP = range(9)
 WORK, CHUNKS, TABLE, ARRAYS, FACTORS, NUMBERS, PARTIALS, SUMS, IS_FAR, BLOCK_WORDS = range(10)
 # The numbers of a step: ten coefficients, whether to overwrite with the average, the scale of the squares.
 SCALE, OVERWRITE, SQUARE_SCALE, HOW_MANY = 7, 10, 11, 12
-# The bench, where helpers and jobs meet: rows of words, one job each; and one more row, of which the first word counts
-# the helpers. A job: whether somebody owns the row, how many more may help, a kernel, its block, into how many parts it
-# is cut, how many of them are not taken yet (none: whatever else the row holds is void), and how many are done.
-OWNED, SEATS, KERNEL, BLOCK, PARTS, LEFT, DONE = range(7)
-JOBS, JOB_WORDS = 8, 16
-HELPERS = JOBS * JOB_WORDS
 # Rows of the factors: per variable, on the decay and on the clip.
 DECAY, CLIP = range(2)
 
-_X86, _ARM = ("llvm.x86.sse2.pause",), ("llvm.aarch64.hint", 1)
-_PAUSE = {"x86_64": _X86, "AMD64": _X86, "aarch64": _ARM, "arm64": _ARM}.get(platform.machine())
 _OPTIONS = {"error_model": "numpy", "fastmath": {"contract"}}
 
 
@@ -416,144 +406,6 @@ def square_kernel(g_type, compute, total, strided):
         _square_share(block, part, parts, g_like, like, total, strided, scaled)
 
     return square_kernel
-
-
-@intrinsic
-def _call(typingctx, address, block, part, parts):
-    def codegen(context, builder, signature, args):
-        word = ir.IntType(64)
-        function = builder.inttoptr(args[0], ir.FunctionType(ir.VoidType(), [word] * 3).as_pointer())
-        builder.call(function, args[1:])
-        return context.get_dummy_value()
-
-    return types.void(types.intp, types.intp, types.intp, types.intp), codegen
-
-
-@intrinsic
-def _call_plain(typingctx, address):
-    def codegen(context, builder, signature, args):
-        builder.call(builder.inttoptr(args[0], ir.FunctionType(ir.IntType(32), []).as_pointer()), [])
-        return context.get_dummy_value()
-
-    return types.void(types.intp), codegen
-
-
-def _atomic(operation):
-    """An operation on an int64 in memory that no other thread comes in between; it returns what was there."""
-
-    @intrinsic
-    def atomic(typingctx, address, value):
-        def codegen(context, builder, signature, args):
-            pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
-            return builder.atomic_rmw(operation, pointer, args[1], "seq_cst")
-
-        return types.int64(types.int64, types.int64), codegen
-
-    return atomic
-
-
-_add, _exchange = _atomic("add"), _atomic("xchg")
-
-
-@intrinsic
-def _load(typingctx, address):
-    """An int64 in memory that other threads write."""
-
-    def codegen(context, builder, signature, args):
-        return builder.load_atomic(builder.inttoptr(args[0], ir.IntType(64).as_pointer()), "acquire", 8)
-
-    return types.int64(types.int64), codegen
-
-
-@intrinsic
-def _store(typingctx, address, value):
-    """Write an int64 that other threads read."""
-
-    def codegen(context, builder, signature, args):
-        builder.store_atomic(args[1], builder.inttoptr(args[0], ir.IntType(64).as_pointer()), "release", 8)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen
-
-
-@intrinsic
-def _pause(typingctx):
-    """Tell the processor that this thread waits for another."""
-
-    def codegen(context, builder, signature, args):
-        if _PAUSE:
-            name, *numbers = _PAUSE
-            word = ir.IntType(32)
-            kind = ir.FunctionType(ir.VoidType(), [word] * len(numbers))
-            function = cgutils.get_or_insert_function(builder.module, kind, name)
-            builder.call(function, [ir.Constant(word, number) for number in numbers])
-        return context.get_dummy_value()
-
-    return types.void(), codegen
-
-
-# These run while a step is committed, or beside it: compiled here and now, not at their first call.
-
-
-@_cached(njit, types.void(types.int64, types.int64), nogil=True)
-def run_serial(kernel, block):
-    """Call a kernel for all of its work."""
-    _call(kernel, block, 0, 1)
-
-
-@_cached(njit, types.void(types.int64), nogil=True)
-def _take_parts(job):
-    """Do parts of a job that nobody has taken yet, until there are none."""
-    part = _add(job + 8 * LEFT, -1) - 1
-    while part >= 0:
-        _call(_load(job + 8 * KERNEL), _load(job + 8 * BLOCK), part, _load(job + 8 * PARTS))
-        _add(job + 8 * DONE, 1)
-        part = _add(job + 8 * LEFT, -1) - 1
-
-
-@_cached(njit, types.void(*[types.int64] * 6), nogil=True)
-def run_job(kernel, block, parts, seats, bench, give_way):
-    """Do a job together with whoever helps, but no more than `seats`.
-
-    Waits for parts that others have begun, not for others to begin; alone if the bench is full.
-    """
-    for row in range(JOBS):
-        job = bench + 8 * JOB_WORDS * row
-        if _load(job + 8 * OWNED) == 0 and _exchange(job + 8 * OWNED, 1) == 0:
-            _store(job + 8 * KERNEL, kernel)
-            _store(job + 8 * BLOCK, block)
-            _store(job + 8 * PARTS, parts)
-            _store(job + 8 * DONE, 1)
-            _store(job + 8 * SEATS, seats)
-            _exchange(job + 8 * LEFT, parts - 1)  # from here on others may help; the last part is ours
-            _call(kernel, block, parts - 1, parts)
-            _take_parts(job)
-            while _load(job + 8 * DONE) < parts:
-                _call_plain(give_way)
-            _exchange(job + 8 * OWNED, 0)
-            return
-    _call(kernel, block, 0, 1)
-
-
-@_cached(njit, types.void(types.int64, types.int64), nogil=True)
-def stand_by(bench, looks):
-    """Help with every job there is, until there has been none for so many looks; then be one helper less."""
-    idle = 0
-    while idle < looks:
-        idle += 1
-        for row in range(JOBS):
-            job = bench + 8 * JOB_WORDS * row
-            if _load(job + 8 * LEFT) > 0 and _load(job + 8 * SEATS) > 0 and _add(job + 8 * SEATS, -1) > 0:
-                _take_parts(job)
-                idle = 0
-        _pause()
-    _add(bench + 8 * HELPERS, -1)
-
-
-@_cached(njit, types.void(types.int64, types.int64), nogil=True)
-def count_helper(bench, more):
-    """Add to the number of helpers."""
-    _add(bench + 8 * HELPERS, more)
 
 
 @_jit_for_python

@@ -15,7 +15,8 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from .cpu import G, _cached, _call_plain, _jit, _jit_for_python, _pointer
+from .cpu import G, _cached, _jit, _jit_for_python, _pointer
+from .jobs import _call_plain
 
 _HEAD = object.__basicsize__  # bytes of PyObject_HEAD, whose last word is the type
 _WORD = 8

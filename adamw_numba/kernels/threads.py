@@ -22,7 +22,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from . import cpu
+from . import jobs
 
 MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 MOST_PARTS = 8 * MOST_THREADS
@@ -51,7 +51,7 @@ class _Helpers:
     """The threads of this process, started when first needed; a forked child starts its own."""
 
     def __init__(self) -> None:
-        self.bench = np.zeros((cpu.JOBS + 1) * cpu.JOB_WORDS, np.int64)
+        self.bench = np.zeros(jobs.BENCH_WORDS, np.int64)
         self.address: int = self.bench.ctypes.data
         self.forget()
 
@@ -69,7 +69,7 @@ class _Helpers:
         """
         now = time.perf_counter()
         soon, self.last = now - self.last < CLOSELY + elements * LONGEST, now
-        missing = count - self.bench.item(cpu.HELPERS)
+        missing = count - self.bench.item(jobs.HELPERS)
         if missing <= 0:
             self.pass_over = self.in_vain = 0
         elif elements >= WOKEN_FROM:
@@ -88,15 +88,15 @@ class _Helpers:
                 except RuntimeError:  # the system, or an interpreter that ends, allows no more of them
                     return
                 self.started += 1
-        _run(starmap(operator.call, [(cpu.count_helper, self.address, 1), (self.queue.put, None)] * missing))
+        _run(starmap(operator.call, [(jobs.count_helper, self.address, 1), (self.queue.put, None)] * missing))
 
 
 def _looks() -> int:
     """How often a helper can look out for jobs while it stands by."""
-    nobody, took = np.zeros((cpu.JOBS + 1) * cpu.JOB_WORDS, np.int64), []
+    nobody, took = np.zeros(jobs.BENCH_WORDS, np.int64), []
     for _ in range(TRIES):
         start = time.perf_counter()
-        cpu.stand_by(nobody.ctypes.data, LOOKS)
+        jobs.stand_by(nobody.ctypes.data, LOOKS)
         took.append(time.perf_counter() - start)
     return math.ceil(LOOKS * PATIENCE / min(took))
 
@@ -105,7 +105,7 @@ def _help(helpers: _Helpers) -> None:
     queue, looks = helpers.queue, _looks()
     while True:
         queue.get()
-        cpu.stand_by(helpers.address, looks)
+        jobs.stand_by(helpers.address, looks)
 
 
 _HELPERS = _Helpers()
@@ -127,13 +127,13 @@ def job_call(kernel: int, block: int, elements: int, requested: int | None, part
         requested = parts = min(parts, MOST_THREADS, requested or MOST_THREADS)
     count = min(parts, MOST_THREADS, requested or MOST_THREADS)
     if count < 2:
-        return cpu.run_serial, kernel, block
-    return cpu.run_job, kernel, block, parts, count - 1, _HELPERS.address, _GIVE_WAY
+        return jobs.run_serial, kernel, block
+    return jobs.run_job, kernel, block, parts, count - 1, _HELPERS.address, _GIVE_WAY
 
 
 def helpers_of(call: Call) -> int:
     """How many helpers a call can do with."""
-    return 0 if call[0] is cpu.run_serial else call[4]
+    return 0 if call[0] is jobs.run_serial else call[4]
 
 
 call_helpers = _HELPERS.call
