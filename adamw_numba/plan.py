@@ -16,7 +16,7 @@ from .tensors import Tensors
 from .update import Coefficients
 
 CHUNK = 16_384  # elements
-FAR = 2**21  # elements, from which on arrays are taken to lie in memory, not in a cache
+FAR = 2**23  # elements, from which on arrays are taken to lie in memory, not in a cache
 _LARGEST = sys.float_info.max
 _NUMBERS = struct.Struct(f"={cpu.HOW_MANY}d")  # packing takes a third of what assigning a tuple does
 _FAILED = -1

@@ -144,7 +144,7 @@ def worker(arguments: argparse.Namespace) -> Iterator[Row]:
             except Absent as error:
                 absent.add(name)
                 yield {"absent": name, "why": str(error)}
-    if arguments.worker == "torch" and not (arguments.workload or arguments.option):
+    if arguments.worker == "torch" and (arguments.sweep or not (arguments.workload or arguments.option)):
         yield from sweep(quick, arguments.seconds / 2)
 
 
@@ -164,7 +164,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         command = [sys.executable, "-m", "benchmarks.compare", "--worker", process]
         for key in ("workload", "option", "contender"):
             command += [text for value in getattr(arguments, key) for text in (f"--{key}", value)]
-        command += ["--seconds", str(arguments.seconds)]
+        command += ["--seconds", str(arguments.seconds), *["--sweep"] * arguments.sweep]
         environment = os.environ | {"KERAS_BACKEND": process, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
         with subprocess.Popen(
             command + ["--quick"] * arguments.quick, env=environment, stdout=subprocess.PIPE, text=True
@@ -190,16 +190,39 @@ def _take(found: dict[str, Any], line: str) -> None:
         print(report.line(row), flush=True)
 
 
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """An earlier run with the rows of a later one of some workloads in their places, and all that it alone has."""
+    known = [_key(row) for row in new["rows"]]
+    rows = [row for row in old["rows"] if _key(row) not in known] + new["rows"]
+    order = [_key(row) for row in old["rows"]]
+    rows.sort(key=lambda row: order.index(_key(row)) if _key(row) in order else len(order))
+    found = old | new | {"rows": rows, "command": f"{old['command']}; {new['command']}"}
+    found["sweep"] = new["sweep"] or old["sweep"]
+    here = {row["contender"] for row in new["rows"]}
+    found["absent"] = {name: why for name, why in old["absent"].items() if name not in here} | new["absent"]
+    if found["sweep"]:
+        found["model"] = model.fit(found["sweep"], rows)
+    return found
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    return row["workload"], row["option"], row["contender"], row["gradients"]
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer workloads and rounds: some two minutes")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for each pair (default: {SECONDS:g})")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep what was measured")
+    parser.add_argument(
+        "--into", type=Path, metavar="FILE", help="put it into an earlier run's file, in its rows' place"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="time against size; needs matplotlib")
     names = [name for makers in PROCESSES.values() for name in makers]
     for key, choices in (("workload", [*WORKLOADS]), ("option", [*OPTIONS]), ("contender", names)):
         parser.add_argument(f"--{key}", action="append", default=[], choices=choices, help="only this; may be repeated")
+    parser.add_argument("--sweep", action="store_true", help="also arrays of all sizes, where workloads are chosen")
     parser.add_argument("--worker", choices=PROCESSES, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -224,6 +247,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(report.model(found["model"]))
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
+    if options.into:
+        both = merged(json.loads(options.into.read_text()), found)
+        options.into.write_text(json.dumps(both, indent=1) + "\n")
     if options.plot:
         report.plot(found["sweep"], options.plot)
     return 0

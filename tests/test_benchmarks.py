@@ -64,6 +64,36 @@ def test_the_model_finds_its_constants():
     assert found["workloads"]["mlp"]["predicted"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_later_run_of_some_workloads():
+    def row(workload, contender, ratio):
+        return {
+            "workload": workload,
+            "option": "plain",
+            "contender": contender,
+            "gradients": "same",
+            "ratio": ratio,
+            "ours": 1e-5,
+        }
+
+    machine = {"machine": {}, "sweep": [{"sweep": [1, n], "ours": n * 1e-9} for n in compare.SWEEP], "absent": {}}
+    old = machine | {
+        "command": "all",
+        "rows": [row("one-10", "NumPy", 1), row("mlp", "NumPy", 2), row("mlp", "optax", 3)],
+    }
+    new = machine | {"command": "some", "rows": [row("gpt2", "NumPy", 4), row("mlp", "NumPy", 5)], "sweep": []}
+    found = compare.merged(old | {"costs": 7, "absent": {"x": "why", "NumPy": "why"}}, new)
+    assert [(r["workload"], r["contender"], r["ratio"]) for r in found["rows"]] == [
+        ("one-10", "NumPy", 1), ("mlp", "NumPy", 5), ("mlp", "optax", 3), ("gpt2", "NumPy", 4),
+    ]  # fmt: skip
+    assert (found["command"], found["costs"], found["absent"], found["sweep"]) == (
+        "all; some",
+        7,
+        {"x": "why"},
+        old["sweep"],
+    )
+    assert set(found["model"]["workloads"]) == {"one-10", "mlp", "gpt2"}
+
+
 def test_the_page_has_a_place_for_every_part():
     row = {"workload": "mlp", "contender": "NumPy", "gradients": "same", "ours": 1e-5, "theirs": 2e-5, "ratio": 2.0,
            "low": 1.5, "high": 2.5, "rounds": 3}  # fmt: skip

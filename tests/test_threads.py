@@ -8,7 +8,7 @@ import pytest
 from numba import carray, cfunc, types
 
 from adamw_numba.kernels import cpu, jobs, threads
-from adamw_numba.kernels.threads import CLOSELY, MOST_PASSED_OVER, PATIENCE, WOKEN_FROM
+from adamw_numba.kernels.threads import CLOSELY, MOST_PASSED_OVER, WOKEN_FROM
 
 SMALL = 2**16
 
@@ -79,10 +79,10 @@ def test_seats(helpers):
         1, 0, count_parts.address, counts.ctypes.data, 7, 4, 0,
     ]  # fmt: skip
     jobs.count_helper(helpers.address, 2)
-    jobs.stand_by(helpers.address, 3)
+    jobs.stand_by(helpers.address, 2, 2, threads._GIVE_WAY)
     assert not counts.any()
     job[jobs.SEATS] = 1
-    jobs.stand_by(helpers.address, 3)
+    jobs.stand_by(helpers.address, 2, 2, threads._GIVE_WAY)
     assert counts[:7].tolist() == [1, 1, 1, 1, 0, 0, 0]
     assert helpers.bench[jobs.HELPERS] == 0
     assert job[jobs.DONE] == 4
@@ -93,7 +93,7 @@ def test_helpers_stand_by_for_a_while(helpers):
     assert helpers.bench[jobs.HELPERS] == 2  # from the moment that they are called
     deadline = time.perf_counter() + 30
     while helpers.bench[jobs.HELPERS] and time.perf_counter() < deadline:
-        time.sleep(PATIENCE)
+        time.sleep(CLOSELY)
     assert helpers.bench[jobs.HELPERS] == 0
 
 

@@ -143,18 +143,24 @@ def run_job(kernel, block, parts, seats, bench, give_way):
     _call(kernel, block, 0, 1)
 
 
-@_cached(njit, types.void(types.int64, types.int64), nogil=True)
-def stand_by(bench, looks):
-    """Help with every job there is, until there has been none for so many looks; then be one helper less."""
+@_cached(njit, types.void(*[types.int64] * 4), nogil=True)
+def stand_by(bench, looks, polite, give_way):
+    """Help with every job there is, until there has been none for so many looks; then be one helper less.
+
+    After that come `polite` looks more, between which other threads may run.
+    """
     idle = 0
-    while idle < looks:
+    while idle < looks + polite:
         idle += 1
         for row in range(JOBS):
             job = bench + 8 * JOB_WORDS * row
             if _load(job + 8 * LEFT) > 0 and _load(job + 8 * SEATS) > 0 and _add(job + 8 * SEATS, -1) > 0:
                 _take_parts(job)
                 idle = 0
-        _pause()
+        if idle <= looks:
+            _pause()
+        else:
+            _call_plain(give_way)
     _add(bench + 8 * HELPERS, -1)
 
 

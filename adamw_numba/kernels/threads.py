@@ -30,7 +30,8 @@ HELPED_FROM = 2**15  # elements
 LEAST = 2**14  # elements for a thread
 WOKEN_FROM = 2**19  # elements: to wake a helper takes as long as half as many do
 PART = 2**15  # elements, at least, from there on
-PATIENCE, CLOSELY = 1.5e-4, 1e-4  # seconds: how long a helper stands by, and what following closely is
+KEEN, POLITE = 5e-5, 1500  # seconds, then looks (half a millisecond, if no other thread wants to run), to stand by
+CLOSELY = 4e-4  # seconds between jobs that follow each other closely
 LONGEST = 1e-9  # seconds that the last job took, for each element
 MOST_PASSED_OVER = 1000  # small jobs that do not call, after others have called in vain
 TRIES, LOOKS = 3, 200  # to find out how long a look takes
@@ -92,20 +93,20 @@ class _Helpers:
 
 
 def _looks() -> int:
-    """How often a helper can look out for jobs while it stands by."""
+    """How often a helper can look out for jobs while it is keen."""
     nobody, took = np.zeros(jobs.BENCH_WORDS, np.int64), []
     for _ in range(TRIES):
         start = time.perf_counter()
-        jobs.stand_by(nobody.ctypes.data, LOOKS)
+        jobs.stand_by(nobody.ctypes.data, LOOKS, 0, 0)
         took.append(time.perf_counter() - start)
-    return math.ceil(LOOKS * PATIENCE / min(took))
+    return math.ceil(LOOKS * KEEN / min(took))
 
 
 def _help(helpers: _Helpers) -> None:
     queue, looks = helpers.queue, _looks()
     while True:
         queue.get()
-        jobs.stand_by(helpers.address, looks)
+        jobs.stand_by(helpers.address, looks, POLITE, _GIVE_WAY)
 
 
 _HELPERS = _Helpers()
