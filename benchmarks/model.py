@@ -10,14 +10,16 @@ BYTES = 28  # of a float32 parameter, read and written by the plain step
 PARALLEL_FROM = 2**15  # elements: where helpers join in
 SHARED_FROM = 2**18 + 1  # elements, of which four arrays no longer fit the caches of two cores: 4 MiB
 MEMORY_FROM = 2**23  # elements, of which four arrays no longer fit any cache: 128 MiB
-TERMS = ("step", "array", "helpers", "cache, one thread", "caches of all threads", "shared cache", "memory")
+NEAR = 256  # arrays, of which the headers stay in the nearest cache
+TERMS = ("step", "array", "array beyond 256", "helpers")
+BANDWIDTHS = ("cache, one thread", "caches of all threads", "shared cache", "memory")
 
 
 def _terms(arrays: int, count: int) -> list[float]:
-    """How often each constant of `TERMS` counts."""
+    """How often each constant of `TERMS`, and one over each of the `BANDWIDTHS`, counts."""
     parallel = count >= PARALLEL_FROM
     tier = sum(count >= start for start in (PARALLEL_FROM, SHARED_FROM, MEMORY_FROM))
-    return [1, arrays, parallel, *(BYTES * count * (tier == k) for k in range(4))]
+    return [1, arrays, max(arrays - NEAR, 0), parallel, *(BYTES * count * (tier == k) for k in range(4))]
 
 
 def _fitted(points: list[tuple[int, int, float]]) -> np.ndarray[Any, Any]:
@@ -26,9 +28,9 @@ def _fitted(points: list[tuple[int, int, float]]) -> np.ndarray[Any, Any]:
     terms = np.array([_terms(arrays, count) for arrays, count, _ in points]) / seconds[:, None]
     scale = np.abs(terms).max(0)
     scale[scale == 0] = 1
-    free = np.ones(len(TERMS), bool)
+    free = np.ones(terms.shape[1], bool)
     while True:
-        constants = np.zeros(len(TERMS))
+        constants = np.zeros(terms.shape[1])
         constants[free] = np.linalg.lstsq(terms[:, free] / scale[free], np.ones(len(points)), rcond=None)[0]
         if (constants >= 0).all():
             return constants / scale
@@ -42,8 +44,9 @@ def fit(sweep: list[dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str, An
         arrays, size = row["sweep"]
         times.setdefault((arrays, arrays * size), []).append(row["ours"])
     constants = _fitted([(*key, float(np.median(value))) for key, value in times.items()])
-    found: dict[str, Any] = {"seconds": dict(zip(TERMS[:3], constants[:3].tolist(), strict=True))}
-    found["bytes per second"] = {t: 1 / c if c else None for t, c in zip(TERMS[3:], constants[3:], strict=True)}
+    found: dict[str, Any] = {"seconds": dict(zip(TERMS, constants[: len(TERMS)].tolist(), strict=True))}
+    rest = constants[len(TERMS) :]
+    found["bytes per second"] = {name: 1 / c if c else None for name, c in zip(BANDWIDTHS, rest, strict=True)}
     measured: dict[str, list[float]] = {}
     for row in rows:
         if (row["option"], row["gradients"]) == ("plain", "same"):
