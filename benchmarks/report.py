@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -107,12 +108,13 @@ def plot(sweep: list[Found], file: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "adamw_numba"
     from matplotlib import pyplot
 
-    curves: dict[str, dict[int, float]] = {}
+    series: dict[str, dict[int, list[float]]] = {}
     for row in sweep:
         count, size = row["sweep"]
         if count == 1:
-            curves.setdefault("adamw_numba", {})[size] = row["ours"]
-            curves.setdefault(row["contender"], {})[size] = row["theirs"]
+            for name, seconds in (("adamw_numba", row["ours"]), (row["contender"], row["theirs"])):
+                series.setdefault(name, {}).setdefault(size, []).append(seconds)
+    curves = {name: {size: statistics.median(times) for size, times in each.items()} for name, each in series.items()}
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for name, curve in curves.items():
         axes.loglog(list(curve), list(curve.values()), "k:" if name == "limit" else "o-", label=name, markersize=3)
