@@ -437,11 +437,15 @@ class AdamW:
         with self._lock:
             scale = self.loss_scale_factor or 1.0
             plan = self._built.plan if self._built and trainable_variables is None and not self._swapped else None
-            if plan is not None and step.take_again(self, plan, grads, scale, self._state.scalars, self._last):
-                return
+            rates = None
+            if plan is not None and plan.repeat is not None:
+                if self._learning_rate is not None or self._weight_decay_rate is not None:
+                    rates = self._rates_now()  # called once, whichever way the step is taken
+                if step.take_again(self, plan, grads, scale, rates, self._state.scalars, self._last):
+                    return
             built, gradients = self._match(grads, trainable_variables)
             if gradients:
-                self._step(built, gradients, scale, self.nonfinite)
+                self._step(built, gradients, scale, self.nonfinite, rates=rates)
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Array | None, Array]]) -> int:
         """Take one step with ``(gradient, variable)`` pairs, as `zip` makes them.
@@ -538,6 +542,7 @@ class AdamW:
         loss_scale: float,
         nonfinite: str,
         more: Callable[[bool], list[Call]] | None = None,
+        rates: tuple[float, float] | None = None,
     ) -> None:
         iteration = self._state.scalars["iteration"]
         key = self._key(loss_scale) if built.devices else None
@@ -545,7 +550,8 @@ class AdamW:
             asks = device.has_captures or key is None or more or nonfinite == "raise"
             if not device.is_certain and asks and not device.looks_captured():
                 self._catch_up()
-        number, rates = self._rates_now()
+        rates = rates or self._rates_now()
+        number = iteration.item()
         if not 0 <= number < 2**62 or not iteration.flags.writeable:
             raise ValueError(f"the iteration is {number} or read-only; expected a counter that can go on")
         taken = step.Step(number, self._rates, rates, key, loss_scale, nonfinite, waits=more is not None)
@@ -557,14 +563,14 @@ class AdamW:
             calls.append((operator.setitem, iteration, (), number + 1))
         step.commit(prepared, calls + more(prepared.applied) if more else calls)
 
-    def _rates_now(self) -> tuple[int, tuple[Any, Any]]:
-        """The iteration, and learning rate and weight decay at it."""
+    def _rates_now(self) -> tuple[Any, Any]:
+        """Learning rate and weight decay at the present iteration."""
         iteration = self._state.scalars["iteration"]
         number = iteration.item()
         rates = self._rates(number)
         if (self._learning_rate or self._weight_decay_rate) and iteration.item() != number:
             raise RuntimeError("a callable rate has itself taken a step; expected it to return a number only")
-        return number, rates
+        return rates
 
     def _rates(self, number: Any, learning_rate: Any = None) -> tuple[Any, Any]:
         """Learning rate and weight decay at a step; the learning rate as given where it is a number."""

@@ -323,7 +323,7 @@ class HostPlan(Plan):
     helpers : pair of int
         How many the calls made last can do with, and for how many elements.
     repeat : object
-        What the owner notes about the last step, gone as soon as other numbers are set.
+        What the owner notes about the last step, gone as soon as other numbers are set or the work is laid out anew.
     """
 
     def __init__(
@@ -399,8 +399,8 @@ class HostPlan(Plan):
         """The norm of each variable's gradient (with what it has accumulated, if `total`), and of all together.
 
         float64 sums of chunks, added in order. `elsewhere` holds the norms of variables that are not on the host.
-        Where a float64 square over- or underflows, the sum is taken again at another scale, so that a norm is not
-        finite only if an element is not.
+        Where the sum of float64 squares over- or underflows, it is taken again at another scale, so that a norm is not
+        finite only if an element is not. Beside others that are larger, one below 1e-154 may count as 0.
         """
         if not elsewhere and all(group.compute == "float32" for group in self.groups):
             squares = self._squares(total, 1.0, elsewhere)
@@ -440,6 +440,7 @@ class HostPlan(Plan):
         return squares
 
     def _arrange(self, arrangement: Sequence[tuple[Layout, Layout]]) -> None:
+        self.repeat = None  # whose calls are those of the blocks that go
         rows: dict[tuple[str, str, bool | None], list[Matrix]] = {}
         for types, runs in self._runs(arrangement):
             work = _chunks(runs)

@@ -189,12 +189,19 @@ def prepare(hyper: Any, built: Built, gradients: Sequence[Array | None], taken: 
 
 
 def take_again(
-    hyper: Any, plan: Any, grads: Any, loss_scale: float, scalars: dict[str, Array], last: list[Any]
+    hyper: Any,
+    plan: Any,
+    grads: Any,
+    loss_scale: float,
+    rates: tuple[float, float] | None,
+    scalars: dict[str, Array],
+    last: list[Any],
 ) -> bool:
     """Take a step at once, if nothing but gradients, rates and the count differs from the last one; False if not.
 
-    A few microseconds instead of ten: all checks of arrays are one compiled call, and two numbers are new. `scalars`
-    holds the counter and the learning rate; the first of `last` is the record of the last step.
+    A few microseconds instead of ten: all checks of arrays are one compiled call, and two numbers are new. `rates` are
+    None where they are numbers; `scalars` holds the counter and the learning rate; the first of `last` is the record of
+    the last step.
     """
     if plan.repeat is None or type(grads) is not list:
         return False
@@ -202,13 +209,11 @@ def take_again(
     iteration = scalars["iteration"]
     if settings is not hyper._settings or noted_scale != loss_scale or not iteration.flags.writeable:
         return False
-    if hyper._learning_rate is None and hyper._weight_decay_rate is None:
-        number, rate, weight_decay = iteration.item(), scalars["learning_rate"].item(), hyper.weight_decay
-    else:
-        number, (rate, weight_decay) = hyper._rates_now()
     gradients = list(grads)  # the caller's may change while we work
+    number = iteration.item()
     if not 0 < number < 2**62 or plan.reads(gradients) != len(gradients):
         return False
+    rate, weight_decay = rates or (scalars["learning_rate"].item(), hyper.weight_decay)
     norm = scale = None
     if takes_norm:
         norms, norm = plan.norms(None, {})

@@ -41,6 +41,18 @@ def refused(optimizer, gradients):
         optimizer.apply(gradients[::-1])
 
 
+def interrupted(optimizer, gradients):
+    """A step stops after the work has been laid out for other strides, which the next step finds."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(step, "numbers_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        optimizer.apply([strided(gradients[0]), gradients[1]])
+    gradients[0] = strided(gradients[0])
+
+
+def strided(array):
+    return np.asfortranarray(array) if isinstance(array, np.ndarray) else array.T.contiguous().T
+
+
 EVENTS = {
     "nothing": lambda o, g: None,
     "another rate": lambda o, g: setattr(o, "learning_rate", 0.03),
@@ -57,6 +69,7 @@ EVENTS = {
     "Adam alone": lambda o, g: o.update_step(g[0], o.trainable_variables[0], 0.1),
     "gradients of another dtype": lambda o, g: o.apply([libraries.numpy(libraries.look(a), "float64") if isinstance(a, np.ndarray) else a.double() for a in g]),
     "a refused step": refused,
+    "an interrupt": interrupted,
     "a gradient that is not finite": lambda o, g: o.apply([g[0] * np.inf, g[1]]),
 }  # fmt: skip
 
@@ -87,6 +100,36 @@ def test_bits(options, event, make):
     results = [trained(OPTIONS[options], EVENTS[event], make, anew) for anew in (False, True)]
     assert results[0][1] == results[1][1]
     for one, other in zip(results[0][0], results[1][0], strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+SIDE_EFFECTS = {
+    "another beta": lambda o, step: setattr(o, "beta_1", 0.5 + 0.04 * step),
+    "another clip": lambda o, step: setattr(o, "global_clipnorm", 0.1 * (1 + step)),
+    "another loss scale": lambda o, step: setattr(o, "loss_scale_factor", 1.0 + step),
+    "Adam alone": lambda o, step: o.update_step(np.ones(3), o.trainable_variables[0], 0.1),
+}
+
+
+@pytest.mark.parametrize("effect", SIDE_EFFECTS)
+def test_a_rate_with_a_side_effect(effect):
+    """The same bits as of steps that are prepared anew."""
+
+    def trained(anew):
+        def rate(step):
+            if step >= 3:
+                SIDE_EFFECTS[effect](optimizer, step)
+            return 0.01
+
+        optimizer = AdamW(rate, global_clipnorm=0.1, loss_scale_factor=2.0)
+        optimizer.build([np.ones(3)])
+        for number in range(6):
+            if anew:
+                optimizer.threads = optimizer.threads
+            optimizer.apply([np.array([1.0, 2.0, number])])
+        return optimizer.trainable_variables + optimizer.variables
+
+    for one, other in zip(trained(False), trained(True), strict=True):
         np.testing.assert_array_equal(one, other)
 
 

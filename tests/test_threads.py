@@ -117,7 +117,7 @@ def test_when_helpers_are_called(case, monkeypatch):
     steps, expected = CALLS[case]
     made, clock, called = threads._Helpers(), [100.0], []
     monkeypatch.setattr(threads.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(made, "_wake", lambda count, missing: called.append(True))
+    monkeypatch.setattr(made, "_wake", lambda count: called.append(True))
     made.last = clock[0]
     numbers = []
     for number, (seconds, elements, standing) in enumerate(steps):
@@ -131,17 +131,28 @@ def test_when_helpers_are_called(case, monkeypatch):
 
 def test_calls_in_vain_become_rare():
     made, called = threads._Helpers(), []
-    made._wake = lambda count, missing: called.append(1)
+    made._wake = lambda count: called.append(1)
     for _ in range(20_000):
         made.last = time.perf_counter()
         made.call(1, SMALL)
     assert len(called) <= 20_000 // MOST_PASSED_OVER + 11
 
 
-def test_no_more_threads(helpers, monkeypatch):
-    """Where the system gives none, a job is done alone."""
-    monkeypatch.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("can't start")))
-    helpers.call(2, WOKEN_FROM)
-    assert helpers.started == 0
-    assert helpers.bench[jobs.HELPERS] == 0
-    assert counted(helpers, 3, 2)[:4].tolist() == [1, 1, 1, 0]
+@pytest.mark.parametrize("given", [0, 1])
+def test_no_more_threads(given, helpers, monkeypatch):
+    """Where the system gives fewer, those there are help, and nobody asks again; with none, a job is done alone."""
+    asked, start = [], threading.Thread.start
+
+    def limited(thread):
+        asked.append(thread)
+        if len(asked) > given:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    for _ in range(3):
+        helpers.call(2, WOKEN_FROM)
+        assert helpers.bench[jobs.HELPERS] == given
+        assert counted(helpers, 3, 2)[:4].tolist() == [1, 1, 1, 0]
+    assert helpers.started == given
+    assert len(asked) == given + 1

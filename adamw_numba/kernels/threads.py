@@ -12,6 +12,7 @@ import ctypes
 import math
 import operator
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -60,7 +61,8 @@ class _Helpers:
         """Begin anew: in a forked child the threads do not exist."""
         self.bench[:] = 0
         self.queue: SimpleQueue[None] = SimpleQueue()
-        self.started, self.last, self.pass_over, self.in_vain = 0, 0.0, 0, 0
+        self.started, self.most, self.looks = 0, sys.maxsize, 0
+        self.last, self.pass_over, self.in_vain = 0.0, 0, 0
         self.lock = threading.Lock()
 
     def call(self, count: int, elements: int) -> None:
@@ -70,25 +72,28 @@ class _Helpers:
         """
         now = time.perf_counter()
         soon, self.last = now - self.last < CLOSELY + elements * LONGEST, now
-        missing = count - self.bench.item(jobs.HELPERS)
-        if missing <= 0:
+        count = min(count, self.most)
+        if count <= self.bench.item(jobs.HELPERS):
             self.pass_over = self.in_vain = 0
         elif elements >= WOKEN_FROM:
-            self._wake(count, missing)
+            self._wake(count)
         elif soon and self.pass_over > 0:
             self.pass_over -= 1
         elif soon:
             self.pass_over = self.in_vain = min(2 * self.in_vain + 1, MOST_PASSED_OVER)
-            self._wake(count, missing)
+            self._wake(count)
 
-    def _wake(self, count: int, missing: int) -> None:
+    def _wake(self, count: int) -> None:
+        self.looks = self.looks or _looks()
         with self.lock:
-            while self.started < count:
+            while self.started < min(count, self.most):
                 try:
                     threading.Thread(target=_help, args=(self,), name="adamw_numba", daemon=True).start()
                 except RuntimeError:  # the system, or an interpreter that ends, allows no more of them
-                    return
-                self.started += 1
+                    self.most = self.started
+                else:
+                    self.started += 1
+        missing = min(count, self.most) - self.bench.item(jobs.HELPERS)
         _run(starmap(operator.call, [(jobs.count_helper, self.address, 1), (self.queue.put, None)] * missing))
 
 
@@ -103,10 +108,10 @@ def _looks() -> int:
 
 
 def _help(helpers: _Helpers) -> None:
-    queue, looks = helpers.queue, _looks()
+    queue = helpers.queue
     while True:
         queue.get()
-        jobs.stand_by(helpers.address, looks, POLITE, _GIVE_WAY)
+        jobs.stand_by(helpers.address, helpers.looks, POLITE, _GIVE_WAY)
 
 
 _HELPERS = _Helpers()
