@@ -3,12 +3,14 @@
     python -m benchmarks.compare [--quick] [--json FILE] [--plot FILE.svg]
 
 Each contender takes turns with ours in one process, doing the same step, and has first to arrive at the same variables.
-The table holds medians, and the ratio of the contender's time to ours, round by round, with its quartiles: larger than
-1 where ours is faster. The rows of the limit hold the time that the bare streams of memory take, over ours.
+A process holds one workload and the contenders that can share it (with --quick, all workloads). The table holds
+medians, and the ratio of the contender's time to ours, round by round, with its quartiles: larger than 1 where ours is
+faster. The rows of the limit hold the time that the bare streams of memory take, over ours.
 """
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -40,6 +42,7 @@ from .workloads import (
 
 STEPS = 3  # to agree on
 SECONDS, QUICK_SECONDS = 4.0, 0.15  # for each pair
+BUSY = 0.5  # processes that ran in the last minute, on average
 QUICK = {"one-1M": ("plain",), "one-65k": ("plain",), "one-10": ("plain",), "resnet50": ("plain", "full", "16-bit"),
          "mlp": ("plain", "full"), "many-small": ("plain",)}  # fmt: skip
 SLOW_TO_COMPILE = {"many-small": ("optax", "Keras on JAX", "Keras on JAX, jitted"),
@@ -127,6 +130,9 @@ def cells(quick: bool, wanted: list[str], options: list[str]) -> Iterator[tuple[
 def worker(arguments: argparse.Namespace) -> Iterator[Row]:
     """What one process measures: rows, and what it lacks."""
     warnings.simplefilter("ignore")
+    if arguments.sweep:
+        yield from sweep(arguments.quick, arguments.seconds / 2)
+        return
     quick, makers = arguments.quick, PROCESSES[arguments.worker]
     absent: set[str] = set()
     for workload, option in cells(quick, arguments.workload, arguments.option):
@@ -144,8 +150,6 @@ def worker(arguments: argparse.Namespace) -> Iterator[Row]:
             except Absent as error:
                 absent.add(name)
                 yield {"absent": name, "why": str(error)}
-    if arguments.worker == "torch" and (arguments.sweep or not (arguments.workload or arguments.option)):
-        yield from sweep(quick, arguments.seconds / 2)
 
 
 def sweep(quick: bool, seconds: float) -> Iterator[Row]:
@@ -160,20 +164,32 @@ def sweep(quick: bool, seconds: float) -> Iterator[Row]:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """All processes, one after another; what they found, by kind."""
     found: dict[str, Any] = {"rows": [], "sweep": [], "absent": {}}
-    for process in PROCESSES:
-        command = [sys.executable, "-m", "benchmarks.compare", "--worker", process]
-        for key in ("workload", "option", "contender"):
-            command += [text for value in getattr(arguments, key) for text in (f"--{key}", value)]
-        command += ["--seconds", str(arguments.seconds), *["--sweep"] * arguments.sweep]
-        environment = os.environ | {"KERAS_BACKEND": process, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
-        with subprocess.Popen(
-            command + ["--quick"] * arguments.quick, env=environment, stdout=subprocess.PIPE, text=True
-        ) as child:
-            for line in child.stdout or ():
-                _take(found, line)
-        if child.returncode:
-            raise SystemExit(f"the process of {process} ended with status {child.returncode}")
+    common = ["--seconds", str(arguments.seconds), *["--quick"] * arguments.quick]
+    for key in ("option", "contender"):
+        common += [text for value in getattr(arguments, key) for text in (f"--{key}", value)]
+    wanted = arguments.workload or [*WORKLOADS]
+    for workloads in [wanted] if arguments.quick else [[name] for name in WORKLOADS if name in wanted]:
+        chosen = [text for name in workloads for text in ("--workload", name)]
+        for process, makers in PROCESSES.items():
+            if not arguments.contender or not set(arguments.contender).isdisjoint(makers):
+                _run_worker(found, process, common + chosen)
+    if _sweeps(arguments):
+        _run_worker(found, "torch", [*common, "--sweep"])
     return found
+
+
+def _sweeps(arguments: argparse.Namespace) -> bool:
+    return arguments.sweep or not (arguments.workload or arguments.option or arguments.contender)
+
+
+def _run_worker(found: dict[str, Any], process: str, options: list[str]) -> None:
+    command = [sys.executable, "-m", "benchmarks.compare", "--worker", process, *options]
+    environment = os.environ | {"KERAS_BACKEND": process, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as child:
+        for line in child.stdout or ():
+            _take(found, line)
+    if child.returncode:
+        raise SystemExit(f"the process of {process} ended with status {child.returncode}")
 
 
 def _take(found: dict[str, Any], line: str) -> None:
@@ -181,8 +197,9 @@ def _take(found: dict[str, Any], line: str) -> None:
         return
     row = json.loads(line)
     if "absent" in row:
+        if row["absent"] not in found["absent"]:
+            print(f"not installed: {row['absent']}: {row['why']}", flush=True)
         found["absent"][row["absent"]] = row["why"]
-        print(f"not installed: {row['absent']}: {row['why']}", flush=True)
     elif "sweep" in row:
         found["sweep"].append(row)
     else:
@@ -209,11 +226,51 @@ def _key(row: Row) -> tuple[str, ...]:
     return row["workload"], row["option"], row["contender"], row["gradients"]
 
 
+def check(options: argparse.Namespace, machine: dict[str, Any]) -> None:
+    """Refuse what could only fail after an hour.
+
+    Raises
+    ------
+    SystemExit
+    """
+    for key in ("json", "plot", "into"):
+        file = getattr(options, key)
+        if file and not file.absolute().parent.is_dir():
+            raise SystemExit(f"--{key} {file}: there is no such folder")
+    if options.plot and options.plot.suffix != ".svg":
+        raise SystemExit(f"--plot {options.plot}: expected a name that ends in .svg")
+    if options.plot and not _sweeps(options):
+        raise SystemExit(
+            "--plot shows time against size, which is not measured where some rows are chosen: add --sweep"
+        )
+    if options.json and options.into and options.json.resolve() == options.into.resolve():
+        raise SystemExit(f"--json and --into are both {options.json}; expected two files, or one of them")
+    if options.into:
+        there = report.read(options.into)["machine"]
+        if there != machine:
+            raise SystemExit(f"--into {options.into}: a run on another machine or with other versions: {there}")
+
+
+def left_out() -> str:
+    """What --quick does not measure."""
+    whole = [name for name in WORKLOADS if name not in QUICK]
+    options = [f"{name} but {', '.join(QUICK[name])}" for name in QUICK]
+    slow = [f"{', '.join(names)} on {workload}" for workload, names in SLOW_TO_COMPILE.items()]
+    return f"--quick leaves out {', '.join(whole)}; all options of {'; '.join(options)}; and {'; '.join(slow)}"
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a finite number > 0, got {text}")
+    return seconds
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer workloads and rounds: some two minutes")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for each pair (default: {SECONDS:g})")
+    parser.add_argument("--seconds", type=_seconds, default=SECONDS, help=f"for each pair (default: {SECONDS:g})")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep what was measured")
     parser.add_argument(
         "--into", type=Path, metavar="FILE", help="put it into an earlier run's file, in its rows' place"
@@ -234,12 +291,19 @@ def main(arguments: list[str] | None = None) -> int:
         for row in worker(options):
             print(json.dumps(row), flush=True)
         return 0
+    machine = report.machine()
+    check(options, machine)
     if options.plot:
         report.need_matplotlib()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > BUSY:
+        print(f"something else runs on this machine (load {load:.1f}): ratios will scatter", file=sys.stderr)
     print(report.HEADING, flush=True)
-    found = {"machine": report.machine(), "command": " ".join(["python -m benchmarks.compare", *sys.argv[1:]])}
+    found = {"machine": machine, "command": " ".join(["python -m benchmarks.compare", *sys.argv[1:]])}
     found |= run(options)
-    if not (options.workload or options.option):
+    if options.quick:
+        print(left_out())
+    if not (options.workload or options.option or options.contender):
         found["costs"] = costs.measure(options.quick)
         print(report.costs(found["costs"]))
     if found["sweep"]:
@@ -248,10 +312,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     if options.into:
-        both = merged(json.loads(options.into.read_text()), found)
+        both = merged(report.read(options.into), found)
         options.into.write_text(json.dumps(both, indent=1) + "\n")
     if options.plot:
         report.plot(found["sweep"], options.plot)
+    for file in filter(None, (options.json, options.into, options.plot)):
+        print(f"wrote {file}")
     return 0
 
 

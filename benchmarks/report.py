@@ -67,9 +67,9 @@ def costs(found: Found) -> str:
     lines = [
         f"import numpy {duration(found['import']['numpy'])}, then adamw_numba {duration(found['import']['adamw_numba'])}"
     ]
-    lines.append(
-        f"first step {duration(found['first step']['cold'])}, with cached kernels {duration(found['first step']['warm'])}"
-    )
+    for name, text in (("cold", "first build and step, nothing compiled"), ("warm", "the same with cached kernels")):
+        build, apply = found["first step"][name]["build"], found["first step"][name]["apply"]
+        lines.append(f"{text}: {duration(build + apply)}, of which the default variant {duration(apply)}")
     lines += [f"further variant: {name} {duration(seconds)}" for name, seconds in found["compile"].items()]
     for key in ("memory plain", "memory full"):
         for name, memory in found.get(key, {}).items():
@@ -164,6 +164,32 @@ def fresh_table(found: Found) -> str:
     return _table(["workload", "contender", "ours", "theirs", "ratio", "ratio, same arrays"], body)
 
 
+def read(file: Path) -> Found:
+    """What ``compare --json`` has written.
+
+    Raises
+    ------
+    SystemExit
+        If the file is missing or something else.
+    """
+    try:
+        found = json.loads(file.read_text())
+    except OSError as error:
+        raise SystemExit(f"{file} cannot be read: {error.strerror}") from None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not {"machine", "command", "rows", "sweep", "absent"} <= found.keys():
+        raise SystemExit(f"{file} is not what `python -m benchmarks.compare --json` writes")
+    return found
+
+
+def lacks(found: Found) -> list[str]:
+    """What a page needs and a run of some rows, or a quick one, does not have."""
+    options = {row["option"] for row in found["rows"]}
+    missing = [option for option in OPTIONS if option not in options]
+    return missing + [key for key in ("sweep", "costs", "model") if not found.get(key)]
+
+
 def sections(found: Found) -> dict[str, str]:
     """The parts of docs/benchmarks.md that are measured."""
     machine, versions = found["machine"], found["machine"]["versions"]
@@ -200,10 +226,13 @@ def main(arguments: list[str]) -> int:
     """Bring docs/benchmarks.md and its plot up to date with a run."""
     if len(arguments) != 1:
         raise SystemExit("usage: python -m benchmarks.report FILE.json")
-    found = json.loads(Path(arguments[0]).read_text())
-    page = DOCS / "benchmarks.md"
+    file, page, picture = Path(arguments[0]), DOCS / "benchmarks.md", DOCS / "benchmarks.svg"
+    found = read(file)
+    if missing := lacks(found):
+        raise SystemExit(f"{file} lacks {', '.join(missing)}; expected a run without --quick, of everything")
     page.write_text(render(page.read_text(), sections(found)))
-    plot(found["sweep"], DOCS / "benchmarks.svg")
+    plot(found["sweep"], picture)
+    print(f"wrote {page} and {picture}")
     return 0
 
 

@@ -94,6 +94,63 @@ def test_a_later_run_of_some_workloads():
     assert set(found["model"]["workloads"]) == {"one-10", "mlp", "gpt2"}
 
 
+REFUSED = {
+    "--seconds 0": "> 0",
+    "--seconds nan": "> 0",
+    "--json {tmp}/none/run.json": "no such folder",
+    "--plot {tmp}/plot.png": "ends in .svg",
+    "--plot {tmp}/plot.svg --workload mlp": "add --sweep",
+    "--json {tmp}/old.json --into {tmp}/../{name}/old.json": "two files",
+    "--into {tmp}/missing.json": "cannot be read",
+    "--into {tmp}/other.json": "is not what",
+    "--into {tmp}/old.json": "another machine",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_refused_before_anything_is_measured(line, tmp_path, monkeypatch, capsys):
+    old = {"machine": {"processor": "another"}, "command": "", "rows": [], "sweep": [], "absent": {}}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    (tmp_path / "other.json").write_text("[1]")
+    monkeypatch.setattr(compare, "run", lambda _: pytest.fail("measured"))
+    with pytest.raises(SystemExit) as refusal:
+        compare.main(line.format(tmp=tmp_path, name=tmp_path.name).split())
+    assert REFUSED[line] in f"{refusal.value}{capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [(None, "cannot be read"), ({}, "is not what"), ({"machine": {}, "command": "", "rows": [], "sweep": [1], "absent": {}}, "lacks plain")],
+)  # fmt: skip
+def test_a_page_of_part_of_a_run(found, expected, tmp_path):
+    file = tmp_path / "run.json"
+    if found is not None:
+        file.write_text(json.dumps(found))
+    before = (report.DOCS / "benchmarks.md").read_text()
+    with pytest.raises(SystemExit, match=expected):
+        report.main([str(file)])
+    assert (report.DOCS / "benchmarks.md").read_text() == before
+
+
+def test_processes(monkeypatch):
+    """One for each workload and framework, and only those that hold a chosen contender; all at once where it is quick."""
+    started = []
+    monkeypatch.setattr(compare, "_run_worker", lambda found, *command: started.append(command))
+    compare.run(compare.parse(["--workload", "mlp", "--workload", "gpt2", "--contender", "optax"]))
+    compare.run(compare.parse(["--quick", "--workload", "mlp", "--workload", "gpt2"]))
+    compare.run(compare.parse(["--option", "plain", "--workload", "mlp", "--sweep"]))
+    common = ["--seconds", "4.0"]
+    assert started == [
+        ("jax", [*common, "--contender", "optax", "--workload", "gpt2"]),
+        ("jax", [*common, "--contender", "optax", "--workload", "mlp"]),
+        ("torch", [*common, "--quick", "--workload", "mlp", "--workload", "gpt2"]),
+        ("jax", [*common, "--quick", "--workload", "mlp", "--workload", "gpt2"]),
+        ("torch", [*common, "--option", "plain", "--workload", "mlp"]),
+        ("jax", [*common, "--option", "plain", "--workload", "mlp"]),
+        ("torch", [*common, "--option", "plain", "--sweep"]),
+    ]
+
+
 def test_the_page_has_a_place_for_every_part():
     row = {"workload": "mlp", "contender": "NumPy", "gradients": "same", "ours": 1e-5, "theirs": 2e-5, "ratio": 2.0,
            "low": 1.5, "high": 2.5, "rounds": 3}  # fmt: skip
@@ -102,7 +159,7 @@ def test_the_page_has_a_place_for_every_part():
         "command": "a command",
         "absent": {"DeepSpeed CPUAdam": "why"},
         "rows": [row | {"option": option} for option in workloads.OPTIONS] + [row | {"option": "plain", "gradients": "fresh"}],
-        "costs": {"import": {"numpy": 0.1, "adamw_numba": 0.02}, "first step": {"cold": 2.0, "warm": 0.2}, "compile": {"norm": 0.3}},
+        "costs": {"import": {"numpy": 0.1, "adamw_numba": 0.02}, "first step": {"cold": {"build": 1.0, "apply": 2.0}, "warm": {"build": 0.1, "apply": 0.2}}, "compile": {"norm": 0.3}},
         "model": {"seconds": {"step": 1e-6}, "bytes per second": {"memory": 2e10}, "workloads": {"mlp": {"measured": 2.0, "predicted": 2.1}}},
     }  # fmt: skip
     page = report.render((report.DOCS / "benchmarks.md").read_text(), report.sections(json.loads(json.dumps(found))))

@@ -211,6 +211,19 @@ def overwrite_chunk(count, p, average, master):
 
 
 @_jit
+def first_above(ascending, bound):
+    """Where the first integer above a bound is; half a second less to compile than `numpy.searchsorted`."""
+    low, high = 0, ascending.size
+    while low < high:
+        middle = (low + high) >> 1
+        if ascending[middle] > bound:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+@_jit
 def _share(block, part, parts):
     """The work list, and which of its chunks are one part's: about as many elements as any other's."""
     chunks = block[CHUNKS]
@@ -219,7 +232,8 @@ def _share(block, part, parts):
         return work, 0, chunks
     total = work[chunks - 1, START] + work[chunks - 1, COUNT]
     starts = work[:, START]
-    return work, np.searchsorted(starts, total * part // parts), np.searchsorted(starts, total * (part + 1) // parts)
+    first, last = total * part // parts, total * (part + 1) // parts
+    return work, first_above(starts, first - 1), first_above(starts, last - 1)
 
 
 @_jit

@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from .cpu import G, _cached, _jit, _jit_for_python, _pointer
+from .cpu import G, _cached, _jit, _jit_for_python, _pointer, first_above
 from .jobs import _call_plain
 
 _HEAD = object.__basicsize__  # bytes of PyObject_HEAD, whose last word is the type
@@ -164,7 +164,7 @@ def _address_as_known(array, known, tensor, clear):
 
 @_jit
 def _is_apart(lows, highs, low, high):
-    nearest = np.searchsorted(highs, low, side="right")
+    nearest = first_above(highs, low)
     return nearest == lows.size or lows[nearest] >= high or low == high
 
 
