@@ -63,7 +63,7 @@ class _Helpers:
         self.queue: SimpleQueue[None] = SimpleQueue()
         self.started, self.most, self.looks = 0, sys.maxsize, 0
         self.last, self.pass_over, self.in_vain = 0.0, 0, 0
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a signal may come while a helper is started, and its handler take a step
 
     def call(self, count: int, elements: int) -> None:
         """Have so many helpers stand by for a job that comes now, if it is large or follows closely on another.
