@@ -131,12 +131,12 @@ def _table(heading: list[str], rows: list[list[str]]) -> str:
 
 
 def ratio_table(found: Found, option: str) -> str:
-    """One option: a column for each workload, a row for each contender; the ratio of the times, and ours in the head."""
+    """One option: a column for each workload, a row for each contender; the ratio of the times; ours, the median of all pairs, in the head."""
     rows = [row for row in found["rows"] if row["option"] == option and row["gradients"] == "same"]
     workloads = [name for name in WORKLOADS if any(row["workload"] == name for row in rows)]
     contenders = list(dict.fromkeys(row["contender"] for row in rows))
     cell = {(row["contender"], row["workload"]): row for row in rows}
-    mine = [next(duration(row["ours"]) for row in rows if row["workload"] == name) for name in workloads]
+    mine = [duration(statistics.median(row["ours"] for row in rows if row["workload"] == name)) for name in workloads]
     body = [["**ours**", *mine]]
     for contender in contenders:
         entries = [cell.get((contender, name)) for name in workloads]
