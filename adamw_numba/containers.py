@@ -1,11 +1,15 @@
 """Nested dicts and lists of arrays, and lists of ``(name, array)`` pairs, as one flat list of paths and arrays."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from .arrays import is_array
 
 Container = Any
+_BY_KEY, _BY_POSITION = (dict, OrderedDict), (list, tuple)
+_CONTAINERS = {*_BY_KEY, *_BY_POSITION}
 
 
 def flatten(container: Container, what: str = "variables") -> tuple[list[str], list[Any]]:
@@ -32,6 +36,71 @@ def flatten(container: Container, what: str = "variables") -> tuple[list[str], l
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{what} holds the name {twice!r} more than once; expected every name once")
     return names, leaves
+
+
+class Form:
+    """A container as it once was, all of it: another one like it is taken apart without a second look at its paths.
+
+    Parameters
+    ----------
+    tree : tuple
+        The container's type, its keys, and for each key a tree, or None for a leaf; None instead of leaves only.
+    order : list of int
+        Where each name's leaf is among those of the container.
+    """
+
+    def __init__(self, tree: tuple[Any, ...], order: list[int]) -> None:
+        self._tree = tree
+        self._sort = None if order == sorted(order) else itemgetter(*order)
+
+    def flat(self, container: Container) -> Container:
+        """A list of the leaves, in the order of the names; the container itself if it is not like this one."""
+        leaves: list[Any] = []
+        try:
+            if not _take(self._tree, container, leaves) or not _CONTAINERS.isdisjoint(map(type, leaves)):
+                return container
+        except KeyError:
+            return container
+        return list(self._sort(leaves)) if self._sort else leaves
+
+
+def form_of(container: Container, expected: list[str]) -> Form | None:
+    """The form of a container that holds a leaf for each expected name; None if it is a list of leaves, or unusual."""
+    tree = _tree(container)
+    if tree is None or (tree[0] is list and tree[2] is None):
+        return None
+    names = flatten(container)[0]
+    return Form(tree, [names.index(name) for name in in_order(names, names, expected, "container")])
+
+
+def _tree(value: Container) -> tuple[Any, ...] | None:
+    kind = type(value)
+    if kind in _BY_KEY and all(type(key) is str for key in value):
+        keys = tuple(value)
+    elif kind in _BY_POSITION and not (value and all(_is_pair(item) for item in value)):
+        keys = tuple(range(len(value)))
+    else:
+        return None
+    children = [None if _is_leaf(value[key]) else _tree(value[key]) or () for key in keys]
+    if () in children:  # something below has no tree
+        return None
+    return kind, keys, children if any(children) else None
+
+
+def _take(tree: tuple[Any, ...], value: Container, leaves: list[Any]) -> bool:
+    """Add the leaves of a container to a list; False, or a KeyError, where it is not like the tree."""
+    kind, keys, children = tree
+    if type(value) is not kind or len(value) != len(keys):
+        return False
+    if children is None:
+        leaves.extend(map(value.__getitem__, keys))
+        return True
+    for key, child in zip(keys, children, strict=True):
+        if child is None:
+            leaves.append(value[key])
+        elif not _take(child, value[key], leaves):
+            return False
+    return True
 
 
 def rebuild(container: Container, leaves: Iterable[Any]) -> Container:

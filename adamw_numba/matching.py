@@ -20,10 +20,17 @@ def gradients(built: Built, grads: Container, warn: bool = True) -> Sequence[Arr
     ValueError
         If a count or a name differs, or every gradient is None.
     """
-    if type(grads) is list and len(grads) == len(built.names) and _NOT_FLAT.isdisjoint(map(type, grads)):
-        return list(grads)  # the caller's may change while we work
+    if (flat := as_flat(built, grads)) is not None:
+        return flat
     names, leaves = flatten(grads, "grads")
     return _present(built.names, in_order(names, leaves, built.names, "grads"), warn) if leaves else []
+
+
+def as_flat(built: Built, grads: Container) -> list[Array] | None:
+    """Gradients that are a list of arrays, one for each variable; None if they are anything else."""
+    if type(grads) is list and len(grads) == len(built.names) and _NOT_FLAT.isdisjoint(map(type, grads)):
+        return list(grads)  # the caller's may change while we work
+    return None
 
 
 def gradients_of(

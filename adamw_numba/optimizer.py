@@ -17,7 +17,7 @@ import numpy as np
 from . import arrays, checkpoint, matching, schedules, stateless, step
 from . import hyperparameters as hp
 from .arrays import Array
-from .containers import Container, flatten, in_order, materialized, rebuild
+from .containers import Container, Form, flatten, form_of, in_order, materialized, rebuild
 from .manifest import DTYPES, encoded
 from .state import Place, State, load, new_slots, replace, save
 from .step import Built, Call
@@ -163,6 +163,7 @@ class AdamW:
         self._swapped = False
         self._loaded: checkpoint.Loaded | None = None
         self._extra: Any = None
+        self._form: Form | None = None  # of the gradients last given in a container other than a list
         self._lock = threading.RLock()
         _OPTIMIZERS.add(self)
 
@@ -176,10 +177,11 @@ class AdamW:
     @property
     def learning_rate(self) -> float:
         """The learning rate of the next step. Setting takes a float, a schedule or a callable, at any time."""
-        if self._learning_rate is not None:
-            self._catch_up()
-            return float(self._learning_rate(self._state.scalars["iteration"].item()))
-        return float(self._state.scalars["learning_rate"])
+        rate = self._own_rate()
+        if isinstance(rate, float):
+            return rate
+        self._catch_up()
+        return float(rate(self._state.scalars["iteration"].item()))
 
     @learning_rate.setter
     def learning_rate(self, value: Any) -> None:
@@ -435,17 +437,20 @@ class AdamW:
             If some gradients are None.
         """
         with self._lock:
+            settings = self._settings  # before any of them, so that one that changes meanwhile is noticed
             scale = self.loss_scale_factor or 1.0
             plan = self._built.plan if self._built and trainable_variables is None and not self._swapped else None
             rates = None
             if plan is not None and plan.repeat is not None:
                 if self._learning_rate is not None or self._weight_decay_rate is not None:
                     rates = self._rates_now()  # called once, whichever way the step is taken
+                if self._form is not None:
+                    grads = self._form.flat(grads)
                 if step.take_again(self, plan, grads, scale, rates, self._state.scalars, self._last):
                     return
             built, gradients = self._match(grads, trainable_variables)
             if gradients:
-                self._step(built, gradients, scale, self.nonfinite, rates=rates)
+                self._step(built, gradients, scale, self.nonfinite, rates=rates, settings=settings)
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Array | None, Array]]) -> int:
         """Take one step with ``(gradient, variable)`` pairs, as `zip` makes them.
@@ -543,6 +548,7 @@ class AdamW:
         nonfinite: str,
         more: Callable[[bool], list[Call]] | None = None,
         rates: tuple[float, float] | None = None,
+        settings: object = None,
     ) -> None:
         iteration = self._state.scalars["iteration"]
         key = self._key(loss_scale) if built.devices else None
@@ -554,7 +560,7 @@ class AdamW:
         number = iteration.item()
         if not 0 <= number < 2**62 or not iteration.flags.writeable:
             raise ValueError(f"the iteration is {number} or read-only; expected a counter that can go on")
-        taken = step.Step(number, self._rates, rates, key, loss_scale, nonfinite, waits=more is not None)
+        taken = step.Step(number, self._rates, rates, key, loss_scale, nonfinite, more is not None, settings)
         prepared = step.prepare(self, built, gradients, taken)
         calls: list[Call] = [(operator.setitem, self._last, 0, (prepared.norm, prepared.applied, rates[0]))]
         if not prepared.applied:
@@ -574,21 +580,29 @@ class AdamW:
 
     def _rates(self, number: Any, learning_rate: Any = None) -> tuple[Any, Any]:
         """Learning rate and weight decay at a step; the learning rate as given where it is a number."""
-        if self._learning_rate is not None:
-            learning_rate = self._learning_rate(number)
+        own = self._own_rate()
+        if not isinstance(own, float):
+            learning_rate = own(number)
         elif learning_rate is None:
-            learning_rate = self._state.scalars["learning_rate"].item()
+            learning_rate = own
         decay = self._weight_decay_rate
         return learning_rate, self.weight_decay if decay is None else decay(number)
 
+    def _own_rate(self) -> hp.Rate | float:
+        """What was set as learning rate; a signal's handler may put a callable in a number's place, and back."""
+        scalars = self._state.scalars
+        array, rate = scalars.get("learning_rate"), self._learning_rate
+        if rate is not None:
+            return rate
+        return float(scalars["learning_rate"] if array is None else array)
+
     def _key(self, loss_scale: float) -> object:
         """Equal for steps whose coefficients follow from the iteration alone, in the same way; None if they may not."""
-        rate: Any = self._learning_rate
-        rates = [None if rate is None else rate.function, self.weight_decay]
+        own = self._own_rate()
+        rates = [None if isinstance(own, float) else own.function, self.weight_decay]
         if any(callable(rate) and type(rate).__module__ != schedules.__name__ for rate in rates):
             return None
-        own = self._state.scalars["learning_rate"].item() if rates[0] is None else None
-        return own, rates[0], loss_scale, self._settings
+        return own if rates[0] is None else rates[0], loss_scale, self._settings
 
     def _catch_up(self, norm: bool = False) -> None:
         """Ask a GPU that decides and counts by itself, if there is anything to ask; waits for it."""
@@ -652,7 +666,14 @@ class AdamW:
                     "When passing `grads` without `variables`, the optimizer must already be built on a list of "
                     "variables. Call `optimizer.build(trainable_variables)` first."
                 )
-            return self._built, matching.gradients(self._built, grads)
+            if self._form is not None:
+                grads = self._form.flat(grads)
+            flat = matching.as_flat(self._built, grads)
+            if flat is not None:
+                return self._built, flat
+            found = matching.gradients(self._built, grads)
+            self._form = form_of(grads, self._built.names) or self._form
+            return self._built, found
         names, given = flatten(variables)
         grads = materialized(grads)
         if not flatten(grads, "grads")[1]:

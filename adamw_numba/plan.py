@@ -303,12 +303,13 @@ class Plan:
             return
         owned, places = [array for _, _, array in self._places], [place[:2] for place in self._places]
         found = [seen.record for seen in gradients]
-        self._reader = headers.Reader(owned, places, records, found, self._ranges, self.table)
+        reader = headers.Reader(owned, places, records, found, self._ranges, self.table)
         columns = [i for i in self.own if not isinstance(self.variables[i], np.ndarray)]
         if columns:
             written = [array for array in owned if not isinstance(array, np.ndarray)]
             signatures = [None if gradients[i] is _UNSEEN else gradients[i].signature for i in columns]
             self._tensors = Tensors(written, [self.variables[i] for i in columns], columns, signatures)
+        self._reader = reader  # last: from here on `reads` trusts it
 
 
 class HostPlan(Plan):

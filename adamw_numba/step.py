@@ -95,6 +95,8 @@ class Step(NamedTuple):
     nonfinite : {"propagate", "skip", "raise"}
     waits : bool
         Whether the host has to know at once if the step was applied.
+    settings : object
+        The token of the hyperparameters, from before any of them was looked at.
     """
 
     iteration: int
@@ -104,6 +106,7 @@ class Step(NamedTuple):
     loss_scale: float
     nonfinite: str
     waits: bool
+    settings: object
 
 
 def build(names: list[str], variables: list[Array], slots: list[dict[str, Array]], excluded: frozenset[str]) -> Built:
@@ -184,7 +187,7 @@ def prepare(hyper: Any, built: Built, gradients: Sequence[Array | None], taken: 
     touched = [tensor for i, tensor in built.tensors if numbers.overwrite or gradients[i] is not None]
     prepared = Prepared(touched, *_updates(hyper, built, gradients, c, clips, numbers.overwrite), norm, True, launches)
     if taken.iteration and not taken.waits and not hyper.gradient_accumulation_steps:
-        _note(hyper, built, gradients, taken.loss_scale, prepared)
+        _note(hyper, built, gradients, taken, prepared)
     return prepared
 
 
@@ -203,17 +206,23 @@ def take_again(
     None where they are numbers; `scalars` holds the counter and the learning rate; the first of `last` is the record of
     the last step.
     """
-    if plan.repeat is None or type(grads) is not list:
+    noted = plan.repeat
+    if noted is None or type(grads) is not list:
         return False
-    settings, noted_scale, log_beta_1, log_beta_2, takes_norm, prepared = plan.repeat
-    iteration = scalars["iteration"]
+    settings, noted_scale, log_beta_1, log_beta_2, takes_norm, prepared = noted
+    iteration, own, weight_decay = scalars["iteration"], scalars.get("learning_rate"), hyper.weight_decay
     if settings is not hyper._settings or noted_scale != loss_scale or not iteration.flags.writeable:
         return False
     gradients = list(grads)  # the caller's may change while we work
     number = iteration.item()
     if not 0 < number < 2**62 or plan.reads(gradients) != len(gradients):
         return False
-    rate, weight_decay = rates or (scalars["learning_rate"].item(), hyper.weight_decay)
+    if rates is not None:
+        rate, weight_decay = rates
+    elif own is not None:
+        rate = own.item()
+    else:  # a callable has come since it was looked at
+        return False
     norm = scale = None
     if takes_norm:
         norms, norm = plan.norms(None, {})
@@ -241,14 +250,14 @@ def _clipped(
     return scale, hyper.clipnorm / np.maximum(norms, hyper.clipnorm) if hyper.clipnorm else None
 
 
-def _note(hyper: Any, built: Built, gradients: Sequence[Array | None], loss_scale: float, prepared: Prepared) -> None:
+def _note(hyper: Any, built: Built, gradients: Sequence[Array | None], taken: Step, prepared: Prepared) -> None:
     """Keep a step for `take_again`, if every variable has its part in it."""
     overwrites = hyper.use_ema and hyper.ema_overwrite_frequency
     if built.plan is None or built.devices or built.elsewhere or overwrites:
         return
     if all(gradient is not None for gradient in gradients):
         logs = log(hyper.beta_1), log(hyper.beta_2)
-        built.plan.repeat = Repeat(hyper._settings, loss_scale, *logs, prepared.norm is not None, prepared)
+        built.plan.repeat = Repeat(taken.settings, taken.loss_scale, *logs, prepared.norm is not None, prepared)
 
 
 def _prepare_resident(hyper: Any, built: Built, gradients: Sequence[Array | None], taken: Step) -> Prepared:

@@ -145,8 +145,8 @@ def worker(arguments: argparse.Namespace) -> Iterator[Row]:
             try:
                 for row in pair(name, make, WORKLOADS[workload], option, kinds, seconds):
                     yield {"workload": workload, **row}
-            except Unable:
-                continue
+            except Unable as error:
+                yield {"unable": f"{name}: {error}"}
             except Absent as error:
                 absent.add(name)
                 yield {"absent": name, "why": str(error)}
@@ -163,7 +163,7 @@ def sweep(quick: bool, seconds: float) -> Iterator[Row]:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """All processes, one after another; what they found, by kind."""
-    found: dict[str, Any] = {"rows": [], "sweep": [], "absent": {}}
+    found: dict[str, Any] = {"rows": [], "sweep": [], "absent": {}, "unable": []}
     common = ["--seconds", str(arguments.seconds), *["--quick"] * arguments.quick]
     for key in ("option", "contender"):
         common += [text for value in getattr(arguments, key) for text in (f"--{key}", value)]
@@ -200,6 +200,8 @@ def _take(found: dict[str, Any], line: str) -> None:
         if row["absent"] not in found["absent"]:
             print(f"not installed: {row['absent']}: {row['why']}", flush=True)
         found["absent"][row["absent"]] = row["why"]
+    elif "unable" in row:
+        found["unable"].append(row["unable"])
     elif "sweep" in row:
         found["sweep"].append(row)
     else:
@@ -235,8 +237,10 @@ def check(options: argparse.Namespace, machine: dict[str, Any]) -> None:
     """
     for key in ("json", "plot", "into"):
         file = getattr(options, key)
-        if file and not file.absolute().parent.is_dir():
-            raise SystemExit(f"--{key} {file}: there is no such folder")
+        if file and (file.is_dir() or not file.absolute().parent.is_dir()):
+            raise SystemExit(f"--{key} {file}: expected a file in a folder that exists")
+        if file and not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
+            raise SystemExit(f"--{key} {file}: it cannot be written")
     if options.plot and options.plot.suffix != ".svg":
         raise SystemExit(f"--plot {options.plot}: expected a name that ends in .svg")
     if options.plot and not _sweeps(options):
@@ -260,9 +264,12 @@ def left_out() -> str:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
     if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a finite number > 0, got {text}")
+        raise argparse.ArgumentTypeError(f"expected a finite number > 0, got {text!r}")
     return seconds
 
 
@@ -296,19 +303,23 @@ def main(arguments: list[str] | None = None) -> int:
     if options.plot:
         report.need_matplotlib()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if load > BUSY:
-        print(f"something else runs on this machine (load {load:.1f}): ratios will scatter", file=sys.stderr)
+    busy = load > BUSY and f"in the last minute something else ran here (load {load:.1f}): if it still does, the ratios are worthless"
+    if busy:
+        print(busy, file=sys.stderr)
     print(report.HEADING, flush=True)
-    found = {"machine": machine, "command": " ".join(["python -m benchmarks.compare", *sys.argv[1:]])}
+    found = {"machine": machine, "load": load, "command": " ".join(["python -m benchmarks.compare", *sys.argv[1:]])}
     found |= run(options)
+    unable = found.pop("unable")
+    if not found["rows"] and not found["sweep"]:
+        raise SystemExit("; ".join(dict.fromkeys(unable)) or (left_out() if options.quick else "nothing to measure"))
     if options.quick:
         print(left_out())
     if not (options.workload or options.option or options.contender):
         found["costs"] = costs.measure(options.quick)
-        print(report.costs(found["costs"]))
+        print(f"\nmemory, import, compilation\n{report.costs(found['costs'])}")
     if found["sweep"]:
         found["model"] = model.fit(found["sweep"], found["rows"])
-        print(report.model(found["model"]))
+        print(f"\nwhat a plain step costs: constants fitted to arrays of all sizes\n{report.model(found['model'])}")
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     if options.into:
@@ -318,6 +329,8 @@ def main(arguments: list[str] | None = None) -> int:
         report.plot(found["sweep"], options.plot)
     for file in filter(None, (options.json, options.into, options.plot)):
         print(f"wrote {file}")
+    if busy:
+        print(busy, file=sys.stderr)
     return 0
 
 

@@ -1,10 +1,12 @@
 """What was measured, as text, as a plot, and as the tables of docs/benchmarks.md.
 
-    python -m benchmarks.report FILE.json
+    python -m benchmarks.report [--show] FILE.json
 
-puts the tables of a run into docs/benchmarks.md, between its markers, and the plot beside it.
+puts the tables of a run into docs/benchmarks.md, between its markers, and the plot beside it; with --show, prints those
+tables that the run has, and writes nothing.
 """
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -18,9 +20,7 @@ from typing import Any
 from .workloads import OPTIONS, WORKLOADS
 
 DOCS = Path(__file__).parents[1] / "docs"
-HEADING = (
-    f"{'workload':11s} {'option':7s} {'gradients':9s} {'contender':22s} {'ours':>10s} {'theirs':>10s}  theirs/ours"
-)
+HEADING = f"{'workload':11s} {'option':7s} {'gradients':9s} {'contender':22s} {'ours':>10s} {'theirs':>10s}  theirs/ours (quartiles)"
 PACKAGES = ("numpy", "numba", "torch", "jax", "optax", "keras", "deepspeed", "bitsandbytes")
 Found = dict[str, Any]
 
@@ -178,7 +178,8 @@ def read(file: Path) -> Found:
         raise SystemExit(f"{file} cannot be read: {error.strerror}") from None
     except ValueError:
         found = None
-    if not isinstance(found, dict) or not {"machine", "command", "rows", "sweep", "absent"} <= found.keys():
+    kinds = {"machine": dict, "command": str, "rows": list, "sweep": list, "absent": dict}
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
         raise SystemExit(f"{file} is not what `python -m benchmarks.compare --json` writes")
     return found
 
@@ -224,10 +225,16 @@ def render(text: str, parts: dict[str, str]) -> str:
 
 def main(arguments: list[str]) -> int:
     """Bring docs/benchmarks.md and its plot up to date with a run."""
-    if len(arguments) != 1:
-        raise SystemExit("usage: python -m benchmarks.report FILE.json")
-    file, page, picture = Path(arguments[0]), DOCS / "benchmarks.md", DOCS / "benchmarks.svg"
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=main.__doc__)
+    parser.add_argument("--show", action="store_true", help="print the tables instead, also of a part of a run")
+    parser.add_argument("file", type=Path, help="what `python -m benchmarks.compare --json` has written")
+    options = parser.parse_args(arguments)
+    file, page, picture = options.file, DOCS / "benchmarks.md", DOCS / "benchmarks.svg"
     found = read(file)
+    if options.show:
+        for option in dict.fromkeys(row["option"] for row in found["rows"]):
+            print(f"{option}: ours, then how many times as long others take\n\n{ratio_table(found, option)}\n")
+        return 0
     if missing := lacks(found):
         raise SystemExit(f"{file} lacks {', '.join(missing)}; expected a run without --quick, of everything")
     page.write_text(render(page.read_text(), sections(found)))

@@ -97,7 +97,9 @@ def test_a_later_run_of_some_workloads():
 REFUSED = {
     "--seconds 0": "> 0",
     "--seconds nan": "> 0",
-    "--json {tmp}/none/run.json": "no such folder",
+    "--json {tmp}/none/run.json": "a folder that exists",
+    "--json {tmp}": "expected a file",
+    "--seconds x": "> 0",
     "--plot {tmp}/plot.png": "ends in .svg",
     "--plot {tmp}/plot.svg --workload mlp": "add --sweep",
     "--json {tmp}/old.json --into {tmp}/../{name}/old.json": "two files",
@@ -120,7 +122,7 @@ def test_refused_before_anything_is_measured(line, tmp_path, monkeypatch, capsys
 
 @pytest.mark.parametrize(
     ("found", "expected"),
-    [(None, "cannot be read"), ({}, "is not what"), ({"machine": {}, "command": "", "rows": [], "sweep": [1], "absent": {}}, "lacks plain")],
+    [(None, "cannot be read"), ({}, "is not what"), ({"machine": {}, "command": "", "rows": 3, "sweep": [], "absent": {}}, "is not what"), ({"machine": {}, "command": "", "rows": [], "sweep": [1], "absent": {}}, "lacks plain")],
 )  # fmt: skip
 def test_a_page_of_part_of_a_run(found, expected, tmp_path):
     file = tmp_path / "run.json"
@@ -130,6 +132,25 @@ def test_a_page_of_part_of_a_run(found, expected, tmp_path):
     with pytest.raises(SystemExit, match=expected):
         report.main([str(file)])
     assert (report.DOCS / "benchmarks.md").read_text() == before
+
+
+def test_tables_of_a_part(tmp_path, capsys):
+    row = {"workload": "mlp", "option": "clip", "contender": "NumPy", "gradients": "same", "ours": 1e-5, "ratio": 2.5}
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"machine": {}, "command": "", "rows": [row], "sweep": [], "absent": {}}))
+    assert report.main(["--show", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert "clip: ours" in shown
+    assert "| **ours** | 10 us |\n| NumPy | 2.50 |" in shown
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [("--workload mlp --option 16-bit --contender NumPy", "NumPy has no bfloat16"), ("--quick --workload gpt2 --contender NumPy", "leaves out")],
+)  # fmt: skip
+def test_nothing_to_measure(line, reason):
+    with pytest.raises(SystemExit, match=reason):
+        compare.main(line.split())
 
 
 def test_processes(monkeypatch):

@@ -1,13 +1,15 @@
 """A step that is taken like the last one, without being prepared anew, has the same bits as one that is."""
 
 import copy
+from collections import OrderedDict, defaultdict
 
 import libraries
 import numpy as np
 import pytest
 import torch
 
-from adamw_numba import AdamW, schedules, step
+from adamw_numba import AdamW, plan, schedules, step
+from adamw_numba.containers import flatten
 
 OPTIONS = {
     "plain": {},
@@ -108,29 +110,139 @@ SIDE_EFFECTS = {
     "another clip": lambda o, step: setattr(o, "global_clipnorm", 0.1 * (1 + step)),
     "another loss scale": lambda o, step: setattr(o, "loss_scale_factor", 1.0 + step),
     "Adam alone": lambda o, step: o.update_step(np.ones(3), o.trainable_variables[0], 0.1),
+    "skipping": lambda o, step: setattr(o, "nonfinite", "skip"),
 }
 
 
+@pytest.mark.parametrize("when", [[1], [3, 4, 5, 6]])
 @pytest.mark.parametrize("effect", SIDE_EFFECTS)
-def test_a_rate_with_a_side_effect(effect):
-    """The same bits as of steps that are prepared anew."""
+def test_a_rate_with_a_side_effect(effect, when):
+    """The same bits as of steps that are prepared anew, whether that step was prepared or not."""
 
     def trained(anew):
         def rate(step):
-            if step >= 3:
+            called.append(step)
+            if step in when:
                 SIDE_EFFECTS[effect](optimizer, step)
             return 0.01
 
-        optimizer = AdamW(rate, global_clipnorm=0.1, loss_scale_factor=2.0)
+        called = []
+        optimizer = AdamW(rate, global_clipnorm=None if effect == "skipping" else 0.1, loss_scale_factor=2.0)
         optimizer.build([np.ones(3)])
-        for number in range(6):
+        for number in range(7):
             if anew:
                 optimizer.threads = optimizer.threads
-            optimizer.apply([np.array([1.0, 2.0, number])])
+            optimizer.apply([np.array([1.0, 2.0, np.inf if effect == "skipping" and number == 5 else number])])
+        assert len(called) == 7
+        assert optimizer.skipped_steps == (effect == "skipping")
         return optimizer.trainable_variables + optimizer.variables
 
     for one, other in zip(trained(False), trained(True), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["coefficients", "_updates", "log"])
+def test_a_hyperparameter_that_changes_while_a_step_is_prepared(name, monkeypatch):
+    """By a signal's handler, say: it holds from the next step on, at the latest."""
+    optimizer, original = AdamW(0.1), getattr(step, name)
+    optimizer.build([np.ones(3)])
+    optimizer.apply([np.ones(3)])
+
+    def changing(*arguments):
+        result = original(*arguments)
+        optimizer.epsilon, optimizer.beta_1 = 1e6, 0.5
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step, name, changing)
+        optimizer.apply([np.ones(3)])
+    moments = [np.array(a) for a in optimizer.trainable_variables + optimizer.variables]
+    twin = AdamW(0.1, epsilon=1e6, beta_1=0.5)
+    twin.build([moments[0]])
+    twin.set_weights(moments[1:])
+    for chosen in (optimizer, twin):
+        chosen.apply([np.ones(3)])
+    np.testing.assert_array_equal(optimizer.trainable_variables[0], twin.trainable_variables[0])
+
+
+def test_a_lazy_gradient_after_an_interrupt(monkeypatch):
+    """What torch alone knows of a tensor is asked for even if a step has stopped while that was being noted."""
+    variable = torch.nn.Parameter(torch.ones(4))
+    optimizer = AdamW(0.1)
+    optimizer.build([variable])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(plan, "Tensors", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        optimizer.apply([torch.ones(4)])
+    for _ in range(3):
+        optimizer.apply([torch.ones(4)])
+    before = optimizer.state["momentum/0"].clone()
+    optimizer.apply([torch._neg_view(torch.ones(4))])
+    assert (optimizer.state["momentum/0"] < before).all()
+
+
+FORMS = {
+    "a dict": lambda a, b: {"a": a, "b": b},
+    "nested": lambda a, b: {"x": {"a": a}, "y": [b]},
+    "a tuple": lambda a, b: (a, b),
+    "layers": lambda a, b: [(a,), (b,)],
+    "OrderedDict": lambda a, b: OrderedDict(a=a, b=b),
+    "pairs": lambda a, b: [("a", a), ("b", b)],
+    "numbers as keys": lambda a, b: {0: a, 1: b},
+}
+OTHERS = {
+    "another order": lambda g: {key: g[key] for key in reversed(g)} if isinstance(g, dict) else g,
+    "a list": lambda g: flatten(g)[1],
+    "a defaultdict": lambda g: defaultdict(list, g) if isinstance(g, dict) else g,
+    "none": lambda g: g,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("other", OTHERS)
+def test_containers(form, other):
+    """Gradients in containers: the same bits as in a list, and as of a container that comes for the first time."""
+    random = np.random.default_rng(0)
+    variables = [np.ones(2), np.ones(3)]
+    optimizer, twin = AdamW(0.1), AdamW(0.1)
+    optimizer.build(FORMS[form](*variables))
+    twin.build([v.copy() for v in variables])
+    for number in range(7):
+        a, b = random.normal(size=2), random.normal(size=3)
+        given = FORMS[form](a, b)
+        optimizer.apply(OTHERS[other](given) if number % 3 == 2 else given)
+        twin.apply([a, b])
+    for one, expected in zip(variables, twin.trainable_variables, strict=True):
+        np.testing.assert_array_equal(one, expected)
+
+
+REFUSED = {
+    "a key more": (lambda g: g | {"c": np.ones(2)}, "unknown"),
+    "another key": (lambda g: {"a": g["a"], "c": g["b"]}, "lacks"),
+    "a key less": (lambda g: {"a": g["a"]}, "lacks|one-to-one"),
+    "a dict for a leaf": (lambda g: {"a": g["a"], "b": {"c": g["b"]}}, "lacks"),
+    "another shape": (lambda g: {"a": g["b"], "b": g["a"]}, "has shape"),
+    "a number": (lambda g: {"a": g["a"], "b": "text"}, "expected an array"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_other_containers_are_refused(case):
+    """As by an optimizer that has not seen the container before; and the next good one is taken."""
+    change, message = REFUSED[case]
+    variables = {"a": np.ones(2), "b": np.ones(3)}
+    optimizer = AdamW(0.1)
+    optimizer.build(variables)
+    given = {"a": np.ones(2), "b": np.ones(3)}
+    for _ in range(3):
+        optimizer.apply(given)
+    before = variables["a"].copy()
+    for chosen in (optimizer, copy.deepcopy(optimizer)):
+        chosen._form = optimizer._form if chosen is optimizer else None
+        with pytest.raises((ValueError, TypeError), match=message):
+            chosen.apply(change(given))
+    np.testing.assert_array_equal(variables["a"], before)
+    optimizer.apply(given)
+    assert optimizer.iterations == 4
 
 
 @pytest.mark.parametrize("options", ["plain", "clip", "global clip", "skip"])
@@ -146,6 +258,10 @@ def test_which_steps_are_prepared(make, options, monkeypatch):
     for _ in range(5):
         optimizer.apply([gradient])
     assert len(counted) == 2
+    nested = {"0": gradient}
+    for _ in range(3):
+        optimizer.apply(nested)
+    assert len(counted) == 3
     if isinstance(variable, torch.Tensor):
         stale = (variable**2).sum()
         optimizer.apply([gradient])
@@ -153,5 +269,5 @@ def test_which_steps_are_prepared(make, options, monkeypatch):
             stale.backward()
     copied = copy.deepcopy(optimizer)
     copied.apply([gradient])
-    assert len(counted) == 3
+    assert len(counted) == 4
     assert not np.array_equal(*(libraries.look(o.trainable_variables[0]) for o in (optimizer, copied)))
