@@ -20,6 +20,7 @@ from .arrays import Array, Layout
 from .kernels import cuda as kernels
 from .kernels.cuda_memory import SIMULATED
 from .plan import Flag, Matrix, Plan
+from .update import LEAST_EPSILON
 
 _cuda: Any = cuda  # without stubs
 AHEAD = 64  # rows that are sent at once
@@ -318,7 +319,7 @@ class DevicePlan(Plan):
         words[2 : 2 + size].view(np.float64)[:] = rows.reshape(-1)
         with np.errstate(over="ignore", under="ignore"):
             single = rows.astype(np.float32)
-        single[:, 5] = np.maximum(single[:, 5], np.float32(1e-45))  # epsilon: not 0, where float32 has nothing as small
+        single[:, 5] = np.maximum(single[:, 5], np.float32(LEAST_EPSILON))
         words[at:].view(np.float32)[:size] = single.reshape(-1)
 
     def set_iteration(self, iteration: int) -> None:

@@ -8,6 +8,8 @@ not exist; a coefficient with a neutral value is an option that is off.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+LEAST_EPSILON = 2.0**-126  # of compiled kernels: float32's smallest normal number, so that none divides by 0
+
 
 class Coefficients(NamedTuple):
     """What the hyperparameters come to at one step, for one array (see coefficients.py)."""

@@ -303,7 +303,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.plot:
         report.need_matplotlib()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    busy = load > BUSY and f"in the last minute something else ran here (load {load:.1f}): if it still does, the ratios are worthless"
+    busy = (
+        load > BUSY
+        and f"in the last minute something else ran here (load {load:.1f}): if it still does, the ratios are worthless"
+    )
     if busy:
         print(busy, file=sys.stderr)
     print(report.HEADING, flush=True)

@@ -7,19 +7,25 @@ float16, ``uint16`` is bfloat16.
 """
 
 import math
+import platform
 from functools import cache
 
 import numpy as np
 from llvmlite import ir
 from numba import carray, cfunc, njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from numpy.lib.stride_tricks import as_strided
 
-from ..update import Coefficients, accumulate, blend, make_update
+from ..update import LEAST_EPSILON, Coefficients, accumulate, blend, make_update
 
 WHOLE = 2**30  # longer than any chunk
 PIECE, AHEAD = 128, 1024  # elements that are asked for together, how many bytes before their turn
 LANES = 64  # independent sums of squares in a chunk, whatever the machine's vectors
+# Modes of an x86 processor: no exceptions, round to nearest, and subnormal numbers count as 0. A momentum whose
+# gradients have stopped gets there after 830 steps, and stays; with them a step takes twenty times as long.
+FLUSHING = np.uint32(0x1F80 | 0x8040)
+_HAS_MODE = platform.machine() in ("x86_64", "AMD64")
 FURTHER_AHEAD = 4096  # bytes: what is read only passes faster
 LIKE = {"float32": np.float32(0), "float64": np.float64(0), "float16": np.int16(0), "bfloat16": np.uint16(0)}
 
@@ -79,6 +85,29 @@ def _float_to_half(typingctx, value):
         return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
 
     return types.int16(types.float32), codegen
+
+
+@intrinsic
+def exchange_mode(typingctx, mode):
+    """Set the processor's register of floating-point modes; returns what it was."""
+
+    def codegen(context, builder, signature, args):
+        word = ir.IntType(32)
+        if not _HAS_MODE:
+            return ir.Constant(word, 0)
+        place = cgutils.alloca_once(builder, word)
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer()])
+        store, load = (
+            cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.sse.{n}mxcsr") for n in ("st", "ld")
+        )
+        address = builder.bitcast(place, ir.IntType(8).as_pointer())
+        builder.call(store, [address])
+        before = builder.load(place)
+        builder.store(args[0], place)
+        builder.call(load, [address])
+        return before
+
+    return types.uint32(types.uint32), codegen
 
 
 def _widen(x):
@@ -257,7 +286,7 @@ def cast_coefficients(c, decayed, clip, like):
         cast(c[2]),
         cast(c[3]),
         cast(c[4]),
-        max(cast(c[5]), cast(1e-45)),  # not 0, where float32 has nothing as small
+        max(cast(c[5]), cast(LEAST_EPSILON)),
         cast(c[6]),
         cast(c[7] * clip),
         cast(c[8]),
@@ -392,7 +421,9 @@ def update_kernel(p_type, g_type, compute, top, average, total, master, limit, s
 
     @_kernel
     def update_kernel(block, part, parts):
+        mode = exchange_mode(FLUSHING)
         _update_share(block, part, parts, p_like, g_like, like, top, average, total, master, limit, strided)
+        exchange_mode(mode)
 
     return update_kernel
 
@@ -404,7 +435,9 @@ def accumulate_kernel(g_type, compute, strided):
 
     @_kernel
     def accumulate_kernel(block, part, parts):
+        mode = exchange_mode(FLUSHING)
         _accumulate_share(block, part, parts, g_like, like, strided)
+        exchange_mode(mode)
 
     return accumulate_kernel
 

@@ -21,7 +21,18 @@ from numpy.lib.stride_tricks import as_strided
 from .. import stopping
 from ..coefficients import clip_factor
 from . import cpu
-from .cpu import _jit, _jit_for_python, _kernel, _pointer, cast_coefficients, overwrite_chunk, sum_squares, update_chunk
+from .cpu import (
+    FLUSHING,
+    _jit,
+    _jit_for_python,
+    _kernel,
+    _pointer,
+    cast_coefficients,
+    exchange_mode,
+    overwrite_chunk,
+    sum_squares,
+    update_chunk,
+)
 
 # A block: what all runs share.
 RUNS, HOMES, COUNT, SIZE, PADDED, ROWS, FIRST, LAST, LIMITS, CLIPS, CHUNK, BLOCK_ENTRIES = range(12)
@@ -194,9 +205,11 @@ def _advance(block, run, like, top, average, limit):
                 return
         c = cast_coefficients(_numbers(rows, steps, k), 1.0, clip, like)
         _copy(padded, before, x)
+        mode = exchange_mode(FLUSHING)
         update_chunk(padded, x, g, m, v, tops, averages, None, None, None if limit is None else c.limit, c)
         if rows[OVERWRITE * steps + k] != 0:
             overwrite_chunk(padded, x, averages, None)
+        exchange_mode(mode)
         if run[LOWER] != 0:
             _project(run, size, like)
         iteration[0] += 1
