@@ -672,7 +672,8 @@ class AdamW:
             if flat is not None:
                 return self._built, flat
             found = matching.gradients(self._built, grads)
-            self._form = form_of(grads, self._built.names) or self._form
+            if found:
+                self._form = form_of(grads, self._built.names) or self._form
             return self._built, found
         names, given = flatten(variables)
         grads = materialized(grads)

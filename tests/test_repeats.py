@@ -215,6 +215,17 @@ def test_containers(form, other):
         np.testing.assert_array_equal(one, expected)
 
 
+@pytest.mark.parametrize("empty", [{}, (), [], OrderedDict(), iter(())])
+def test_no_gradients_at_all(empty):
+    """Nothing happens, as in Keras; a container that was known stays known."""
+    variables = {"a": np.ones(2)}
+    optimizer = AdamW(0.1)
+    optimizer.build(variables)
+    for gradients in (empty, {"a": np.ones(2)}, empty, {"a": np.ones(2)}):
+        optimizer.apply(gradients)
+    assert optimizer.iterations == 2
+
+
 REFUSED = {
     "a key more": (lambda g: g | {"c": np.ones(2)}, "unknown"),
     "another key": (lambda g: {"a": g["a"], "c": g["b"]}, "lacks"),
