@@ -70,3 +70,23 @@ def test_both_loops_of_a_minimization(scale):
     for key, array in results[0].state.items():
         np.testing.assert_array_equal(array, results[1].state[key], err_msg=key)
         assert not (FLUSHED and key.startswith(("momentum", "velocity")) and are_subnormal(np.asarray(array)).any())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "options"),
+    [
+        ("float64", 1.7e308, {"global_clipnorm": 1.0}),
+        ("float64", 1.7e308, {"clipnorm": 1.0}),
+        ("float32", 3e38, {"global_clipnorm": 1.0}),
+        ("float32", 3e38, {"clipnorm": 1.0}),
+        ("float32", 1e30, {"global_clipnorm": 1e-4, "loss_scale_factor": 2.0**20}),
+    ],
+)
+def test_huge_gradients_are_clipped(dtype, size, options):
+    """By a factor that is itself subnormal, or nearly so: Adam's first step is the learning rate, whatever the size."""
+    variables = [np.ones(4, dtype), np.ones(3, dtype)]
+    optimizer = AdamW(0.1, weight_decay=0.0, epsilon=1e-12, **options)
+    optimizer.build(variables)
+    optimizer.apply([np.full(4, size, dtype), np.full(3, -size, dtype)])
+    np.testing.assert_allclose(variables[0], 0.9, rtol=1e-5)
+    np.testing.assert_allclose(variables[1], 1.1, rtol=1e-5)

@@ -22,9 +22,10 @@ from ..update import LEAST_EPSILON, Coefficients, accumulate, blend, make_update
 WHOLE = 2**30  # longer than any chunk
 PIECE, AHEAD = 128, 1024  # elements that are asked for together, how many bytes before their turn
 LANES = 64  # independent sums of squares in a chunk, whatever the machine's vectors
-# Modes of an x86 processor: no exceptions, round to nearest, and subnormal numbers count as 0. A momentum whose
-# gradients have stopped gets there after 830 steps, and stays; with them a step takes twenty times as long.
-FLUSHING = np.uint32(0x1F80 | 0x8040)
+# Modes of an x86 processor: no exceptions, round to nearest; and subnormal results become 0. A momentum whose
+# gradients have stopped gets there after 830 steps, and stays; with such numbers a step takes twenty times as long.
+EXACT, FLUSHING = np.uint32(0x1F80), np.uint32(0x9F80)
+LEAST_FLUSHED = 2.0**-100  # a smaller factor of the gradients may itself be subnormal, and their product is not
 _HAS_MODE = platform.machine() in ("x86_64", "AMD64")
 FURTHER_AHEAD = 4096  # bytes: what is read only passes faster
 LIKE = {"float32": np.float32(0), "float64": np.float64(0), "float16": np.int16(0), "bfloat16": np.uint16(0)}
@@ -295,6 +296,20 @@ def cast_coefficients(c, decayed, clip, like):
 
 
 @_jit
+def mode_for(scale):
+    """How to treat subnormal results, where gradients are multiplied with this."""
+    return FLUSHING if scale >= LEAST_FLUSHED else EXACT
+
+
+@_jit
+def _mode(block):
+    factors, least = carray(_pointer(block[FACTORS], 0.0), (2, block[ARRAYS])), 1.0
+    for a in range(block[ARRAYS]):
+        least = min(least, factors[CLIP, a])
+    return mode_for(_numbers(block)[SCALE] * least)
+
+
+@_jit
 def _table(block):
     return carray(_pointer(block[TABLE], np.int64(0)), (8, block[ARRAYS]))
 
@@ -421,7 +436,7 @@ def update_kernel(p_type, g_type, compute, top, average, total, master, limit, s
 
     @_kernel
     def update_kernel(block, part, parts):
-        mode = exchange_mode(FLUSHING)
+        mode = exchange_mode(_mode(carray(_pointer(block, np.int64(0)), BLOCK_WORDS)))
         _update_share(block, part, parts, p_like, g_like, like, top, average, total, master, limit, strided)
         exchange_mode(mode)
 

@@ -22,13 +22,13 @@ from .. import stopping
 from ..coefficients import clip_factor
 from . import cpu
 from .cpu import (
-    FLUSHING,
     _jit,
     _jit_for_python,
     _kernel,
     _pointer,
     cast_coefficients,
     exchange_mode,
+    mode_for,
     overwrite_chunk,
     sum_squares,
     update_chunk,
@@ -205,7 +205,7 @@ def _advance(block, run, like, top, average, limit):
                 return
         c = cast_coefficients(_numbers(rows, steps, k), 1.0, clip, like)
         _copy(padded, before, x)
-        mode = exchange_mode(FLUSHING)
+        mode = exchange_mode(mode_for(c.scale))
         update_chunk(padded, x, g, m, v, tops, averages, None, None, None if limit is None else c.limit, c)
         if rows[OVERWRITE * steps + k] != 0:
             overwrite_chunk(padded, x, averages, None)
