@@ -56,6 +56,12 @@ def _cached(decorator, *signature, **options):
     return decorate
 
 
+def entry_point(function):
+    """The one compiled form of a function: a call of it does not ask for the types of its arguments first."""
+    (compiled,) = function.overloads.values()
+    return compiled.entry_point
+
+
 _jit = _cached(njit, no_cpython_wrapper=True, no_cfunc_wrapper=True)  # for compiled code to call; Python cannot
 _jit_for_python = _cached(njit)
 _kernel = _cached(cfunc, types.void(types.intp, types.intp, types.intp))

@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from .cpu import G, _cached, _jit, _jit_for_python, _pointer, first_above
+from .cpu import G, _cached, _jit, _jit_for_python, _pointer, entry_point, first_above
 from .jobs import _call_plain
 
 _HEAD = object.__basicsize__  # bytes of PyObject_HEAD, whose last word is the type
@@ -168,6 +168,7 @@ def _is_apart(lows, highs, low, high):
     return nearest == lows.size or lows[nearest] >= high or low == high
 
 
+@entry_point
 @_cached(njit, types.intp(types.intp, types.intp))
 def read(gradients, address):
     """Put the gradients' addresses into the table; return how many there are, or -1 where a closer look is needed.

@@ -12,7 +12,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .cpu import _cached
+from .cpu import _cached, entry_point
 
 # The bench: rows of words, one job each; and one more row, of which the first word counts the helpers. A job: whether
 # somebody owns the row, how many more may help, a kernel, its block, into how many parts it is cut, how many of them
@@ -103,6 +103,7 @@ def _pause(typingctx):
 # These run while a step is committed, or beside it: compiled here and now, not at their first call.
 
 
+@entry_point
 @_cached(njit, types.void(types.int64, types.int64), nogil=True)
 def run_serial(kernel, block):
     """Call a kernel for all of its work."""
@@ -119,6 +120,7 @@ def _take_parts(job):
         part = _add(job + 8 * LEFT, -1) - 1
 
 
+@entry_point
 @_cached(njit, types.void(*[types.int64] * 6), nogil=True)
 def run_job(kernel, block, parts, seats, bench, give_way):
     """Do a job together with whoever helps: no more than `seats`, and one who was late for the row's last job.
