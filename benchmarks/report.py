@@ -14,6 +14,7 @@ import platform
 import re
 import statistics
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -196,8 +197,13 @@ def sections(found: Found) -> dict[str, str]:
     machine, versions = found["machine"], found["machine"]["versions"]
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
     absent = "; ".join(found["absent"]) or "nothing"
+    about = (
+        f"{machine['processor']}, {machine['cores']} cores; {named}.",
+        f"`{found['command']}`",
+        f"Not installed: {absent}.",
+    )
     result = {
-        "machine": f"{machine['processor']}, {machine['cores']} cores; {named}.\n`{found['command']}`\nNot installed: {absent}.",
+        "machine": "\n\n".join(textwrap.fill(line, 125, break_long_words=False) for line in about),
         "fresh": fresh_table(found),
         "costs": "```\n" + costs(found["costs"]) + "\n```",
         "model": "```\n" + model(found["model"]) + "\n```",
