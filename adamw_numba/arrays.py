@@ -6,7 +6,7 @@ Nothing here imports an array library other than NumPy: a library that made one 
 import math
 import operator
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -52,6 +52,11 @@ def is_array(value: object) -> bool:
     if known:
         _ARRAY_TYPES.add(type(value))
     return known
+
+
+def are_arrays(values: Iterable[object]) -> bool:
+    """Whether all values are of types that were seen to be arrays'; quick, and False for a type never seen."""
+    return _ARRAY_TYPES.issuperset(map(type, values))
 
 
 def library(array: Array) -> str:

@@ -5,11 +5,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
-from .arrays import is_array
+from .arrays import are_arrays, is_array
 
 Container = Any
 _BY_KEY, _BY_POSITION = (dict, OrderedDict), (list, tuple)
-_CONTAINERS = {*_BY_KEY, *_BY_POSITION}
 
 
 def flatten(container: Container, what: str = "variables") -> tuple[list[str], list[Any]]:
@@ -57,7 +56,7 @@ class Form:
         """A list of the leaves, in the order of the names; the container itself if it is not like this one."""
         leaves: list[Any] = []
         try:
-            if not _take(self._tree, container, leaves) or not _CONTAINERS.isdisjoint(map(type, leaves)):
+            if not _take(self._tree, container, leaves) or not are_arrays(leaves):
                 return container
         except KeyError:
             return container

@@ -5,11 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .arrays import Array
+from .arrays import Array, are_arrays
 from .containers import Container, flatten, in_order
 from .step import Built
-
-_NOT_FLAT = {dict, list, tuple, type(None)}
 
 
 def gradients(built: Built, grads: Container, warn: bool = True) -> Sequence[Array | None]:
@@ -28,7 +26,7 @@ def gradients(built: Built, grads: Container, warn: bool = True) -> Sequence[Arr
 
 def as_flat(built: Built, grads: Container) -> list[Array] | None:
     """Gradients that are a list of arrays, one for each variable; None if they are anything else."""
-    if type(grads) is list and len(grads) == len(built.names) and _NOT_FLAT.isdisjoint(map(type, grads)):
+    if type(grads) is list and len(grads) == len(built.names) and are_arrays(grads):
         return list(grads)  # the caller's may change while we work
     return None
 

@@ -304,11 +304,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.plot:
         report.need_matplotlib()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    busy = (
-        load > BUSY
-        and f"in the last minute something else ran here (load {load:.1f}): if it still does, the ratios are worthless"
-    )
-    if busy:
+    busy = f"in the last minute something else ran here (load {load:.1f}): if it still does, the ratios are worthless"
+    if load > BUSY:
         print(busy, file=sys.stderr)
     print(report.HEADING, flush=True)
     found = {"machine": machine, "load": load, "command": " ".join(["python -m benchmarks.compare", *sys.argv[1:]])}
@@ -334,7 +331,7 @@ def main(arguments: list[str] | None = None) -> int:
         report.plot(found["sweep"], options.plot)
     for file in filter(None, (options.json, options.into, options.plot)):
         print(f"wrote {file}")
-    if busy:
+    if load > BUSY:
         print(busy, file=sys.stderr)
     return 0
 

@@ -1,7 +1,7 @@
 """A step that is taken like the last one, without being prepared anew, has the same bits as one that is."""
 
 import copy
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, UserDict, defaultdict, namedtuple
 
 import libraries
 import numpy as np
@@ -180,6 +180,7 @@ def test_a_lazy_gradient_after_an_interrupt(monkeypatch):
     assert (optimizer.state["momentum/0"] < before).all()
 
 
+Layer = namedtuple("Layer", "w")
 FORMS = {
     "a dict": lambda a, b: {"a": a, "b": b},
     "nested": lambda a, b: {"x": {"a": a}, "y": [b]},
@@ -187,6 +188,9 @@ FORMS = {
     "layers": lambda a, b: [(a,), (b,)],
     "OrderedDict": lambda a, b: OrderedDict(a=a, b=b),
     "pairs": lambda a, b: [("a", a), ("b", b)],
+    "layers that are OrderedDicts": lambda a, b: [OrderedDict(w=a), OrderedDict(w=b)],
+    "layers that are named": lambda a, b: [Layer(a), Layer(b)],
+    "layers of another kind": lambda a, b: [UserDict(w=a), UserDict(w=b)],
     "numbers as keys": lambda a, b: {0: a, 1: b},
 }
 OTHERS = {

@@ -21,13 +21,13 @@ from ..update import LEAST_EPSILON, Coefficients, accumulate, blend, make_update
 
 WHOLE = 2**30  # longer than any chunk
 PIECE, AHEAD = 128, 1024  # elements that are asked for together, how many bytes before their turn
+FURTHER_AHEAD = 4096  # bytes: what is read only passes faster
 LANES = 64  # independent sums of squares in a chunk, whatever the machine's vectors
 # Modes of an x86 processor: no exceptions, round to nearest; and subnormal results become 0. A momentum whose
 # gradients have stopped gets there after 830 steps, and stays; with such numbers a step takes twenty times as long.
 EXACT, FLUSHING = np.uint32(0x1F80), np.uint32(0x9F80)
 LEAST_FLUSHED = 2.0**-100  # a smaller factor of the gradients may itself be subnormal, and their product is not
 _HAS_MODE = platform.machine() in ("x86_64", "AMD64")
-FURTHER_AHEAD = 4096  # bytes: what is read only passes faster
 LIKE = {"float32": np.float32(0), "float64": np.float64(0), "float16": np.int16(0), "bfloat16": np.uint16(0)}
 
 # Rows of the table of addresses: one column per variable; a gradient at address 0 does not exist.
