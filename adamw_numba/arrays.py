@@ -423,11 +423,12 @@ def check_tensor(what: str, array: Array) -> None:
         raise TypeError(f"{what} has layout {array.layout}; expected a dense tensor: pass `to_dense()`")
     if array.device.type == "meta":
         raise TypeError(f"{what} is on device meta, where nothing is stored; expected a tensor with data")
+    _check_dtype(what, array)
     try:
         held = array.untyped_storage().nbytes() - array.storage_offset() * array.element_size()
         low, high = extent(layout_of(array)._replace(address=0)) if array.device.type in ("cpu", "cuda") else (0, 0)
         whole = low >= 0 and high <= held and (high == 0 or array.data_ptr() != 0)
-    except (RuntimeError, NotImplementedError, ValueError, KeyError) as error:
+    except (RuntimeError, NotImplementedError, ValueError) as error:
         raise TypeError(f"{what} is a tensor whose elements are not at one place in memory ({error})") from None
     if not whole:
         raise ValueError(

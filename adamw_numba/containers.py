@@ -1,7 +1,8 @@
 """Nested dicts and lists of arrays, and lists of ``(name, array)`` pairs, as one flat list of paths and arrays."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, Set
+from contextlib import contextmanager
 from operator import itemgetter
 from typing import Any
 
@@ -26,11 +27,12 @@ def flatten(container: Container, what: str = "variables") -> tuple[list[str], l
     TypeError
         If a leaf is no array.
     ValueError
-        If a key holds ``/``, or two leaves have the same path.
+        If a key is empty or holds ``/``, two leaves have the same path, or a container holds itself.
     """
     names: list[str] = []
     leaves: list[Any] = []
-    _collect(container, "", what, names, leaves)
+    with _not_too_deep(what):
+        _collect(container, "", what, names, leaves)
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{what} holds the name {twice!r} more than once; expected every name once")
@@ -58,25 +60,27 @@ class Form:
         try:
             if not _take(self._tree, container, leaves) or not are_arrays(leaves):
                 return container
-        except KeyError:
+        except (KeyError, RecursionError):
             return container
         return list(self._sort(leaves)) if self._sort else leaves
 
 
 def form_of(container: Container, expected: list[str]) -> Form | None:
     """The form of a container that holds a leaf for each expected name; None if it is a list of leaves, or unusual."""
-    tree = _tree(container)
+    try:
+        tree = _tree(container)
+    except RecursionError:
+        return None
     if tree is None or (tree[0] is list and tree[2] is None):
         return None
-    names = flatten(container)[0]
-    return Form(tree, [names.index(name) for name in in_order(names, names, expected, "container")])
+    return Form(tree, order(container, flatten(container, "grads")[0], expected, "grads"))
 
 
 def _tree(value: Container) -> tuple[Any, ...] | None:
     kind = type(value)
     if kind in _BY_KEY and all(type(key) is str for key in value):
         keys = tuple(value)
-    elif kind in _BY_POSITION and not (value and all(_is_pair(item) for item in value)):
+    elif kind in _BY_POSITION and not _are_pairs(value):
         keys = tuple(range(len(value)))
     else:
         return None
@@ -107,20 +111,35 @@ def rebuild(container: Container, leaves: Iterable[Any]) -> Container:
     return _rebuild(container, iter(leaves).__next__)
 
 
-def materialized(container: Container) -> Container:
-    """The container itself, or a list of what an iterator yields, so that it can be walked twice."""
-    walkable = _is_leaf(container) or isinstance(container, (Mapping, Sequence))
-    return container if walkable else list(container)
+def materialized(container: Container, what: str) -> Container:
+    """A container of the same leaves that can be walked twice: dicts, tuples, and lists of what any others yield."""
+    with _not_too_deep(what):
+        return _materialized(container)
 
 
-def in_order(names: list[str], leaves: list[Any], expected: list[str], what: str) -> list[Any]:
-    """Leaves in the order of the expected names: by name, or by position in a flat list."""
-    if names == expected or (len(names) == len(expected) and names == list(map(str, range(len(names))))):
-        return leaves
+def matched(container: Container, expected: list[str], what: str, may_be_empty: bool = False) -> list[Any]:
+    """The leaves of a container in the order of the expected names; or none at all, where that is fine.
+
+    Raises
+    ------
+    ValueError
+        If a count or a name differs.
+    """
+    container = materialized(container, what)
+    names, leaves = flatten(container, what)
+    if may_be_empty and not leaves:
+        return []
+    return [leaves[i] for i in order(container, names, expected, what)]
+
+
+def order(container: Container, names: list[str], expected: list[str], what: str) -> list[int]:
+    """Where each expected name's leaf is among those of a container: by position in a flat list, else by name."""
+    positional = names == list(map(str, range(len(names)))) and not _has_keys(container)
+    if names == expected or (positional and len(names) == len(expected)):
+        return list(range(len(names)))
     if sorted(names) == sorted(expected):
-        by_name = dict(zip(names, leaves, strict=True))
-        return [by_name[name] for name in expected]
-    positional = names == list(map(str, range(len(names))))
+        where = {name: i for i, name in enumerate(names)}
+        return [where[name] for name in expected]
     missing, unknown = ([n for n in one if n not in other] for one, other in ((expected, names), (names, expected)))
     if positional or not missing + unknown:
         raise ValueError(
@@ -138,12 +157,48 @@ def _is_pair(value: object) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str)
 
 
+def _are_pairs(items: Sequence[Any]) -> bool:
+    return bool(items) and all(_is_pair(item) for item in items)
+
+
+def _has_keys(container: Container) -> bool:
+    return isinstance(container, Mapping) or (isinstance(container, (list, tuple)) and _are_pairs(container))
+
+
+@contextmanager
+def _not_too_deep(what: str) -> Iterator[None]:
+    try:
+        yield
+    except RecursionError:
+        raise ValueError(f"{what} is nested too deeply, or holds itself; expected a few levels") from None
+
+
+def _materialized(value: Container) -> Container:
+    if _is_leaf(value) or _is_refused(value):
+        return value
+    if isinstance(value, Mapping):
+        return {key: _materialized(child) for key, child in value.items()}
+    children = [_materialized(child) for child in value]
+    return tuple(children) if isinstance(value, tuple) else children
+
+
+def _is_refused(value: object) -> bool:
+    """What cannot be walked, or not in a certain order, or holds keys and is no mapping."""
+    if isinstance(value, (str, bytes, bytearray, memoryview)) or not isinstance(value, Iterable):
+        return True
+    if isinstance(value, Set):
+        return not isinstance(value, (KeysView, ItemsView))
+    return hasattr(value, "keys") and not isinstance(value, Mapping)
+
+
 def _collect(value: Container, path: str, what: str, names: list[str], leaves: list[Any]) -> None:
     if _is_leaf(value):
         names.append(path or "0")
         leaves.append(value)
         return
     for key, child in _children(value, path, what):
+        if not key:
+            raise ValueError(f"{what} has an empty key; expected a name")
         if "/" in key:
             raise ValueError(f"{what} has the key {key!r}; expected no '/' in a key: it joins the keys of a path")
         _collect(child, f"{path}/{key}" if path else key, what, names, leaves)
@@ -152,16 +207,18 @@ def _collect(value: Container, path: str, what: str, names: list[str], leaves: l
 def _children(value: Container, path: str, what: str) -> list[tuple[str, Any]]:
     if isinstance(value, Mapping):
         return [(str(key), child) for key, child in value.items()]
-    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+    if _is_refused(value):
         where = f"{what} at {path!r}" if path else what
         if hasattr(value, "named_parameters"):
             raise TypeError(f"{where} is a {type(value).__name__} module; expected its `named_parameters()`")
+        if isinstance(value, Set):
+            raise TypeError(f"{where} is a {type(value).__name__}, which has no order; expected a dict or a list")
         raise TypeError(
             f"{where} is {value!r} of type {type(value).__name__}; expected an array, a dict, a list, or a list of "
             "(name, array) pairs"
         )
     items = list(value)
-    if items and all(_is_pair(item) for item in items):
+    if _are_pairs(items):
         return items
     return [(str(index), child) for index, child in enumerate(items)]
 
@@ -172,6 +229,6 @@ def _rebuild(value: Container, take: Callable[[], Any]) -> Container:
     if isinstance(value, Mapping):
         return {key: _rebuild(child, take) for key, child in value.items()}
     items = list(value)
-    if items and all(_is_pair(item) for item in items):
+    if _are_pairs(items):
         return [(name, _rebuild(child, take)) for name, child in items]
     return [_rebuild(child, take) for child in items]

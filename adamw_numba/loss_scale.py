@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from . import checkpoint
+from . import checkpoint, matching
 from . import hyperparameters as hp
 from .arrays import Array, writeable_copy
 from .containers import Container
@@ -193,10 +193,7 @@ class LossScaleOptimizer:
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Array | None, Array]]) -> int:
         """Take one step with ``(gradient, variable)`` pairs: see `AdamW.apply_gradients`."""
-        pairs = list(grads_and_vars)
-        if not pairs:
-            raise ValueError("`grads_and_vars` is empty; expected at least one (gradient, variable) pair")
-        self.apply([g for g, _ in pairs], [v for _, v in pairs])
+        self.apply(*matching.pairs(grads_and_vars))
         return int(self.inner_optimizer._state.scalars["iteration"])
 
     def stateless_apply(

@@ -1,12 +1,13 @@
 """Which gradient belongs to which variable."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 from .arrays import Array, are_arrays
-from .containers import Container, flatten, in_order
+from .containers import Container, matched
 from .step import Built
 
 
@@ -20,8 +21,8 @@ def gradients(built: Built, grads: Container, warn: bool = True) -> Sequence[Arr
     """
     if (flat := as_flat(built, grads)) is not None:
         return flat
-    names, leaves = flatten(grads, "grads")
-    return _present(built.names, in_order(names, leaves, built.names, "grads"), warn) if leaves else []
+    leaves = matched(grads, built.names, "grads", may_be_empty=True)
+    return _present(built.names, leaves, warn) if leaves else []
 
 
 def as_flat(built: Built, grads: Container) -> list[Array] | None:
@@ -42,7 +43,7 @@ def gradients_of(
         If a count or a name differs, a variable is not known or given twice, or every gradient is None.
     """
     where = indices(built, variables)
-    leaves = in_order(*flatten(grads, "grads"), targets, "grads")
+    leaves = matched(grads, targets, "grads")
     result: list[Array | None] = [None] * len(built.names)
     for index, leaf in zip(where, _present([built.names[i] for i in where], leaves, True), strict=True):
         result[index] = leaf
@@ -69,6 +70,28 @@ def indices(built: Built, variables: Sequence[Array]) -> list[int]:
     if len(set(result)) < len(result):
         raise ValueError("`trainable_variables` holds an array more than once; expected every array once")
     return result
+
+
+def pairs(grads_and_vars: Any) -> tuple[list[Array | None], list[Array]]:
+    """The gradients and the variables of pairs.
+
+    Raises
+    ------
+    TypeError
+        If it cannot be walked.
+    ValueError
+        If there are none, or one is no pair.
+    """
+    expected = "expected (gradient, variable) pairs, as `zip(grads, variables)` makes them"
+    if not isinstance(grads_and_vars, Iterable):
+        raise TypeError(f"`grads_and_vars` is {grads_and_vars!r} of type {type(grads_and_vars).__name__}; {expected}")
+    found = list(grads_and_vars)
+    if not found:
+        raise ValueError(f"`grads_and_vars` is empty; {expected}")
+    for k, pair in enumerate(found):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise ValueError(f"`grads_and_vars` holds {pair!r} of type {type(pair).__name__} at {k}; {expected}")
+    return [g for g, _ in found], [v for _, v in found]
 
 
 def check_same(built: Built, variables: Sequence[Array]) -> None:

@@ -282,7 +282,7 @@ def start(x0: Any) -> tuple[list[str], Container, list[Any]]:
     """
     if _is_numbers(x0):
         x0 = np.atleast_1d(np.asarray(x0))
-    container = materialized(x0)
+    container = materialized(x0, "x0")
     names, leaves = flatten(container, "x0")
     if not leaves:
         raise ValueError("`x0` is empty; expected at least one array")

@@ -11,7 +11,7 @@ import numpy as np
 
 from . import arrays
 from .arrays import Array
-from .containers import Container, flatten, in_order, rebuild
+from .containers import Container, matched, rebuild
 
 DIFFERENCES = ("2-point", "3-point", "cs")
 Batches = Iterable[Any] | Callable[[int], Any]
@@ -101,7 +101,7 @@ class Objective:
     def _accepted(self, gradient: Container, leaves: Sequence[Array]) -> list[Array]:
         if len(leaves) == 1 and not isinstance(self.container, (dict, list, tuple)):
             return [_accepted("", gradient, leaves[0])]
-        ordered = in_order(*flatten(gradient, "the gradient"), self.names, "the gradient")
+        ordered = matched(gradient, self.names, "the gradient")
         return [_accepted(f" of {n!r}", g, x) for n, g, x in zip(self.names, ordered, leaves, strict=True)]
 
     def _batch(self, number: int) -> Any:

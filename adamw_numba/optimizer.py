@@ -17,7 +17,7 @@ import numpy as np
 from . import arrays, checkpoint, matching, schedules, stateless, step
 from . import hyperparameters as hp
 from .arrays import Array
-from .containers import Container, Form, flatten, form_of, in_order, materialized, rebuild
+from .containers import Container, Form, flatten, form_of, materialized, order, rebuild
 from .manifest import DTYPES, encoded
 from .state import Place, State, load, new_slots, replace, save
 from .step import Built, Call
@@ -460,14 +460,7 @@ class AdamW:
         int
             Calls of `apply` so far.
         """
-        pairs = list(grads_and_vars)
-        if not pairs:
-            raise ValueError("`grads_and_vars` is empty; expected at least one (gradient, variable) pair")
-        if not all(len(pair) == 2 for pair in pairs):
-            raise ValueError(
-                "`grads_and_vars` must hold (gradient, variable) pairs, as `zip(grads, variables)` makes them"
-            )
-        self.apply([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+        self.apply(*matching.pairs(grads_and_vars))
         return int(self._state.scalars["iteration"])
 
     def update_step(self, gradient: Array, variable: Array, learning_rate: float) -> None:
@@ -523,9 +516,9 @@ class AdamW:
     def _stateless(
         self, state: Sequence[Array], grads: Container, variables: Container, loss_scale: Any, nonfinite: str
     ) -> tuple[Container, list[Array]]:
-        built, container = self._require_built("stateless_apply"), materialized(variables)
+        built, container = self._require_built("stateless_apply"), materialized(variables, "trainable_variables")
         names, leaves = flatten(container, "trainable_variables")
-        positions = in_order(names, list(range(len(names))), built.names, "trainable_variables")
+        positions = order(container, names, built.names, "trainable_variables")
         gradients = matching.gradients(built, grads, warn=False)
         if not gradients:
             return rebuild(container, leaves), list(state)
@@ -676,7 +669,7 @@ class AdamW:
                 self._form = form_of(grads, self._built.names) or self._form
             return self._built, found
         names, given = flatten(variables)
-        grads = materialized(grads)
+        grads = materialized(grads, "grads")
         if not flatten(grads, "grads")[1]:
             return self._built, []
         built = self._built or self._build(names, given)
@@ -913,7 +906,7 @@ class AdamW:
         self._check_not_swapped()
         self._catch_up()
         built = self._built and self._built._replace(plan=None, devices=[], tensors=[])
-        return {key: value for key, value in vars(self).items() if key != "_lock"} | {"_built": built}
+        return {key: value for key, value in vars(self).items() if key != "_lock"} | {"_built": built, "_form": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.RLock())

@@ -32,6 +32,9 @@ def overlapping(count):
 
 SHARED = f4(3)
 
+HOLDS_ITSELF: list = []
+HOLDS_ITSELF.append(HOLDS_ITSELF)
+
 # what is built -> error, words that its message holds
 VARIABLES = {
     "no array": ({"a": "text"}, TypeError, ["a", "text", "expected"]),
@@ -62,8 +65,14 @@ VARIABLES = {
     "twice, elsewhere": ([s := array_api_strict.ones(3), s], ValueError, ["twice"]),
     "one name": ([("a", f4(1)), ("a", f4(1))], ValueError, ["'a'", "more than once"]),
     "slash in a key": ({"a/b": f4(1)}, ValueError, ["a/b", "'/'"]),
-    "integer tensor": ([torch.ones(3, dtype=torch.int32)], TypeError, ["int32"]),
-    "float8 tensor": ([torch.ones(3).to(torch.float8_e5m2)], TypeError, ["float8_e5m2"]),
+    "no key": ({"": f4(1), "0": f4(1)}, ValueError, ["empty key"]),
+    "a set": ({torch.ones(1), torch.ones(1)}, TypeError, ["set", "no order"]),
+    "itself": (HOLDS_ITSELF, ValueError, ["variables", "itself"]),
+    "memory": ([memoryview(f4(2, 2))], TypeError, ["memoryview", "expected an array"]),
+    "a module": (torch.nn.ParameterDict({"w": torch.ones(2)}), TypeError, ["ParameterDict", "named_parameters"]),
+    "integer tensor": ([torch.ones(3, dtype=torch.int32)], TypeError, ["dtype int32", "expected one of"]),
+    "boolean tensor": ([torch.ones(3, dtype=torch.bool)], TypeError, ["dtype bool", "expected one of"]),
+    "float8 tensor": ([torch.ones(3).to(torch.float8_e5m2)], TypeError, ["dtype float8_e5m2", "expected one of"]),
     "sparse tensor": ([torch.eye(3).to_sparse()], TypeError, ["sparse", "to_dense"]),
     "meta tensor": ([torch.ones(3, device="meta")], TypeError, ["meta"]),
     "expanded tensor": ([torch.ones(1).expand(3)], ValueError, ["one address"]),
@@ -154,6 +163,11 @@ GRADIENTS = {
     "unknown name": ({"w2": f4(2, 3), "w": ...}, ValueError, ["w2"]),
     "no gradient at all": (dict.fromkeys("wbchts"), ValueError, ["No gradients provided"]),
     "text": ("gradients", TypeError, ["gradients"]),
+    "a set": ({torch.ones(1), torch.ones(2)}, TypeError, ["grads", "set", "no order"]),
+    "numbered": ({str(i): f4(2, 3) for i in range(6)}, ValueError, ["unknown", "'5'"]),
+    "itself": (HOLDS_ITSELF, ValueError, ["grads", "itself"]),
+    "memory": (memoryview(f4(2, 3)), TypeError, ["grads", "memoryview"]),
+    "integer tensor": ({"t": torch.ones(2, 3, dtype=torch.int32)}, TypeError, ["'t'", "dtype int32"]),
     "none": (None, ValueError, ["1 arrays", "6"]),
 }  # fmt: skip
 
@@ -298,6 +312,25 @@ def test_conflicts(case):
     with pytest.raises(ValueError, match=r".") as raised:
         act()
     assert_says(raised, words)
+
+
+@pytest.mark.parametrize("make", [AdamW, lambda: LossScaleOptimizer(AdamW())])
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        (None, TypeError, ["None"]),
+        (3, TypeError, ["3", "int"]),
+        ([], ValueError, ["empty"]),
+        ([1], ValueError, ["1", "at 0"]),
+        ([(f4(1),)], ValueError, ["at 0"]),
+        ([(f4(1), f4(1)), (f4(1), f4(1), 1)], ValueError, ["at 1"]),
+        ([f4(2)], ValueError, ["ndarray", "at 0"]),
+    ],
+)
+def test_pairs(make, given, error, words):
+    with pytest.raises(error) as raised:
+        make().apply_gradients(given)
+    assert_says(raised, ["`grads_and_vars`", "(gradient, variable) pairs", *words])
 
 
 def test_immutable_arrays_are_sent_to_stateless_apply():

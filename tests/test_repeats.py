@@ -192,9 +192,15 @@ FORMS = {
     "layers that are named": lambda a, b: [Layer(a), Layer(b)],
     "layers of another kind": lambda a, b: [UserDict(w=a), UserDict(w=b)],
     "numbers as keys": lambda a, b: {0: a, 1: b},
+    "numbers as keys, downwards": lambda a, b: {1: a, 0: b},
+    "digits as keys, downwards": lambda a, b: {"1": a, "0": b},
+    "digits as names, downwards": lambda a, b: [("1", a), ("0", b)],
+    "another mapping, downwards": lambda a, b: UserDict({"1": a, "0": b}),
+    "iterators": lambda a, b: {"x": iter([a]), "y": iter([b])},
 }
 OTHERS = {
     "another order": lambda g: {key: g[key] for key in reversed(g)} if isinstance(g, dict) else g,
+    "pairs in another order": lambda g: [(str(key), g[key]) for key in reversed(g)] if isinstance(g, dict) else g,
     "a list": lambda g: flatten(g)[1],
     "a defaultdict": lambda g: defaultdict(list, g) if isinstance(g, dict) else g,
     "none": lambda g: g,
@@ -217,6 +223,55 @@ def test_containers(form, other):
         twin.apply([a, b])
     for one, expected in zip(variables, twin.trainable_variables, strict=True):
         np.testing.assert_array_equal(one, expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_containers_beside_variables(form):
+    """The same where the variables are given, and of a step without side effects."""
+    a, b = np.ones(2), np.ones(3)
+    grads, twins = (np.array([1.0, -2.0]), np.full(3, 0.5)), (a.copy(), b.copy())
+    optimizer, twin = AdamW(0.1), AdamW(0.1)
+    optimizer.build(FORMS[form](a, b))
+    twin.build(twins)
+    new, _ = optimizer.stateless_apply(optimizer.variables, FORMS[form](*grads), FORMS[form](a, b))
+    for _ in range(3):
+        optimizer.apply(FORMS[form](*grads), FORMS[form](a, b))
+        twin.apply(grads)
+    for one, expected in zip((a, b), twins, strict=True):
+        np.testing.assert_array_equal(one, expected)
+    once, twins = AdamW(0.1), (np.ones(2), np.ones(3))
+    once.build(twins)
+    once.apply(grads)
+    for one, expected in zip(flatten(new)[1], twins, strict=True):
+        np.testing.assert_allclose(one, expected, rtol=1e-14)
+
+
+def test_keys_that_a_trace_sorts():
+    jax = pytest.importorskip("jax")
+    optimizer = AdamW(0.1, weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(var_names=["^0$"])
+    variables, grads = ({1: jax.numpy.ones(2), 0: jax.numpy.ones(2)} for _ in range(2))
+    optimizer.build(variables)
+    eager, traced = (
+        step(optimizer.variables, grads, variables)[0]
+        for step in (optimizer.stateless_apply, jax.jit(optimizer.stateless_apply))
+    )
+    for key in variables:
+        np.testing.assert_allclose(eager[key], traced[key], rtol=1e-6)
+    assert eager[1][0] < eager[0][0]
+
+
+def test_nesting_beyond_what_can_be_remembered():
+    """A container too deep for its form to be kept or copied is taken as any other."""
+    variable = np.ones(2)
+    nested, grads = variable, np.ones(2)
+    for _ in range(200):
+        nested, grads = [nested], [grads]
+    optimizer = AdamW(0.1)
+    optimizer.build(nested)
+    for _ in range(3):
+        optimizer.apply(grads)
+    assert copy.deepcopy(optimizer).iterations == 3
 
 
 @pytest.mark.parametrize("empty", [{}, (), [], OrderedDict(), iter(())])
