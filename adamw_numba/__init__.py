@@ -1,15 +1,14 @@
 """AdamW over plain arrays: NumPy, torch and Array-API arrays, updated in place in one fused pass."""
 
 from . import interop, plot, schedules
-from .checkpoint import saved_variables
-from .checkpoints import Checkpoints
+from ._version import __version__
+from .saving.snapshot import saved_variables
+from .saving.checkpoints import Checkpoints
 from .loss_scale import LossScaleOptimizer
-from .minimize import minimize
-from .multistart import multistart
+from .minimizer.minimize import minimize
+from .minimizer.multistart import multistart
 from .optimizer import AdamW, LastStep
-from .stores.files import CorruptFileError
-
-__version__ = "0.1.0"
+from .saving.stores.atomic import CorruptFileError
 
 __all__ = [
     "AdamW",

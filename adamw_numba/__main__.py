@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from . import manifest
+from .saving import manifest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,14 +6,15 @@ from typing import Any, Self
 
 import numpy as np
 
-from . import checkpoint, matching
+from .saving import snapshot as checkpoint
+from .step import gradients as matching
 from . import hyperparameters as hp
 from .arrays import Array, writeable_copy
-from .containers import Container
+from .arrays.tree import Container
 from .optimizer import AdamW
 from .state import Place, State, load, replace, save
-from .stateless import is_traced, lazy_namespace, select_number
-from .step import Call
+from .array_api.stateless import is_traced, lazy_namespace, select_number
+from .step.prepare import Call
 
 _INNER_ONLY = {
     "weight_decay": None,

@@ -14,13 +14,16 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from . import arrays, checkpoint, matching, schedules, stateless, step
+from . import arrays, schedules
+from .saving import snapshot as checkpoint
+from .step import gradients as matching, prepare as step
+from .array_api import stateless
 from . import hyperparameters as hp
 from .arrays import Array
-from .containers import Container, Form, flatten, form_of, materialized, order, rebuild
-from .manifest import DTYPES, encoded
+from .arrays.tree import Container, Form, flatten, form_of, materialized, order, rebuild
+from .saving.manifest import DTYPES, encoded
 from .state import Place, State, load, new_slots, replace, save
-from .step import Built, Call
+from .step.prepare import Built, Call
 
 
 class LastStep(NamedTuple):

@@ -9,7 +9,7 @@ import numpy as np
 from . import arrays
 from .arrays import Array
 from .hyperparameters import scale
-from .stores.opening import adapted
+from .saving.stores.targets import adapted
 
 Slots = dict[str, Array]
 Place = tuple[str, dict[str, Array], str]

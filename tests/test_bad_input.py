@@ -4,12 +4,12 @@ import copy
 
 import array_api_strict
 import jax.numpy as jnp
-import libraries
+from helpers import libraries
 import numpy as np
 import pytest
 import torch
 
-from adamw_numba import AdamW, LossScaleOptimizer, schedules
+from adamw_numba import schedules, AdamW, LossScaleOptimizer
 
 
 def f4(*shape):

@@ -9,7 +9,8 @@ import matplotlib.pyplot
 import numpy as np
 import pytest
 
-from adamw_numba import minimize, multistart, plot
+from adamw_numba import minimize, multistart
+from adamw_numba import plot
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 DOCS = Path(__file__).parents[1] / "docs"

@@ -1,0 +1,242 @@
+"""One step as a function from arrays to arrays: for immutable arrays, and inside `jax.jit`."""
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+from ..arrays import COMPUTE, Array, check_gradient, dtype_name, is_array, is_complex, is_mutable, like, namespace
+from ..coefficients import clip_factor, coefficients, whole_norm
+from . import functions as array_api
+from .functions import select
+from ..update import Coefficients
+
+Slots = dict[str, Array]
+
+
+def apply(
+    hyper: Any,
+    built: Any,
+    names: Sequence[str],
+    state: Sequence[Array],
+    gradients: Sequence[Array | None],
+    variables: Sequence[Array],
+    loss_scale: Any,
+    nonfinite: str,
+) -> tuple[list[Array], list[Array]]:
+    """New variables and a new state.
+
+    Parameters
+    ----------
+    hyper : AdamW
+        Its hyperparameters are read, and nothing is written.
+    built : step.Built
+    names : list of str
+        What the arrays of the state are called.
+    state, gradients, variables : list of arrays
+    loss_scale : float, or scalar array under a trace
+    nonfinite : {"propagate", "skip", "raise"}
+    """
+    if len(state) != len(names):
+        raise ValueError(f"`optimizer_variables` holds {len(state)} arrays; expected {len(names)}: {list(names)}")
+    _check(built, gradients, variables)
+    named = dict(zip(names, state, strict=True))
+    slots = [{key: named[f"{key}/{name}"] for key in own} for name, own in zip(built.names, built.slots, strict=True)]
+    for name, given, own in zip(built.names, slots, built.slots, strict=True):
+        for key in own:
+            _check_like(f"`optimizer_variables`: {key}/{name}", given[key], own[key])
+    given_arrays = [*variables, *state]
+    variables, gradients = [_detached(p) for p in variables], [_detached(g) for g in gradients]
+    slots = [{key: _detached(array) for key, array in own.items()} for own in slots]
+    xp = lazy_namespace([*state, *gradients, *variables])
+    iteration: Any = int(named["iteration"]) if xp is None else xp.asarray(named["iteration"])
+    rate = named.get("learning_rate")
+    rates = hyper._rates(iteration, float(rate) if xp is None and rate is not None else rate)
+    new_iteration, new_variables, new_slots = step(
+        hyper, iteration, rates, variables, gradients, slots, built.decayed, loss_scale, nonfinite
+    )
+    if xp is None:
+        new_iteration = np.asarray(new_iteration, np.int64)
+    named["iteration"] = new_iteration
+    for name, own in zip(built.names, new_slots, strict=True):
+        named |= {f"{key}/{name}": array for key, array in own.items()}
+    new_variables, new_state = ([_fresh(a, given_arrays) for a in made] for made in (new_variables, named.values()))
+    return new_variables, new_state
+
+
+def _check(built: Any, gradients: Sequence[Array | None], variables: Sequence[Array]) -> None:
+    for name, g, p, known in zip(built.names, gradients, variables, built.variables, strict=True):
+        _check_like(f"`trainable_variables`: {name!r}", p, known)
+        if g is not None and (lazy_namespace([g, p]) is None or not is_array(g)):
+            check_gradient(name, g, p)
+        elif g is not None:
+            _check_like(f"the gradient of {name!r}", g, p, complex_too=True)
+
+
+def _check_like(what: str, array: Any, known: Array, complex_too: bool = False) -> None:
+    if not is_array(array):
+        raise TypeError(f"{what} is {array!r} of type {type(array).__name__}; expected an array")
+    if tuple(array.shape) != tuple(known.shape):
+        raise ValueError(f"{what} has shape {tuple(array.shape)}; expected {tuple(known.shape)}")
+    if dtype_name(array) not in COMPUTE or (
+        is_complex(array) != is_complex(known) and (is_complex(array) or not complex_too)
+    ):
+        raise TypeError(f"{what} has dtype {dtype_name(array)}; expected one like {dtype_name(known)}")
+
+
+def _detached(array: Any) -> Any:
+    """A tensor outside of autograd's graph: a step is not differentiated."""
+    return array.detach() if array_api_compat.is_torch_array(array) else array
+
+
+def _fresh(array: Any, given: Sequence[Any]) -> Any:
+    """The array, or a copy if it is one of those given and could be written later."""
+    if isinstance(array, np.generic):  # what NumPy makes of 0-d arrays
+        return np.asarray(array)
+    if not (is_array(array) and is_mutable(array)):
+        return array
+    same = any(array is other or _detached_alias(array, other) for other in given)
+    return like(array, array) if same else array
+
+
+def _detached_alias(array: Any, other: Any) -> bool:
+    tensors = array_api_compat.is_torch_array(array) and array_api_compat.is_torch_array(other)
+    return tensors and array.data_ptr() == other.data_ptr()
+
+
+def step(
+    hyper: Any,
+    iteration: Any,
+    rates: tuple[Any, Any],
+    variables: Sequence[Array],
+    gradients: Sequence[Array | None],
+    slots: Sequence[Slots],
+    decayed: Sequence[bool],
+    loss_scale: Any,
+    nonfinite: str,
+) -> tuple[Any, list[Array], list[Slots]]:
+    """The next iteration, variables and slots; no traced value becomes a number."""
+    xp = math if isinstance(iteration, int) else namespace(iteration)
+    micro_steps = hyper.gradient_accumulation_steps
+    is_update = not micro_steps or (iteration + 1) % micro_steps == 0
+    updates = iteration // (micro_steps or 1)
+    count = updates if xp is math else xp.astype(updates, _real(xp))
+    unscale = 1 / loss_scale
+    c = coefficients(hyper, count, *rates, unscale, 1.0, xp)
+    norms = _norms(hyper, xp, gradients, slots, c, is_update, unscale, nonfinite)
+    finite = _finite(xp, norms, nonfinite)
+    overwrite = hyper.use_ema and bool(hyper.ema_overwrite_frequency)
+    if overwrite:
+        overwrite = (updates + 1) % hyper.ema_overwrite_frequency == 0
+    clips = _clips(hyper, xp, norms) if norms else [1.0] * len(variables)
+    results = []
+    for k, (p, g, own) in enumerate(zip(variables, gradients, slots, strict=True)):
+        own_c = c._replace(decay=c.decay if decayed[k] else 0.0, scale=c.scale * clips[k])
+        new = _variable(p, g, own, own_c, hyper.clipvalue, is_update, overwrite)
+        results.append((select(finite, new[0], p), {name: select(finite, new[1][name], own[name]) for name in own}))
+    return select_number(finite, iteration + 1, iteration), [r[0] for r in results], [r[1] for r in results]
+
+
+def select_number(condition: Any, yes: Any, no: Any) -> Any:
+    """As `select`, for numbers as well as arrays."""
+    return (yes if condition else no) if isinstance(condition, bool) else namespace(yes).where(condition, yes, no)
+
+
+def lazy_namespace(leaves: Sequence[Any]) -> Any:
+    """The namespace of the first array whose values may not be looked at (JAX, Dask), or None."""
+    lazy = [leaf for leaf in leaves if leaf is not None and array_api_compat.is_lazy_array(leaf)]
+    return namespace(lazy[0]) if lazy else None
+
+
+def _variable(
+    p: Array, g: Array | None, own: Slots, c: Coefficients, clipvalue: float | None, is_update: Any, overwrite: Any
+) -> tuple[Array, Slots]:
+    if is_update is False:
+        new_p, new = p, own
+    elif g is None:
+        new_p, new = array_api.blended(p, own, c, overwrite)
+    else:
+        new_p, new = array_api.updated(p, g, own, c, clipvalue, overwrite)
+    if is_update is True:
+        return new_p, new
+    other = own
+    if g is not None:
+        other = own | {"gradient_accumulator": array_api.accumulated(own["gradient_accumulator"], g, c)}
+    return select(is_update, new_p, p), {name: select(is_update, new[name], other[name]) for name in own}
+
+
+def _norms(
+    hyper: Any,
+    xp: Any,
+    gradients: Sequence[Any],
+    slots: Sequence[Slots],
+    c: Coefficients,
+    is_update: Any,
+    unscale: Any,
+    nonfinite: str,
+) -> list[Any] | None:
+    """The norm of every mean unscaled gradient; None where no option needs it."""
+    micro_steps = hyper.gradient_accumulation_steps
+    if nonfinite == "propagate" and not (is_update is not False and (hyper.clipnorm or hyper.global_clipnorm)):
+        return None
+    norms = []
+    for g, own in zip(gradients, slots, strict=True):
+        if g is None:
+            norms.append(0.0)
+        elif micro_steps:
+            norms.append(array_api.norm(g, own["gradient_accumulator"], c) / micro_steps)
+        else:
+            norms.append(array_api.norm(g, None, c) * unscale)
+    return [float(norm) for norm in norms] if xp is math else norms
+
+
+def _finite(xp: Any, norms: list[Any] | None, nonfinite: str) -> Any:
+    if norms is None or nonfinite == "propagate":
+        return True
+    finite: Any = True
+    for norm in norms:
+        if not isinstance(norm, float):
+            finite = xp.isfinite(norm) & finite
+        elif not math.isfinite(norm):
+            finite = False
+    if nonfinite == "raise":
+        if is_traced(finite):
+            raise ValueError("nonfinite='raise' cannot look at values under a trace; expected 'skip' or 'propagate'")
+        if not bool(finite):
+            raise FloatingPointError("a gradient holds a value that is not finite (nonfinite='raise')")
+        return True
+    return finite
+
+
+def _clips(hyper: Any, xp: Any, norms: list[Any]) -> list[Any]:
+    if hyper.clipnorm:
+        return [_limited(xp, norm, hyper.clipnorm) for norm in norms]
+    if not hyper.global_clipnorm:
+        return [1.0] * len(norms)
+    if xp is math:
+        return [clip_factor(whole_norm(np.array(norms)), hyper.global_clipnorm)] * len(norms)
+    peak = max(norms, key=lambda norm: isinstance(norm, float))
+    for norm in norms:
+        peak = xp.where(norm > peak, norm, peak)
+    total = array_api.root_of_squares(xp, peak, lambda unit: sum((norm / unit) * (norm / unit) for norm in norms))
+    factor = clip_factor(total, hyper.global_clipnorm, lambda norm, limit: xp.where(norm > limit, norm, limit))
+    return [factor] * len(norms)
+
+
+def _limited(xp: Any, norm: Any, limit: float) -> Any:
+    if isinstance(norm, float):
+        return limit / norm if not norm <= limit else 1.0
+    return limit / xp.where(norm <= limit, xp.ones_like(norm) * limit, norm)
+
+
+def _real(xp: Any) -> Any:
+    return xp.__array_namespace_info__().default_dtypes()["real floating"]
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a value stands for others inside `jax.jit` or the like."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(value, jax.core.Tracer)

@@ -1,0 +1,234 @@
+"""Nested dicts and lists of arrays, and lists of ``(name, array)`` pairs, as one flat list of paths and arrays."""
+
+from collections import OrderedDict
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, Set
+from contextlib import contextmanager
+from operator import itemgetter
+from typing import Any
+
+from . import are_arrays, is_array
+
+Container = Any
+_BY_KEY, _BY_POSITION = (dict, OrderedDict), (list, tuple)
+
+
+def flatten(container: Container, what: str = "variables") -> tuple[list[str], list[Any]]:
+    """The paths and the leaves of a container, in order; a list's entries are named ``0``, ``1``, ...
+
+    Parameters
+    ----------
+    container : array, dict, list, tuple, iterable of ``(str, array)`` pairs, or a nesting of these
+        ``None`` counts as a leaf: a gradient that does not exist.
+    what : str
+        What errors call the container.
+
+    Raises
+    ------
+    TypeError
+        If a leaf is no array.
+    ValueError
+        If a key is empty or holds ``/``, two leaves have the same path, or a container holds itself.
+    """
+    names: list[str] = []
+    leaves: list[Any] = []
+    with _not_too_deep(what):
+        _collect(container, "", what, names, leaves)
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{what} holds the name {twice!r} more than once; expected every name once")
+    return names, leaves
+
+
+class Form:
+    """A container as it once was, all of it: another one like it is taken apart without a second look at its paths.
+
+    Parameters
+    ----------
+    tree : tuple
+        The container's type, its keys, and for each key a tree, or None for a leaf; None instead of leaves only.
+    order : list of int
+        Where each name's leaf is among those of the container.
+    """
+
+    def __init__(self, tree: tuple[Any, ...], order: list[int]) -> None:
+        self._tree = tree
+        self._sort = None if order == sorted(order) else itemgetter(*order)
+
+    def flat(self, container: Container) -> Container:
+        """A list of the leaves, in the order of the names; the container itself if it is not like this one."""
+        leaves: list[Any] = []
+        try:
+            if not _take(self._tree, container, leaves) or not are_arrays(leaves):
+                return container
+        except (KeyError, RecursionError):
+            return container
+        return list(self._sort(leaves)) if self._sort else leaves
+
+
+def form_of(container: Container, expected: list[str]) -> Form | None:
+    """The form of a container that holds a leaf for each expected name; None if it is a list of leaves, or unusual."""
+    try:
+        tree = _tree(container)
+    except RecursionError:
+        return None
+    if tree is None or (tree[0] is list and tree[2] is None):
+        return None
+    return Form(tree, order(container, flatten(container, "grads")[0], expected, "grads"))
+
+
+def _tree(value: Container) -> tuple[Any, ...] | None:
+    kind = type(value)
+    if kind in _BY_KEY and all(type(key) is str for key in value):
+        keys = tuple(value)
+    elif kind in _BY_POSITION and not _are_pairs(value):
+        keys = tuple(range(len(value)))
+    else:
+        return None
+    children = [None if _is_leaf(value[key]) else _tree(value[key]) or () for key in keys]
+    if () in children:  # something below has no tree
+        return None
+    return kind, keys, children if any(children) else None
+
+
+def _take(tree: tuple[Any, ...], value: Container, leaves: list[Any]) -> bool:
+    """Add the leaves of a container to a list; False, or a KeyError, where it is not like the tree."""
+    kind, keys, children = tree
+    if type(value) is not kind or len(value) != len(keys):
+        return False
+    if children is None:
+        leaves.extend(map(value.__getitem__, keys))
+        return True
+    for key, child in zip(keys, children, strict=True):
+        if child is None:
+            leaves.append(value[key])
+        elif not _take(child, value[key], leaves):
+            return False
+    return True
+
+
+def rebuild(container: Container, leaves: Iterable[Any]) -> Container:
+    """A container of the same shape with other leaves: dicts stay dicts, pairs stay pairs, the rest become lists."""
+    return _rebuild(container, iter(leaves).__next__)
+
+
+def materialized(container: Container, what: str) -> Container:
+    """A container of the same leaves that can be walked twice: dicts, tuples, and lists of what any others yield."""
+    with _not_too_deep(what):
+        return _materialized(container)
+
+
+def matched(container: Container, expected: list[str], what: str, may_be_empty: bool = False) -> list[Any]:
+    """The leaves of a container in the order of the expected names; or none at all, where that is fine.
+
+    Raises
+    ------
+    ValueError
+        If a count or a name differs.
+    """
+    container = materialized(container, what)
+    names, leaves = flatten(container, what)
+    if may_be_empty and not leaves:
+        return []
+    return [leaves[i] for i in order(container, names, expected, what)]
+
+
+def order(container: Container, names: list[str], expected: list[str], what: str) -> list[int]:
+    """Where each expected name's leaf is among those of a container: by position in a flat list, else by name."""
+    positional = names == list(map(str, range(len(names)))) and not _has_keys(container)
+    if names == expected or (positional and len(names) == len(expected)):
+        return list(range(len(names)))
+    if sorted(names) == sorted(expected):
+        where = {name: i for i, name in enumerate(names)}
+        return [where[name] for name in expected]
+    missing, unknown = ([n for n in one if n not in other] for one, other in ((expected, names), (names, expected)))
+    if positional or not missing + unknown:
+        raise ValueError(
+            f"`{what}` must match the variables of the optimizer one-to-one. Received {len(names)} arrays; the "
+            f"optimizer has {len(expected)}: {expected}"
+        )
+    raise ValueError(f"`{what}` lacks {missing} and holds the unknown {unknown}; expected {expected}")
+
+
+def _is_leaf(value: object) -> bool:
+    return value is None or is_array(value)
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str)
+
+
+def _are_pairs(items: Sequence[Any]) -> bool:
+    return bool(items) and all(_is_pair(item) for item in items)
+
+
+def _has_keys(container: Container) -> bool:
+    return isinstance(container, Mapping) or (isinstance(container, (list, tuple)) and _are_pairs(container))
+
+
+@contextmanager
+def _not_too_deep(what: str) -> Iterator[None]:
+    try:
+        yield
+    except RecursionError:
+        raise ValueError(f"{what} is nested too deeply, or holds itself; expected a few levels") from None
+
+
+def _materialized(value: Container) -> Container:
+    if _is_leaf(value) or _is_refused(value):
+        return value
+    if isinstance(value, Mapping):
+        return {key: _materialized(child) for key, child in value.items()}
+    children = [_materialized(child) for child in value]
+    return tuple(children) if isinstance(value, tuple) else children
+
+
+def _is_refused(value: object) -> bool:
+    """What cannot be walked, or not in a certain order, or holds keys and is no mapping."""
+    if isinstance(value, (str, bytes, bytearray, memoryview)) or not isinstance(value, Iterable):
+        return True
+    if isinstance(value, Set):
+        return not isinstance(value, (KeysView, ItemsView))
+    return hasattr(value, "keys") and not isinstance(value, Mapping)
+
+
+def _collect(value: Container, path: str, what: str, names: list[str], leaves: list[Any]) -> None:
+    if _is_leaf(value):
+        names.append(path or "0")
+        leaves.append(value)
+        return
+    for key, child in _children(value, path, what):
+        if not key:
+            raise ValueError(f"{what} has an empty key; expected a name")
+        if "/" in key:
+            raise ValueError(f"{what} has the key {key!r}; expected no '/' in a key: it joins the keys of a path")
+        _collect(child, f"{path}/{key}" if path else key, what, names, leaves)
+
+
+def _children(value: Container, path: str, what: str) -> list[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        return [(str(key), child) for key, child in value.items()]
+    if _is_refused(value):
+        where = f"{what} at {path!r}" if path else what
+        if hasattr(value, "named_parameters"):
+            raise TypeError(f"{where} is a {type(value).__name__} module; expected its `named_parameters()`")
+        if isinstance(value, Set):
+            raise TypeError(f"{where} is a {type(value).__name__}, which has no order; expected a dict or a list")
+        raise TypeError(
+            f"{where} is {value!r} of type {type(value).__name__}; expected an array, a dict, a list, or a list of "
+            "(name, array) pairs"
+        )
+    items = list(value)
+    if _are_pairs(items):
+        return items
+    return [(str(index), child) for index, child in enumerate(items)]
+
+
+def _rebuild(value: Container, take: Callable[[], Any]) -> Container:
+    if _is_leaf(value):
+        return take()
+    if isinstance(value, Mapping):
+        return {key: _rebuild(child, take) for key, child in value.items()}
+    items = list(value)
+    if _are_pairs(items):
+        return [(name, _rebuild(child, take)) for name, child in items]
+    return [_rebuild(child, take) for child in items]

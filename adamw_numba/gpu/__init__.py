@@ -1,0 +1,1 @@
+"""Arrays on a GPU: the plan of a step, its kernels, and what the device holds."""

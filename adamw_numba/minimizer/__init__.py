@@ -1,0 +1,1 @@
+"""Minimizing a function: options, one run, its loop in Python and compiled, many starts."""

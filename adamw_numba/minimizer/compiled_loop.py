@@ -1,0 +1,195 @@
+"""The compiled loop: coefficients of the next iterations go in, what happened comes out (kernels/loop.py)."""
+
+import math
+import time
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from ..coefficients import coefficients
+from ..cpu import kernels as cpu
+from . import loop_kernel as kernel
+from ..cpu.pool import WOKEN_FROM, call_helpers, helpers_of, job_call
+from ..cpu.plan import CHUNK
+from ..schedules import _HOST, LearningRateSchedule, _Schedule
+
+MOST_ROWS = 2**12
+SECONDS = 0.05  # of a block, about
+_BLOCKWISE = SimpleNamespace(expm1=kernel.expm1, sqrt=np.sqrt, where=np.where)
+
+
+def coefficient_rows(optimizer: Any, first: int, count: int) -> tuple[Any, Any]:
+    """The coefficients of consecutive updates, one column each, and their learning rates."""
+    steps = np.arange(first, first + count)
+    rates = _rates(optimizer, first, count)
+    c = coefficients(optimizer, steps, rates[:, 0], rates[:, 1], 1.0, 1.0, _BLOCKWISE)
+    rows = np.empty((kernel.ROW_ENTRIES, count))
+    for k in kernel.VARYING:
+        rows[k] = c[k]
+    rows[:10, 0] = [column if np.ndim(column) == 0 else column[0] for column in c]
+    frequency = optimizer.ema_overwrite_frequency if optimizer.use_ema else None
+    rows[kernel.OVERWRITE] = (steps + 1) % frequency == 0 if frequency else 0
+    return rows, rates[:, 0]
+
+
+def _rates(optimizer: Any, first: int, count: int) -> Any:
+    """Learning rate and weight decay at consecutive steps."""
+    learning_rate, decay = optimizer._learning_rate, optimizer.__dict__["_weight_decay_rate"]
+    if learning_rate is None and decay is None:
+        return np.broadcast_to(np.array(optimizer._rates(first)), (count, 2))
+    if decay is None and isinstance(learning_rate.function, _Schedule):
+        formula = learning_rate.function._rate
+        rates = np.full((count, 2), optimizer.weight_decay)
+        rates[:, 0] = [formula(_HOST, float(step)) for step in range(first, first + count)]
+        if np.isfinite(rates).all() and (rates >= 0).all():
+            return rates
+    return np.array([optimizer._rates(step) for step in range(first, first + count)])
+
+
+class Loop:
+    """The compiled loop over some runs of one objective.
+
+    Parameters
+    ----------
+    runs : list of Run
+        With one array each, all of one shape and dtype.
+    evaluate : compiled objective
+    words, kept : lists
+        For each run, the arguments, and the arrays that they lie in.
+    """
+
+    def __init__(self, runs: Sequence[Any], evaluate: Any, words: Any, kept: Any) -> None:
+        self.runs, self._kept, self.optimizer = list(runs), (evaluate, kept), runs[0].optimizer
+        x = runs[0].get("x")[0]
+        self.rows = 16
+        self.threads = 1 if _is_parallel(runs[0].objective) else self.optimizer.threads
+        self.limits = runs[0].limits
+        self.clips = np.array([self.optimizer.clipnorm or 0.0, self.optimizer.global_clipnorm or 0.0])
+        flags = [True if on else None for on in (self.optimizer.amsgrad, self.optimizer.use_ema)]
+        limit = True if self.optimizer.clipvalue else None
+        self.kernel = kernel.loop_kernel(x.dtype.name, *flags, limit).address
+        self.words = [words.copy() for _ in runs]
+        self.size, self.padded = x.size, _padded(x)
+        self.copies = np.zeros((len(runs), self.padded), x.dtype)
+        moved = self.padded > self.size
+        self.inside = np.zeros((len(runs), kernel.ARRAYS, self.padded * moved), x.dtype)
+        self.sums = np.zeros((len(runs), cpu.LANES))
+        self.homes = np.array([self._array_addresses(run) for run in self.runs], np.int64)
+        self.table = np.array([self._addresses(r, evaluate.address) for r in range(len(runs))], np.int64)
+        self.homes *= moved
+        self.block = np.zeros(kernel.BLOCK_ENTRIES, np.int64)
+
+    def _array_addresses(self, run: Any) -> list[int]:
+        """Where the arrays of a run are between one call and the next."""
+        slots = run.optimizer._state.slots[0]
+        best = [run.get(role)[0] if role in run.roles else None for role in ("best", "best_gradient")]
+        found = [run.get("x")[0], None, run.get("gradient")[0]]
+        found += [slots.get(key) for key in ("momentum", "velocity", "velocity_hat", "average")]
+        found += [*best, run.get("previous")[0], *(run.bounds[0] if run.bounds else (None, None))]
+        return [0 if array is None else array.ctypes.data for array in found]
+
+    def _addresses(self, r: int, evaluate: int) -> list[int]:
+        """Where the kernel finds the arrays: padded, if they are small, to whole vectors; and all else."""
+        run, arrays = self.runs[r], list(self.homes[r])
+        if self.padded > self.size:
+            arrays = [array and row.ctypes.data for array, row in zip(arrays, self.inside[r], strict=True)]
+        arrays[kernel.COPY] = self.copies[r].ctypes.data
+        found = [self.words[r], run.values, run.counts, run.optimizer._state.scalars["iteration"]]
+        others = [array.ctypes.data for array in (*found, self.sums[r], run.history.marks)]
+        return [*arrays, evaluate, *others[:4], 0, *others[4:], kernel.HERE]
+
+    def advance(self, most: int) -> None:
+        """Advance every run that is going on by at most so many iterations."""
+        count = max(1, min(self.rows, most))
+        going = [run for run in self.runs if not run.reason]
+        iterations = [int(run.optimizer._state.scalars["iteration"]) for run in going]
+        first = min(iterations)
+        start = time.perf_counter()
+        rows, rates = coefficient_rows(self.optimizer, first, count)
+        records = np.empty((len(self.runs), count, kernel.RECORD))
+        times = [(run.nit, run.elapsed) for run in self.runs]
+        self._call(rows, records, first, count)
+        for r, run in enumerate(self.runs):
+            self._take_over(r, run, records[r], rates, first, times[r])
+        spent = time.perf_counter() - start
+        if spent < SECONDS / 2:
+            self.rows = min(2 * self.rows, MOST_ROWS)
+        elif spent > 2 * SECONDS:
+            self.rows = max(self.rows // 2, 1)
+
+    def _call(self, rows: Any, records: Any, first: int, count: int) -> None:
+        self.table[:, kernel.RECORDS] = [record.ctypes.data for record in records]
+        self.table[:, kernel.LEFT] = kernel.HERE
+        self.block[:] = [
+            *(self.table.ctypes.data, self.homes.ctypes.data, len(self.runs), self.size, self.padded),
+            *(rows.ctypes.data, first, first + count),
+            *(self.limits.ctypes.data, self.clips.ctypes.data, CHUNK),
+        ]
+        call = job_call(self.kernel, self.block.ctypes.data, WOKEN_FROM, self.threads, parts=len(self.runs))
+        if helpers_of(call):
+            call_helpers(helpers_of(call), WOKEN_FROM)
+        function, *arguments = call
+        function(*arguments)
+
+    def _take_over(self, r: int, run: Any, records: Any, rates: Any, first: int, before: tuple[int, float]) -> None:
+        """Note what a run has done; one iteration in Python where the compiled loop could not."""
+        left, (nit, elapsed) = self.table[r, kernel.LEFT], before
+        done = run.nit - nit - (left == kernel.AFTER_UPDATE)
+        if done:
+            at = int(run.optimizer._state.scalars["iteration"]) - (left == kernel.AFTER_UPDATE) - first
+            kept = np.arange(-(nit + 1) % run.history.stride, done, run.history.stride)  # others would be thinned out
+            kept = kept if kept.size and kept[-1] == done - 1 else np.append(kept, done - 1)
+            table = np.empty((kept.size, 6))
+            table[:, 0] = nit + 1 + kept
+            table[:, [1, 2, 4]] = records[at - done + kept, :3]
+            table[:, 3] = rates[at - done + kept]
+            table[:, 5] = elapsed + (run.elapsed - elapsed) * (kept + 1) / done
+            run.history.extend(table)
+        if left == kernel.BEFORE_UPDATE:
+            run.advance()
+        elif left == kernel.AFTER_UPDATE:
+            run.rate[0] = rates[int(run.optimizer._state.scalars["iteration"]) - 1 - first]
+            run.finish()
+
+
+def _is_parallel(objective: Any) -> bool:
+    """Whether the objective has threads of its own: Numba's simplest layer of them ends the process if two enter it."""
+    functions = [function for function in (objective.fun, objective.jac) if kernel.is_compiled(function)]
+    return any(function.targetoptions.get("parallel") for function in functions)
+
+
+def _padded(x: np.ndarray[Any, Any]) -> int:
+    """How many elements to work on, so that small arrays are whole vectors."""
+    vector: int = kernel.PADDING // x.itemsize
+    return math.ceil(x.size / vector) * vector if x.nbytes <= kernel.MOST_PADDED else x.size
+
+
+def compiled_loop(runs: Sequence[Any]) -> Loop | None:
+    """The compiled loop over runs of one objective, or None where an option or a type needs Python at each step."""
+    objective, optimizer = runs[0].objective, runs[0].optimizer
+    functions = [objective.fun] if objective.jac is True else [objective.fun, objective.jac]
+    leaves = runs[0].get("x")
+    if not all(map(kernel.is_compiled, functions)) or objective.batches is not None or len(leaves) != 1:
+        return None
+    x = leaves[0]
+    if type(x) is not np.ndarray or x.dtype.name not in ("float32", "float64") or not x.size:
+        return None
+    if isinstance(objective.container, (dict, list, tuple)) or not _in_advance(optimizer):
+        return None
+    described = kernel.argument_words(objective.args)
+    if described is None:
+        return None
+    words, specs, kept = described
+    jac = True if objective.jac is True else objective.jac
+    evaluate = kernel.objective_kernel(objective.fun, jac, objective.fills, x.dtype.name, x.shape, specs)
+    return None if evaluate is None else Loop(runs, evaluate, words, kept)
+
+
+def _in_advance(optimizer: Any) -> bool:
+    """Whether the coefficients of a step can be computed before the steps before it have been taken."""
+    rates = [optimizer._learning_rate, optimizer.__dict__["_weight_decay_rate"]]
+    known = all(rate is None or isinstance(rate.function, LearningRateSchedule) or rate.takes_step for rate in rates)
+    plain = optimizer.nonfinite == "propagate" and not optimizer.loss_scale_factor
+    return known and plain and not optimizer.gradient_accumulation_steps

@@ -1,0 +1,388 @@
+"""Many iterations of one or many minimizations in one compiled call, with no Python in between.
+
+A kernel is a C function of three integers, as in cpu.py: the address of a block of addresses, and which share of the
+runs to advance. It works on the very arrays that the ordinary loop works on, so that either can take over from the
+other after any iteration. The objective is compiled into a C function of three addresses (`objective_kernel`); the loop
+itself is compiled once for all objectives, and cached on disk.
+"""
+
+import math
+from functools import cache, lru_cache
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, cfunc, farray, njit, types
+from numba.core.dispatcher import Dispatcher
+from numba.core.errors import NumbaError
+from numba.extending import intrinsic
+from numpy.lib.stride_tricks import as_strided
+
+from . import stopping
+from ..coefficients import clip_factor
+from ..cpu import kernels as cpu
+from ..cpu.kernels import _jit, _jit_for_python, _kernel, _pointer, cast_coefficients, exchange_mode, mode_for, overwrite_chunk, sum_squares, update_chunk
+
+# A block: what all runs share.
+RUNS, HOMES, COUNT, SIZE, PADDED, ROWS, FIRST, LAST, LIMITS, CLIPS, CHUNK, BLOCK_ENTRIES = range(12)
+# A run: addresses, 0 for an array that does not exist; the last entry is where it was left for Python to go on.
+X, COPY, GRADIENT, M, V, TOP, AVERAGE, BEST, BEST_GRADIENT, PREVIOUS, LOWER, UPPER, ARRAYS = range(13)
+EVALUATE, WORDS, VALUES, COUNTS, ITERATION, RECORDS, SUMS, MARKS, LEFT, RUN_ENTRIES = range(12, 22)
+# The rows: one column per iteration.
+OVERWRITE, ROW_ENTRIES = 10, 11  # ten coefficients, and whether to overwrite with the average
+VARYING = (0, 1, 9)  # the coefficients that differ from step to step: alpha, decay, average_c; others are in the first
+CLIPNORM, GLOBAL_CLIPNORM = range(2)
+RECORD = 4  # fun, gradient norm, step norm, learning rate
+HERE, BEFORE_UPDATE, AFTER_UPDATE = range(3)
+PADDING, MOST_PADDED = 32, 2**12  # bytes: a vector; and an array that is small
+
+_note, _verdict = _jit(stopping.note), _jit(stopping.verdict)
+_clip_factor = njit(**cpu._OPTIONS)(clip_factor)  # not cached: the type of `max` cannot be pickled
+
+
+@intrinsic
+def _call_objective(typingctx, address, x, g, words):
+    def codegen(context, builder, signature, args):
+        kind = ir.FunctionType(ir.DoubleType(), [ir.IntType(64)] * 3)
+        return builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+
+    return types.float64(types.intp, types.intp, types.intp, types.intp), codegen
+
+
+@_jit_for_python
+def expm1(x):
+    """The `math.expm1` of each element: NumPy's own has other last bits."""
+    result = np.empty(x.size)
+    for i in range(x.size):
+        result[i] = math.expm1(x[i]) if x[i] > -40.0 else -1.0  # what it rounds to there
+    return result
+
+
+@intrinsic
+def _bits(typingctx, x):
+    """A float as the integer of the same bits, or back."""
+    pairs = {types.float32: types.int32, types.float64: types.int64}
+    other = (pairs | {integer: real for real, integer in pairs.items()})[x]
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], context.get_value_type(other))
+
+    return other(x), codegen
+
+
+# Arrays are pointers here: an array that is given to a function has its references counted, at every step.
+
+
+@_jit
+def _copy(count, to, x):
+    for i in range(count):
+        to[i] = x[i]
+
+
+@_jit
+def _clip(run, clips, size, chunk, like):
+    """What the gradient is multiplied with; -1 where its norm has to be taken with more care."""
+    g, sums = carray(_pointer(run[GRADIENT], like), size), carray(_pointer(run[SUMS], 0.0), cpu.LANES)
+    total = 0.0
+    for start in range(0, size, chunk):
+        total += sum_squares(g[start : start + chunk], None, None, None, sums, False)
+    if not 1e-280 < total < np.inf:
+        return -1.0
+    norm = np.sqrt(total)
+    if clips[GLOBAL_CLIPNORM] > 0:
+        return _clip_factor(norm, clips[GLOBAL_CLIPNORM], max)
+    return clips[CLIPNORM] / np.maximum(norm, clips[CLIPNORM])
+
+
+@_jit
+def _largest(count, x):
+    """The largest magnitude, by its bits: they are in the same order, NaN above all, and as integers make vectors."""
+    result = _bits(abs(x[0]))
+    for i in range(1, count):
+        result = max(result, _bits(abs(x[i])))
+    return np.float64(_bits(result))
+
+
+@_jit
+def _largest_difference(count, x, before):
+    result = _bits(abs(x[0] - before[0]))
+    for i in range(1, count):
+        result = max(result, _bits(abs(x[i] - before[i])))
+    return np.float64(_bits(result))
+
+
+@_jit
+def _largest_inward(count, x, g, lower, upper):
+    result = np.float64(0)
+    for i in range(count):
+        outward = (x[i] <= lower[i] and g[i] > 0) or (x[i] >= upper[i] and g[i] < 0)
+        value = np.float64(0) if outward else np.float64(abs(g[i]))
+        if value > result or value != value:
+            result = value
+    return result
+
+
+@_jit
+def _evaluate(run, size, padded, like, values, counts):
+    """Call the objective; False where it raised."""
+    x, g, words = _pointer(run[X], like), _pointer(run[GRADIENT], like), _pointer(run[WORDS], np.int64(0))
+    _copy(padded, _pointer(run[COPY], like), x)
+    words[0] = 0
+    values[stopping.FUN] = _call_objective(run[EVALUATE], run[COPY], run[GRADIENT], run[WORDS])
+    if words[0] != 0:
+        return False
+    if run[LOWER] == 0:
+        values[stopping.GRADIENT_NORM] = _largest(padded, g)
+    else:
+        lower, upper = _pointer(run[LOWER], like), _pointer(run[UPPER], like)
+        values[stopping.GRADIENT_NORM] = _largest_inward(size, x, g, lower, upper)
+    counts[stopping.NFEV] += 1
+    counts[stopping.NJEV] += 1
+    return True
+
+
+@_jit
+def _measure(run, size, like, values):
+    x, before = _pointer(run[X], like), _pointer(run[PREVIOUS], like)
+    values[stopping.SIZE] = _largest(size, x)
+    values[stopping.STEP_NORM] = _largest_difference(size, x, before)
+
+
+@_jit
+def _project(run, size, like):
+    x, lower, upper = _pointer(run[X], like), _pointer(run[LOWER], like), _pointer(run[UPPER], like)
+    for i in range(size):
+        value = lower[i] if x[i] < lower[i] else x[i]
+        x[i] = upper[i] if value > upper[i] else value
+
+
+@_jit
+def _keep_best(run, padded, like):
+    _copy(padded, _pointer(run[BEST], like), _pointer(run[X], like))
+    _copy(padded, _pointer(run[BEST_GRADIENT], like), _pointer(run[GRADIENT], like))
+
+
+@_jit
+def _numbers(rows, steps, k):
+    """The coefficients of iteration `k`; those that do not vary are in column 0 (`VARYING`)."""
+    alpha, decay, average_c = rows[k], rows[steps + k], rows[9 * steps + k]
+    n = (rows[2 * steps], rows[3 * steps], rows[4 * steps], rows[5 * steps], rows[6 * steps], rows[7 * steps])
+    return alpha, decay, *n, rows[8 * steps], average_c
+
+
+@_jit
+def _advance(block, run, like, top, average, limit):
+    """Advance one run until it stops, the rows end, or Python has to go on."""
+    size, padded, first, last = block[SIZE], block[PADDED], block[FIRST], block[LAST]
+    rows, steps = _pointer(block[ROWS], 0.0), last - first
+    limits, clips = _pointer(block[LIMITS], 0.0), _pointer(block[CLIPS], 0.0)
+    values, counts = _pointer(run[VALUES], 0.0), _pointer(run[COUNTS], np.int64(0))
+    iteration, marks = _pointer(run[ITERATION], np.int64(0)), _pointer(run[MARKS], np.int64(0))
+    records = _pointer(run[RECORDS], 0.0)
+    x, g, before = _pointer(run[X], like), _pointer(run[GRADIENT], like), _pointer(run[PREVIOUS], like)
+    m, v = _pointer(run[M], like), _pointer(run[V], like)
+    tops = None if top is None else _pointer(run[TOP], like)
+    averages = None if average is None else _pointer(run[AVERAGE], like)
+    clipped = clips[CLIPNORM] > 0 or clips[GLOBAL_CLIPNORM] > 0
+    clip = 1.0
+    while iteration[0] < last and counts[stopping.REASON] == stopping.GOING_ON:
+        k = iteration[0] - first
+        if clipped:
+            clip = _clip(run, clips, size, block[CHUNK], like)
+            if clip < 0:
+                run[LEFT] = BEFORE_UPDATE
+                return
+        c = cast_coefficients(_numbers(rows, steps, k), 1.0, clip, like)
+        _copy(padded, before, x)
+        mode = exchange_mode(mode_for(c.scale))
+        update_chunk(padded, x, g, m, v, tops, averages, None, None, None if limit is None else c.limit, c)
+        if rows[OVERWRITE * steps + k] != 0:
+            overwrite_chunk(padded, x, averages, None)
+        exchange_mode(mode)
+        if run[LOWER] != 0:
+            _project(run, size, like)
+        iteration[0] += 1
+        counts[stopping.NIT] += 1
+        counts[stopping.EVALUATED] = 0
+        counts[stopping.UPDATED] = rows[k] > 0
+        if not _evaluate(run, size, padded, like, values, counts):
+            run[LEFT] = AFTER_UPDATE
+            return
+        # the stride of the history is a power of two
+        recorded = counts[stopping.NIT] & (marks[1] - 1) == 0 or iteration[0] == last
+        measured = recorded or limits[stopping.XTOL] >= 0
+        if measured:
+            _measure(run, size, like, values)
+        _note(values, counts, limits)
+        counts[stopping.EVALUATED] = 1
+        if run[BEST] != 0 and counts[stopping.BEST_AT] == counts[stopping.NIT]:
+            _keep_best(run, padded, like)
+        counts[stopping.REASON] = _verdict(values, counts, limits)
+        if counts[stopping.REASON] != stopping.GOING_ON and not measured:
+            _measure(run, size, like, values)
+        records[RECORD * k] = values[stopping.FUN]
+        records[RECORD * k + 1] = values[stopping.GRADIENT_NORM]
+        records[RECORD * k + 2] = values[stopping.STEP_NORM]
+
+
+@_jit
+def _bring_in(homes, run, size, like):
+    """Copy the arrays of a run into their padded places."""
+    for k in range(ARRAYS):
+        if homes[k] != 0:
+            _copy(size, _pointer(run[k], like), _pointer(homes[k], like))
+
+
+@_jit
+def _bring_home(homes, run, size, like):
+    for k in range(LOWER):  # bounds are only read
+        if homes[k] != 0:
+            _copy(size, _pointer(homes[k], like), _pointer(run[k], like))
+
+
+@_jit
+def _advance_share(address, part, parts, like, top, average, limit):
+    word = np.int64(0)
+    block = _pointer(address, word)
+    for r in range(block[COUNT] * part // parts, block[COUNT] * (part + 1) // parts):
+        run = _pointer(block[RUNS] + 8 * RUN_ENTRIES * r, word)
+        homes = _pointer(block[HOMES] + 8 * ARRAYS * r, word)
+        _bring_in(homes, run, block[SIZE], like)
+        _advance(block, run, like, top, average, limit)
+        _bring_home(homes, run, block[SIZE], like)
+
+
+@cache
+def loop_kernel(dtype: str, top: Any, average: Any, limit: Any) -> Any:
+    """The kernel that advances runs whose arrays are of one dtype; each option is None or True."""
+    like = cpu.LIKE[dtype]
+
+    @_kernel
+    def loop_kernel(block, part, parts):
+        _advance_share(block, part, parts, like, top, average, limit)
+
+    return loop_kernel
+
+
+# The objective as a C function
+
+
+def argument_words(args: Any) -> Any:
+    """Arguments as 64-bit words (the first is a flag), what each is, and what must be kept alive; None if unknown."""
+    words, specs, kept = [0], [], []
+    for arg in args:
+        scalar = _is_number(arg)
+        array = np.array([arg]) if scalar else arg
+        if not (isinstance(array, np.ndarray) and _is_plain(array)):
+            return None
+        layout = "C" if array.flags.c_contiguous else "F" if array.flags.f_contiguous else "A"
+        specs.append((len(words), array.dtype.str, array.shape, array.strides, layout, scalar))
+        words.append(array.ctypes.data)
+        kept.append(array)
+    return np.array(words, np.int64), tuple(specs), kept
+
+
+def _is_number(arg):
+    """Whether Numba takes an argument for a number of 64 bits or fewer."""
+    if isinstance(arg, (bool, np.bool_)):
+        return False
+    if isinstance(arg, int):
+        return -(2**63) <= arg < 2**63
+    return isinstance(arg, (float, np.floating, np.integer))
+
+
+def _is_plain(array):
+    """Whether compiled code can read an array by its address."""
+    known = array.dtype.kind in "iu" or array.dtype.name in ("float32", "float64", "complex64", "complex128")
+    return known and type(array) is np.ndarray and array.flags.aligned and array.dtype.isnative
+
+
+def _reader(spec):
+    """Compiled code that makes one argument of the words."""
+    at, dtype, shape, strides, layout, scalar = spec
+    like = np.dtype(dtype).type(0)
+    if scalar:
+        return njit(lambda words: carray(_pointer(words[at], like), 1)[0])
+    if layout == "C":
+        return njit(lambda words: carray(_pointer(words[at], like), shape))
+    if layout == "F":
+        return njit(lambda words: farray(_pointer(words[at], like), shape))
+    return njit(lambda words: as_strided(carray(_pointer(words[at], like), 1), shape, strides))
+
+
+def _read_all(specs):
+    """Compiled code that makes the tuple of all arguments."""
+    if not specs:
+        return njit(lambda words: ())
+    read, rest = _reader(specs[0]), _read_all(specs[1:])
+    return njit(lambda words: (read(words),) + rest(words))
+
+
+def _both(fun, jac, fills):
+    """Compiled code that puts the gradient where it belongs and returns the value."""
+    if fills:
+
+        def both(x, g, args):
+            g[...] = 0
+            return float(fun(x, g, *args))
+    elif jac is True:
+
+        def both(x, g, args):
+            f, gradient = fun(x, *args)
+            if gradient.shape != x.shape:
+                raise ValueError("shape")
+            g[...] = gradient
+            return float(f)
+    else:
+
+        def both(x, g, args):
+            f = fun(x.copy(), *args)  # it may write into what it is given
+            gradient = jac(x, *args)
+            if gradient.shape != x.shape:
+                raise ValueError("shape")
+            g[...] = gradient
+            return float(f)
+
+    return njit(both)
+
+
+def objective_kernel(fun: Any, jac: Any, fills: bool, dtype: str, shape: Any, specs: Any) -> Any:
+    """The objective as a C function of three addresses: the elements, the gradient, the words; None if it is not one.
+
+    What it raises sets the first word; Python then calls it again, for the exception.
+    """
+    found, used = _objective_kernel(fun, jac, fills, dtype, shape, specs)
+    if any(function.overloads.get(key) is not result for function, key, result in used):  # recompiled since
+        _objective_kernel.cache_clear()
+        found, used = _objective_kernel(fun, jac, fills, dtype, shape, specs)
+    return found
+
+
+@lru_cache(maxsize=64)
+def _objective_kernel(fun: Any, jac: Any, fills: bool, dtype: str, shape: Any, specs: Any) -> Any:
+    """The C function or None, and which compilations of the objective it may hold."""
+    both, read, like = _both(fun, jac, fills), _read_all(specs), cpu.LIKE[dtype]
+    entries = len(specs) + 1
+
+    def evaluate(x_address, g_address, address):
+        words = carray(_pointer(address, np.int64(0)), entries)
+        x = carray(_pointer(x_address, like), shape)
+        g = carray(_pointer(g_address, like), shape)
+        value = np.nan
+        try:
+            value = both(x, g, read(words))
+        except Exception:
+            words[0] = 1
+        return value
+
+    try:
+        found = cfunc(types.float64(types.intp, types.intp, types.intp))(evaluate)
+    except NumbaError:
+        found = None
+    functions = [function for function in (fun, jac) if is_compiled(function)]
+    return found, [(function, *item) for function in functions for item in function.overloads.items()]
+
+
+def is_compiled(function: object) -> bool:
+    """Whether a function is one of Numba's."""
+    return isinstance(function, Dispatcher)

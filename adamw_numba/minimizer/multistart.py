@@ -1,0 +1,156 @@
+"""Many starts of one minimization: in one compiled parallel loop where the objective is Numba's, else mapped."""
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from .. import arrays
+from .minimize import drive_all, minimize, prepare, read_settings
+from .objective import processes
+from .result import new_result
+
+
+def multistart(
+    fun: Callable[..., Any],
+    x0s: Any,
+    args: Any = (),
+    *,
+    jac: Any = None,
+    bounds: Any = None,
+    workers: Any = 1,
+    rng: Any = None,
+    tol: float | None = None,
+    **options: Any,
+) -> Any:
+    """Minimize from many starting points.
+
+    A Numba objective (see `minimize`) is minimized from all starts at once, on all threads, in one compiled loop.
+
+    Parameters
+    ----------
+    fun, args, jac, bounds, tol, **options
+        As in `minimize`, but for ``checkpoint``.
+    x0s : array of shape (starts, ...), list of starting points, or int
+        An integer asks for so many points of a Sobol sequence (`scipy.stats.qmc`) within the bounds, which must be
+        finite: `scipy.optimize.Bounds` of arrays, or pairs.
+    workers : int or map-like, default 1
+        Processes for objectives that are not Numba's (-1 for all cores), or a function like `map`.
+    rng : int or `numpy.random.Generator`, optional
+        Scrambles the Sobol sequence.
+
+    Returns
+    -------
+    result : `scipy.optimize.OptimizeResult`
+        The best one, with all of them, the best first, as ``results``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `minimize`; if there is no start, or the bounds of Sobol points are not finite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> def fun(x):
+    ...     return (np.cos(x) + x / 10).sum(), -np.sin(x) + 1 / 10
+    >>> best = multistart(fun, np.linspace(-9, 9, 5)[:, None], jac=True, learning_rate=0.1, bounds=[(-10, 10)])
+    >>> best.x.round(3), len(best.results)
+    (array([-9.525]), 5)
+    """
+    if options.get("checkpoint") is not None:
+        raise ValueError(f"`checkpoint` is {options['checkpoint']!r}; expected None: many starts have no single state")
+    if not (callable(workers) or (isinstance(workers, int) and (workers == -1 or workers >= 1))):
+        raise ValueError(f"`workers` is {workers!r}; expected an integer >= 1, -1, or a function like `map`")
+    starts = _starts(x0s, bounds, rng)
+    results = _in_compiled_loop(fun, starts, args, jac, bounds, tol, options)
+    if results is None:
+        one = partial(_one, fun, args, {"jac": jac, "bounds": bounds, "tol": tol, **options})
+        with _mapper(workers) as mapper:
+            results = list(mapper(one, starts))
+        if len(results) != len(starts):
+            raise ValueError(f"`workers` gave {len(results)} results; expected {len(starts)}, one for each start")
+    results = sorted(results, key=lambda result: result.fun if math.isfinite(result.fun) else math.inf)
+    return new_result({**deepcopy(dict(results[0])), "results": results})
+
+
+def _mapper(workers: Any) -> Any:
+    return _AsContext(workers) if callable(workers) else processes(workers)
+
+
+class _AsContext(processes):
+    """A function like `map`, as a context."""
+
+    def __enter__(self) -> Any:
+        return self.workers
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def _one(fun: Any, args: Any, keywords: dict[str, Any], x0: Any) -> Any:
+    try:
+        return minimize(fun, x0, args, **keywords)
+    except StopIteration as error:  # it would end the map, and leave out the other starts
+        raise RuntimeError("`fun` raised StopIteration") from error
+
+
+def _starts(x0s: Any, bounds: Any, rng: Any) -> list[Any]:
+    if isinstance(x0s, (int, np.integer)) and not isinstance(x0s, bool):
+        return _sobol(int(x0s), bounds, rng)
+    if not (arrays.is_array(x0s) or isinstance(x0s, (list, tuple))):
+        raise TypeError(f"`x0s` is {x0s!r}; expected an array of starts, a list of them, or how many")
+    if arrays.is_array(x0s) and x0s.ndim < 2:
+        raise ValueError(f"`x0s` has shape {tuple(x0s.shape)}; expected (starts, ...)")
+    starts = [x0s[k, ...] for k in range(x0s.shape[0])] if arrays.is_array(x0s) else list(x0s)
+    if not starts:
+        raise ValueError("`x0s` holds no start; expected at least one")
+    return starts
+
+
+def _sobol(count: int, bounds: Any, rng: Any) -> list[Any]:
+    if count < 1:
+        raise ValueError(f"`x0s` is {count}; expected at least one start")
+    if bounds is None:
+        raise ValueError(f"`x0s` is {count} and `bounds` is None; expected finite bounds to draw the starts from")
+    try:
+        from scipy.stats import qmc
+    except ImportError:
+        raise ImportError(
+            "Sobol points need SciPy: pip install 'adamw-numba[scipy]', or give the starts as an array"
+        ) from None
+    if hasattr(bounds, "lb"):
+        lower, upper = np.broadcast_arrays(*np.atleast_1d(bounds.lb, bounds.ub))
+    else:
+        lower, upper = np.array([(-np.inf if a is None else a, np.inf if b is None else b) for a, b in bounds]).T
+    if lower.ndim != 1 or not (np.isfinite(lower).all() and np.isfinite(upper).all() and (lower <= upper).all()):
+        raise ValueError(f"`bounds` are {lower} and {upper}; expected finite ones, lower <= upper, to draw starts from")
+    points = qmc.Sobol(lower.size, rng=rng).random_base2(max(1, math.ceil(math.log2(count))))[:count]
+    return list(lower + points * (upper - lower))
+
+
+def _in_compiled_loop(
+    fun: Any, starts: Sequence[Any], args: Any, jac: Any, bounds: Any, tol: Any, options: dict[str, Any]
+) -> list[Any] | None:
+    """All results, or None where Python is needed at each step."""
+    if "numba" not in sys.modules or options.get("callback") is not None:
+        return None
+    from .loop_kernel import is_compiled
+    from .compiled_loop import compiled_loop
+
+    if not is_compiled(fun) or not options.get("compiled", True):
+        return None
+    given = {key: value for key, value in options.items() if key not in ("callback", "hess", "hessp", "constraints")}
+    settings = read_settings(given, tol, *(options.get(key) for key in ("hess", "hessp", "constraints")))
+    runs = [prepare(fun, x0, args, jac, bounds, settings) for x0 in starts]
+    if len({(len(run.names), run.get("x")[0].shape, run.get("x")[0].dtype) for run in runs}) > 1:
+        return None
+    loop = compiled_loop(runs)
+    if loop is None:
+        return None
+    drive_all(runs, loop, settings)
+    return [run.result() for run in runs]

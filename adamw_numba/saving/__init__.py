@@ -1,0 +1,1 @@
+"""Saved state: snapshots, restoring, checkpoints, and the stores they go to."""

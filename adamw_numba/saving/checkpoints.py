@@ -1,0 +1,255 @@
+"""`Checkpoints`: a folder of numbered saves, of which the newest whole one counts."""
+
+import os
+import re
+import warnings
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from . import snapshot as checkpoint, manifest
+from ..hyperparameters import flag, integer
+from .stores.atomic import CorruptFileError, remove
+from .stores.targets import check_no_url, check_target
+
+
+class Restored(NamedTuple):
+    """What `Checkpoints.restore_latest` has found.
+
+    Attributes
+    ----------
+    step : int
+    extra : object
+        The payload that was saved beside the state.
+    path : pathlib.Path
+    """
+
+    step: int
+    extra: Any
+    path: Path
+
+
+class Checkpoints:
+    """Numbered files in a folder: the newest few are kept, and a damaged one falls back to the one before.
+
+    Parameters
+    ----------
+    directory : path
+        Made if need be.
+    keep : int, default 3
+        How many files to keep; older ones are removed once a newer one is on disk.
+    every : int, default 1
+        `save` does nothing at a step that is no multiple of it.
+    background : bool, default False
+        Copy the state and write it from one other thread, one file at a time; an error is raised by the next call.
+    suffix : str, default ".npz"
+        The kind of file: see `AdamW.save`.
+    durable : bool, default True
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from adamw_numba import AdamW
+    >>> variables = {"w": np.ones(2)}
+    >>> optimizer = AdamW()
+    >>> optimizer.build(variables)
+    >>> folder = tempfile.mkdtemp()
+    >>> with Checkpoints(folder, every=10) as checkpoints:
+    ...     for step in range(25):
+    ...         optimizer.apply({"w": np.ones(2)})
+    ...         path = checkpoints.save(optimizer, step + 1, extra={"seed": 0}, variables=True)
+    ...     restored = checkpoints.restore_latest(optimizer)
+    >>> restored.step, restored.extra, optimizer.iterations
+    (20, {'seed': 0}, 20)
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        keep: int = 3,
+        every: int = 1,
+        background: bool = False,
+        suffix: str = ".npz",
+        durable: bool = True,
+    ) -> None:
+        self.keep: int = integer(1, optional=False)("keep", keep)
+        self.every: int = integer(1, optional=False)("every", every)
+        self.background, self.durable = flag("background", background), flag("durable", durable)
+        check_no_url("directory", str(directory))
+        self.directory, self.suffix = Path(directory).absolute(), suffix
+        check_target(self._path(0))
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._writer: ThreadPoolExecutor | None = None
+        self._writing: list[Future[None]] = []  # at most one, until its outcome was told
+        weakref.finalize(self, _tell_unless_told, self._writing)
+        self._process = os.getpid()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def save(
+        self, optimizer: Any, step: int, extra: Any = None, variables: bool = False, force: bool = False
+    ) -> Path | None:
+        """Save at a step that is a multiple of `every`, or, with `force`, at any.
+
+        Files of later steps, from before a return to an earlier one, are removed once this one is on disk.
+
+        Parameters
+        ----------
+        optimizer : AdamW or LossScaleOptimizer
+        step : int
+            The number in the file's name; a file of the same number is replaced.
+        extra, variables
+            As in `AdamW.save`.
+        force : bool
+
+        Returns
+        -------
+        pathlib.Path or None
+            The file, which with ``background=True`` is still to be written; None where nothing is saved.
+
+        Raises
+        ------
+        OSError
+            If this file, or in the background the last one, could not be written.
+        """
+        step = integer(0, optional=False)("step", step)
+        if step % self.every and not force:
+            if any(writing.done() for writing in self._writing):
+                self._finish()
+            return None
+        self._finish()
+        path = self._path(step)
+        if not self.background:
+            checkpoint.save(optimizer, path, extra, variables, self.durable)
+            self._prune(step)
+            return path
+        taken = checkpoint.snapshot(optimizer, extra, variables, copy=True)
+        if self._writer is None:
+            self._writer = ThreadPoolExecutor(1, "adamw_numba checkpoints")
+        self._writing.append(self._writer.submit(self._write, step, taken))
+        return path
+
+    def latest(self) -> Path | None:
+        """The newest file that is whole, read and verified to its end; None if there are no files.
+
+        Warns
+        -----
+        UserWarning
+            For every newer one that is damaged.
+
+        Raises
+        ------
+        CorruptFileError
+            If there are files and none is whole.
+        OSError
+            If one cannot be read: this does not tell that it is damaged.
+        """
+        found = self._newest(manifest.verify)
+        return None if found is None else self._path(found[0])
+
+    def restore_latest(self, optimizer: Any) -> Restored | None:
+        """Restore a built optimizer from the newest file that is whole; None if there are no files.
+
+        Parameters
+        ----------
+        optimizer : AdamW or LossScaleOptimizer
+            See `AdamW.restore`: a file that is whole and does not fit is an error.
+
+        Returns
+        -------
+        Restored or None
+            The ``step``, the ``extra`` payload and the ``path``.
+
+        Warns
+        -----
+        UserWarning
+            For every newer one that is damaged.
+
+        Raises
+        ------
+        CorruptFileError
+            If there are files and none is whole.
+        OSError
+            If one cannot be read: this does not tell that it is damaged.
+        """
+        found = self._newest(lambda path: checkpoint.restore(optimizer, path))
+        return None if found is None else Restored(*found, self._path(found[0]))
+
+    def _newest(self, act: Callable[[Path], Any]) -> tuple[int, Any] | None:
+        """The newest step of which something can be done with the file, and what came of it."""
+        self._finish()
+        damaged = []
+        for step in reversed(self._steps()):
+            try:
+                return step, act(self._path(step))
+            except (CorruptFileError, FileNotFoundError) as error:  # another process may have removed it
+                damaged.append(error)
+                warnings.warn(f"a checkpoint is left out, and the one before is used: {error}", stacklevel=3)
+        if self._steps():
+            raise CorruptFileError(
+                f"{self.directory} holds {len(damaged)} checkpoints, none of which can be used; expected one that is "
+                f"whole, or none at all. The newest: {damaged[0] if damaged else 'was just written'}"
+            )
+        return None
+
+    def close(self) -> None:
+        """Wait for the file that is being written; raise what went wrong with it."""
+        try:
+            self._finish()
+        finally:
+            if not self._writing and self._writer is not None:  # else interrupted: to be called again
+                self._writer.shutdown()
+                self._writer = None
+
+    def _path(self, step: int) -> Path:
+        return self.directory / f"step-{step:012d}{self.suffix}"
+
+    def _steps(self) -> list[int]:
+        pattern = re.compile(rf"step-(\d{{12,}}){re.escape(self.suffix)}")
+        found = (pattern.fullmatch(name) for name in os.listdir(self.directory))
+        return sorted(int(match[1]) for match in found if match)
+
+    def _write(self, step: int, taken: checkpoint.Snapshot) -> None:
+        manifest.write(self._path(step), *taken, self.durable)
+        self._prune(step)
+
+    def _prune(self, newest: int) -> None:
+        """Remove later steps, which are of a course that was given up, and the oldest beyond those to keep."""
+        steps = self._steps()
+        earlier = [step for step in steps if step < newest]
+        for step in [*earlier[: max(0, len(earlier) + 1 - self.keep)], *(step for step in steps if step > newest)]:
+            remove(self._path(step))
+
+    def _finish(self) -> None:
+        if self._process != os.getpid():  # a fork: the thread is the parent's, and so is what it writes
+            self._process, self._writer = os.getpid(), None
+            self._writing.clear()
+        wait(self._writing)  # an interrupt here forgets nothing
+        errors = [writing.exception() for writing in self._writing]
+        self._writing.clear()
+        for error in filter(None, errors):
+            raise error
+
+
+def _tell_unless_told(writing: list[Future[None]]) -> None:
+    """What is left to say where nobody has called `close`: at once, or when the file is written."""
+    for future in writing:
+        future.add_done_callback(_tell)
+
+
+def _tell(future: Future[None]) -> None:
+    error = future.exception()
+    if error is not None:
+        warnings.warn(f"a checkpoint could not be written, and nobody has asked: {error!r}", stacklevel=2)

@@ -1,0 +1,1 @@
+"""One step of an optimizer: its gradients, its preparation, its commit."""

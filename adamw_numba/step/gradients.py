@@ -1,0 +1,112 @@
+"""Which gradient belongs to which variable."""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..arrays import Array, are_arrays
+from ..arrays.tree import Container, matched
+from .prepare import Built
+
+
+def gradients(built: Built, grads: Container, warn: bool = True) -> Sequence[Array | None]:
+    """Gradients for all variables, by name or by position; an empty list for none at all.
+
+    Raises
+    ------
+    ValueError
+        If a count or a name differs, or every gradient is None.
+    """
+    if (flat := as_flat(built, grads)) is not None:
+        return flat
+    leaves = matched(grads, built.names, "grads", may_be_empty=True)
+    return _present(built.names, leaves, warn) if leaves else []
+
+
+def as_flat(built: Built, grads: Container) -> list[Array] | None:
+    """Gradients that are a list of arrays, one for each variable; None if they are anything else."""
+    if type(grads) is list and len(grads) == len(built.names) and are_arrays(grads):
+        return list(grads)  # the caller's may change while we work
+    return None
+
+
+def gradients_of(
+    built: Built, grads: Container, targets: list[str], variables: Sequence[Array]
+) -> Sequence[Array | None]:
+    """Gradients for some of the variables, None for the others.
+
+    Raises
+    ------
+    ValueError
+        If a count or a name differs, a variable is not known or given twice, or every gradient is None.
+    """
+    where = indices(built, variables)
+    leaves = matched(grads, targets, "grads")
+    result: list[Array | None] = [None] * len(built.names)
+    for index, leaf in zip(where, _present([built.names[i] for i in where], leaves, True), strict=True):
+        result[index] = leaf
+    return result
+
+
+def indices(built: Built, variables: Sequence[Array]) -> list[int]:
+    """Where these very arrays stand among the variables.
+
+    Raises
+    ------
+    ValueError
+        If one is not among them, or is given twice.
+    """
+    where = {id(variable): i for i, variable in enumerate(built.variables)}
+    for k, variable in enumerate(variables):
+        if id(variable) not in where:
+            raise ValueError(
+                f"Unknown variable: number {k} of {len(variables)}, of shape {tuple(np.shape(variable))}. This "
+                "optimizer can only be called for the variables it was originally built with. When working with a new "
+                "set of variables, you should recreate a new optimizer instance."
+            )
+    result = [where[id(variable)] for variable in variables]
+    if len(set(result)) < len(result):
+        raise ValueError("`trainable_variables` holds an array more than once; expected every array once")
+    return result
+
+
+def pairs(grads_and_vars: Any) -> tuple[list[Array | None], list[Array]]:
+    """The gradients and the variables of pairs.
+
+    Raises
+    ------
+    TypeError
+        If it cannot be walked.
+    ValueError
+        If there are none, or one is no pair.
+    """
+    expected = "expected (gradient, variable) pairs, as `zip(grads, variables)` makes them"
+    if not isinstance(grads_and_vars, Iterable):
+        raise TypeError(f"`grads_and_vars` is {grads_and_vars!r} of type {type(grads_and_vars).__name__}; {expected}")
+    found = list(grads_and_vars)
+    if not found:
+        raise ValueError(f"`grads_and_vars` is empty; {expected}")
+    for k, pair in enumerate(found):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise ValueError(f"`grads_and_vars` holds {pair!r} of type {type(pair).__name__} at {k}; {expected}")
+    return [g for g, _ in found], [v for _, v in found]
+
+
+def check_same(built: Built, variables: Sequence[Array]) -> None:
+    """Refuse a second `build` with other variables."""
+    if sorted(indices(built, variables)) != list(range(len(built.variables))):
+        raise ValueError(
+            f"this optimizer was built with {len(built.variables)} variables. Received: {len(variables)} of them; make "
+            "a new optimizer for other variables"
+        )
+
+
+def _present(names: Sequence[str], leaves: Sequence[Array | None], warn: bool) -> Sequence[Array | None]:
+    missing = [name for name, leaf in zip(names, leaves, strict=True) if leaf is None]
+    if len(missing) == len(leaves):
+        raise ValueError("No gradients provided for any variable.")
+    if missing and warn:
+        warnings.warn(f"Gradients do not exist for variables {missing}: they are not updated.", stacklevel=5)
+    return leaves

@@ -1,0 +1,694 @@
+"""`minimize` keeps SciPy's contract through both doors, and leaves arrays where they are."""
+
+import pickle
+import subprocess
+import sys
+
+import array_api_strict
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.optimize
+import torch
+from scipy.optimize import Bounds, OptimizeResult, OptimizeWarning, rosen, rosen_der
+
+import adamw_numba
+from adamw_numba import minimize, multistart
+from adamw_numba import schedules, AdamW
+
+START = np.array([1.3, 0.7, 0.8, 1.9, 1.2])
+SHORT = {"learning_rate": 0.02, "maxiter": 60}
+
+
+def both(x, factor=1.0):
+    return factor * rosen(x), factor * rosen_der(x)
+
+
+def bowl(x):
+    """A quadratic of any real array, with its gradient: least at 1."""
+    return ((x - 1) ** 2).sum(), 2 * (x - 1)
+
+
+def through_scipy(fun, x0, args=(), *, callback=None, jac=None, bounds=None, tol=None, **options):
+    keywords = {"method": minimize, "jac": jac, "bounds": bounds, "tol": tol, "callback": callback}
+    return scipy.optimize.minimize(fun, x0, args, options=options, **keywords)
+
+
+DOORS = {"alone": minimize, "SciPy's method": through_scipy}
+
+# How a problem can be said: fun, keywords
+PROBLEMS = {
+    "jac=True": (both, {"jac": True}),
+    "jac": (rosen, {"jac": rosen_der}),
+    "2-point by default": (rosen, {}),
+    "args": (both, {"jac": True, "args": (2.0,)}),
+    "one argument that is no tuple": (both, {"jac": True, "args": 2.0}),
+    "args of jac": (lambda x, a: a * rosen(x), {"jac": lambda x, a: a * rosen_der(x), "args": (2.0,)}),
+    "Bounds": (both, {"jac": True, "bounds": Bounds(0.75, 1.1)}),
+    "pairs": (both, {"jac": True, "bounds": [(None, 1.1), (0.9, None), (0.8, 0.8), (None, None), (0, np.inf)]}),
+    "bounds and differences": (rosen, {"bounds": [(0.5, 1.1)] * 4 + [(1.0, 1.0)]}),
+    "tol": (both, {"jac": True, "tol": 30.0}),
+    "clipped, with AMSGrad and decay": (
+        both,
+        {"jac": True, "global_clipnorm": 1.0, "amsgrad": True, "weight_decay": 0.01},
+    ),
+    "a schedule and averages": (
+        both,
+        {"jac": True, "learning_rate": schedules.CosineDecay(0.1, 60), "use_ema": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PROBLEMS)
+def test_both_doors_give_the_same_numbers(case):
+    fun, keywords = PROBLEMS[case]
+    alone, method = (door(fun, START, **SHORT | keywords) for door in DOORS.values())
+    assert isinstance(method, OptimizeResult)
+    assert set(alone) == set(method)
+    for key in ("x", "jac", "fun", "nit", "nfev", "njev", "status", "success", "message", "x_last", "fun_last"):
+        np.testing.assert_array_equal(alone[key], method[key], err_msg=key)
+    assert alone.fun < 2 * rosen(START)
+
+
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"global_clipnorm": 3.0}, {"weight_decay": 0.1}])
+def test_steps_are_those_of_the_optimizer(options):
+    """And of optax, where it has the option and with its epsilon matched."""
+    x, optimizer = START.copy(), AdamW(0.01, **{"weight_decay": 0.0} | options)
+    optimizer.build([x])
+    for _ in range(20):
+        optimizer.apply([rosen_der(x)])
+    result = minimize(both, START, jac=True, learning_rate=0.01, maxiter=20, **options)
+    np.testing.assert_array_equal(result.x_last, x)
+    assert result.fun_last == rosen(x)
+
+
+def test_first_steps_are_those_of_optax():
+    with jax.enable_x64(True):
+        x = jnp.asarray(START)
+        optimizer = optax.adam(0.01, eps=0.0, eps_root=1e-300)
+        state = optimizer.init(x)
+        for _ in range(10):
+            updates, state = optimizer.update(jnp.asarray(rosen_der(np.asarray(x))), state, x)
+            x = optax.apply_updates(x, updates)
+        result = minimize(both, START, jac=True, learning_rate=0.01, maxiter=10, epsilon=1e-300)
+        np.testing.assert_allclose(result.x_last, x, rtol=1e-12)
+
+
+def test_the_projected_minimum_is_that_of_l_bfgs_b():
+    bounds = Bounds([0.5, -np.inf, 0.2, 0.7, -1], [0.9, 0.6, 0.2, 2.0, 0.1])
+    ours = minimize(both, START, jac=True, bounds=bounds, learning_rate=schedules.CosineDecay(0.05, 3000), maxiter=3000)
+    theirs = scipy.optimize.minimize(both, START, jac=True, bounds=bounds, method="L-BFGS-B", tol=1e-12)
+    assert ours.success
+    np.testing.assert_allclose(ours.x, theirs.x, atol=1e-6)
+    assert ((ours.x >= bounds.lb) & (ours.x <= bounds.ub)).all()
+
+
+# Starting points: x0, dtype of the result
+STARTS = {
+    "integers": (np.array([1, 2, 3]), np.float64),
+    "a list": ([1.0, 2.0, 3.0], np.float64),
+    "a list of integers": ([3, 2, 1], np.float64),
+    "float32": (np.ones(3, np.float32), np.float32),
+    "a number": (3.0, np.float64),
+    "0-d": (np.array(2.0), np.float64),
+    "strided": (np.arange(6.0)[::2], np.float64),
+    "big-endian": (np.arange(3, dtype=">f8"), np.float64),
+}
+
+
+@pytest.mark.parametrize("case", STARTS)
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+def test_starting_points(case, door):
+    x0, dtype = STARTS[case]
+    before = np.array(x0, copy=True)
+    if isinstance(x0, np.ndarray):
+        x0.flags.writeable = False
+    result = door(bowl, x0, jac=True, learning_rate=0.1, maxiter=500)
+    np.testing.assert_array_equal(x0, before)
+    assert result.x.dtype == dtype
+    np.testing.assert_allclose(result.x, 1, atol=1e-5)
+    assert result.success
+
+
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+@pytest.mark.parametrize(
+    "x0", [np.ones(2, complex), np.array([1.0, None]), ["a", "b"]], ids=["complex", "object", "str"]
+)
+def test_refused_starting_points(door, x0):
+    with pytest.raises(TypeError, match=r"x0|expected"):
+        door(lambda x: pytest.fail("called"), x0)
+
+
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+def test_callbacks(door):
+    xs, results = [], []
+
+    def by_name(intermediate_result):
+        results.append(intermediate_result)
+        intermediate_result.x[:] = np.nan  # a copy
+
+    first = door(both, START, jac=True, callback=lambda xk: xs.append(xk), **SHORT)
+    second = door(both, START, jac=True, callback=by_name, **SHORT)
+    assert len(xs) == len(results) == first.nit == 60
+    np.testing.assert_array_equal(first.x, second.x)
+    np.testing.assert_array_equal(xs[-1], first.x_last)
+    assert [r.nit for r in results] == list(range(1, 61))
+    assert [rosen(x) for x in xs] == [r.fun for r in results]
+
+
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+def test_stop_iteration(door):
+    counts = iter(range(100))
+
+    def stop(intermediate_result):
+        if next(counts) % 7 == 6:
+            raise StopIteration
+
+    result = door(both, START, jac=True, callback=stop, **SHORT)
+    theirs = scipy.optimize.minimize(both, START, jac=True, method="BFGS", callback=stop)
+    assert (result.nit, result.status, result.success, result.message) == (7, 99, False, theirs.message)
+    assert theirs.status == 99
+
+
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+def test_display_and_warnings(door, capsys):
+    with pytest.warns(RuntimeWarning, match="Maximum number of iterations"):
+        door(both, START, jac=True, disp=True, **SHORT)
+    assert "Function evaluations: 61" in capsys.readouterr().out
+    with pytest.warns(OptimizeWarning, match="Unknown solver options: nonsense"):
+        door(both, START, jac=True, nonsense=1, **SHORT)
+    with pytest.warns(OptimizeWarning, match="`lr` is `learning_rate`"):
+        door(both, START, jac=True, lr=1, **SHORT)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value", "words"),
+    [
+        ("hess", lambda x: np.eye(5), "Hessian"),
+        ("hessp", lambda x, p: p, "Hessian"),
+        ("constraints", {"type": "eq", "fun": lambda x: x[0]}, "constraints"),
+        ("constraints", [scipy.optimize.LinearConstraint(np.eye(5))], "constraints"),
+    ],
+)
+def test_what_is_not_used_warns(keyword, value, words):
+    with pytest.warns(RuntimeWarning, match=words):
+        minimize(both, START, jac=True, **SHORT | {keyword: value})
+
+
+def egg_box(x):
+    return np.cos(3 * x).sum() + (x**2).sum() / 9
+
+
+def test_inside_global_optimizers():
+    options = {"method": minimize, "options": {"learning_rate": 0.1, "maxiter": 100}}
+    hops = scipy.optimize.basinhopping(egg_box, [2.0], niter=4, rng=0, minimizer_kwargs=options)
+    annealed = scipy.optimize.dual_annealing(egg_box, [(-5, 5)], maxiter=10, rng=0, minimizer_kwargs=options)
+    least = scipy.optimize.brute(egg_box, [(-2, 2)], Ns=400)
+    assert hops.fun == pytest.approx(egg_box(least), abs=1e-6)
+    assert annealed.fun == pytest.approx(egg_box(least), abs=1e-6)
+
+
+# Gradients: keywords, tolerance against the analytic one
+DIFFERENCES = {
+    "2-point": ({"jac": "2-point"}, 1e-5),
+    "3-point": ({"jac": "3-point"}, 1e-8),
+    "cs": ({"jac": "cs"}, 1e-13),
+    "relative step": ({"jac": "3-point", "finite_diff_rel_step": 1e-5}, 1e-8),
+    "map": ({"jac": "2-point", "workers": map}, 1e-5),
+}
+
+
+@pytest.mark.parametrize("case", DIFFERENCES)
+def test_finite_differences(case):
+    keywords, tolerance = DIFFERENCES[case]
+    result = minimize(rosen, START, maxiter=0, **keywords)
+    np.testing.assert_allclose(result.jac, rosen_der(START), rtol=tolerance)
+    per_evaluation = 11 if keywords["jac"] == "3-point" else 6
+    assert (result.nfev, result.njev) == (per_evaluation, 1)
+
+
+PROCESSES = """
+import numpy as np
+from scipy.optimize import rosen
+from adamw_numba import minimize, multistart
+starts = np.linspace(0.5, 2, 10).reshape(2, 5)
+options = {"maxiter": 3, "jac": "3-point"}
+alone = [minimize(rosen, x0, **options) for x0 in starts]
+by_two = [minimize(rosen, x0, workers=2, **options) for x0 in starts]
+for one, other in zip(alone, by_two):
+    assert (one.x == other.x).all() and one.nfev == other.nfev, (one, other)
+many = multistart(rosen, starts, workers=2, **options)
+assert sorted(r.fun for r in alone) == [r.fun for r in many.results]
+class Unpicklable(Exception):
+    def __init__(self, a, b):
+        super().__init__(a)
+def broken(x):
+    raise Unpicklable(1, 2)
+try:
+    multistart(broken, starts, workers=2)
+except Exception as error:
+    print(type(error).__name__)
+"""
+
+
+def test_workers_are_processes():
+    done = subprocess.run([sys.executable, "-W", "error", "-c", PROCESSES], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "Broken" in done.stdout  # what cannot be sent back ends the pool, and does not hang
+
+
+def nested(x):
+    value = ((x["a"] - 1) ** 2).sum() + ((x["b"][0] + 2) ** 2).sum()
+    return value, {"b": [2 * (x["b"][0] + 2)], "a": 2 * (x["a"] - 1)}
+
+
+def strict(array):
+    return array_api_strict.asarray(array)
+
+
+def strict_bowl(x):
+    return array_api_strict.sum((x - 1) ** 2), 2 * (x - 1)
+
+
+# Arrays of other libraries: fun, x0, keywords, type of the result
+ELSEWHERE = {
+    "torch": (bowl, torch.zeros(3), {"jac": True}, torch.Tensor),
+    "torch, 2-d": (bowl, torch.zeros(2, 3, dtype=torch.float64), {"jac": True}, torch.Tensor),
+    "torch, differentiated": (lambda x: ((x - 1) ** 2).sum(), torch.zeros(3), {"jac": "torch"}, torch.Tensor),
+    "a parameter": (lambda x: ((x - 1) ** 2).sum(), torch.nn.Parameter(torch.zeros(3)), {"jac": "torch"}, torch.Tensor),
+    "torch, bounded": (bowl, torch.zeros(3), {"jac": True, "bounds": Bounds(-1, 2)}, torch.Tensor),
+    "torch, bfloat16": (bowl, torch.zeros(3, dtype=torch.bfloat16), {"jac": True, "gtol": 1e-2}, torch.Tensor),
+    "strict": (strict_bowl, strict(np.zeros(3)), {"jac": True}, type(strict(np.zeros(3)))),
+    "strict, bounded": (
+        strict_bowl,
+        strict(np.zeros((2, 2))),
+        {"jac": True, "bounds": Bounds(0, 2)},
+        type(strict(np.zeros(3))),
+    ),
+    "jax": (bowl, jnp.zeros(3), {"jac": True}, jax.Array),
+    "jax, differentiated": (lambda x: ((x - 1) ** 2).sum(), jnp.zeros(3), {"jac": "jax"}, jax.Array),
+    "jax, bounded, averaged": (bowl, jnp.zeros(3), {"jac": True, "bounds": Bounds(0, 2), "use_ema": True}, jax.Array),
+}
+
+
+def refuse(*args, **kwargs):
+    raise AssertionError("an array was converted to NumPy")
+
+
+@pytest.mark.parametrize("case", ELSEWHERE)
+def test_arrays_stay_where_they_are(case, monkeypatch):
+    fun, x0, keywords, kind = ELSEWHERE[case]
+    monkeypatch.setattr(torch.Tensor, "__array__", refuse)
+    monkeypatch.setattr(torch.Tensor, "numpy", refuse)
+    monkeypatch.setattr(type(strict(np.zeros(1))), "__array__", refuse, raising=False)
+    seen = []
+    keywords = {"learning_rate": 0.2, "gtol": 1e-3, "maxiter": 400} | keywords
+    result = minimize(fun, x0, callback=seen.append, **keywords)
+    monkeypatch.undo()
+    for x in (result.x, result.x_last, result.jac, seen[0]):
+        assert isinstance(x, kind)
+        assert tuple(x.shape) == tuple(x0.shape)
+    assert result.x.dtype == x0.dtype
+    assert result.success, result.message
+    np.testing.assert_allclose(np.asarray(result.x.float() if kind is torch.Tensor else result.x), 1, atol=1e-2)
+    assert (np.asarray(x0.detach().float() if kind is torch.Tensor else x0) == 0).all()
+
+
+@pytest.mark.parametrize("make", [np.zeros, torch.zeros, jnp.zeros], ids=["numpy", "torch", "jax"])
+def test_nested_containers(make):
+    x0 = {"a": make(2), "b": [make((2, 3))]}
+    result = minimize(nested, x0, jac=True, learning_rate=0.2, gtol=1e-3, bounds={"b": (-1.5, None)})
+    assert list(result.x) == ["a", "b"]
+    assert type(result.x["a"]) is type(x0["a"])
+    np.testing.assert_allclose(result.x["a"], 1, atol=1e-3)
+    np.testing.assert_allclose(result.x["b"][0], -1.5)
+    assert set(result.state) >= {"momentum/a", "velocity/b/0"}
+
+
+def test_numpy_arrays_differentiated_by_a_library():
+    for jac in ("torch", "jax"):
+        result = minimize(lambda x: ((x - 1) ** 2).sum(), np.zeros((2, 2)), jac=jac, learning_rate=0.1)
+        assert result.x.dtype == np.float64
+        np.testing.assert_allclose(result.x, 1, atol=1e-5)
+
+
+# Stopping: keywords, status, words of the message
+STOPS = {
+    "gtol": ({"learning_rate": 0.1}, 0, "gtol"),
+    "ftol": ({"learning_rate": 0.1, "gtol": None, "ftol": 1e-6}, 0, "ftol"),
+    "xtol": ({"learning_rate": 0.1, "gtol": None, "xtol": 1e-5}, 0, "xtol"),
+    "patience": ({"learning_rate": 0.1, "gtol": None, "patience": 30}, 0, "patience"),
+    "maxiter": ({"maxiter": 5}, 1, "iterations"),
+    "no iterations": ({"maxiter": 0}, 1, "iterations"),
+    "maxfev": ({"maxfev": 5}, 2, "evaluations"),
+    "maxtime": ({"maxtime": 1e-9}, 2, "time"),
+}
+
+
+@pytest.mark.parametrize("case", STOPS)
+def test_stops(case):
+    keywords, status, words = STOPS[case]
+    result = minimize(bowl, np.zeros(3), jac=True, **keywords)
+    assert (result.status, result.success) == (status, status == 0)
+    assert words in result.message
+    assert result.nfev <= keywords.get("maxfev", np.inf)
+    if status == 0:
+        np.testing.assert_allclose(result.x, 1, atol=2e-2)
+
+
+# What is no success: keywords, iterations, where it ends. The function is flat or NaN, and may never have moved.
+NO_SUCCESS = {
+    "accumulation": ({"gradient_accumulation_steps": 12, "ftol": 1e-12, "xtol": 1e-12, "patience": 2}, 11),
+    "a rate of zero": ({"learning_rate": lambda step: 0.0, "ftol": 1e-12, "xtol": 1e-12, "patience": 2}, 30),
+    "skipped": ({"fun": lambda x: (1.0, x * np.nan), "nonfinite": "skip", "ftol": 0.1, "patience": 2}, 30),
+    "NaN": ({"fun": lambda x: (np.nan, x), "nonfinite": "propagate", "xtol": 1.0, "patience": 2}, 30),
+}
+
+
+@pytest.mark.parametrize("case", NO_SUCCESS)
+def test_no_success_without_updates(case):
+    keywords, maxiter = NO_SUCCESS[case]
+    result = minimize(**{"fun": bowl, "x0": np.zeros(3), "jac": True, "gtol": None, "maxiter": maxiter} | keywords)
+    assert (result.status, result.nit) == (1, maxiter)
+
+
+@pytest.mark.parametrize("bad", [(-np.inf, 1.0), (-5.0, np.nan)], ids=["-inf", "NaN gradient"])
+def test_only_finite_points_are_the_best(bad):
+    value, slope = bad
+
+    def fun(x):
+        return (value, slope * np.ones_like(x)) if x[0] < 0.5 else (float(x[0]), np.ones_like(x))
+
+    result = minimize(fun, [1.0], jac=True, learning_rate=0.1)
+    assert (result.status, result.fun) == (3, result.x[0])
+    assert 0.5 <= result.fun < 0.6
+
+
+def test_starts_at_infinity_come_last():
+    starts = multistart(lambda x: (-np.inf if x[0] < 0 else float(x[0]), x), [[-1.0], [1.0]], jac=True, maxiter=2)
+    assert [np.isfinite(result.fun) for result in starts.results] == [True, False]
+    starts.x[:] = 7
+    assert starts.results[0].x[0] < 1
+
+
+def test_complex_steps_need_a_complex_function():
+    with pytest.raises(TypeError, match="complex"):
+        minimize(lambda x: float((np.real(x) ** 2).sum()), np.ones(2), jac="cs")
+
+
+@pytest.mark.parametrize(
+    ("x0", "bounds"),
+    [
+        ([np.zeros(2)], [[(0.5, 2), (None, 0.5)]]),
+        ({0: np.zeros(2)}, {0: (0.5, 2)}),
+        ({"a": np.zeros(2)}, {"a": (2, 3)}),
+    ],
+    ids=["a list", "an integer", "text"],
+)
+def test_bounds_are_like_x0(x0, bounds):
+    def fun(x):
+        leaf = next(iter(x.values())) if isinstance(x, dict) else x[0]
+        return 0.0, type(x)([np.ones(2)]) if isinstance(x, list) else dict.fromkeys(x, np.ones_like(leaf))
+
+    result = minimize(fun, x0, jac=True, bounds=bounds, maxiter=1, history=False)
+    leaf = next(iter(result.x.values())) if isinstance(x0, dict) else result.x[0]
+    assert leaf[0] == (2 if isinstance(x0, dict) and "a" in x0 else 0.5)
+
+
+def test_limits_beyond_floats():
+    assert minimize(bowl, np.ones(2), jac=True, maxiter=10**400, maxfev=10**400).success
+    with pytest.raises(ValueError, match="results"):
+        adamw_numba.plot.waterfall({"results": []})
+
+
+def test_no_start_is_left_out():
+    def fun(x):
+        if x[0] == 1:
+            raise StopIteration
+        return bowl(x)
+
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        multistart(fun, np.arange(3.0)[:, None], jac=True, maxiter=1)
+    with pytest.raises(ValueError, match="gave 1 results; expected 3"):
+        multistart(bowl, np.arange(3.0)[:, None], jac=True, maxiter=1, workers=lambda f, xs: [f(xs[0])])
+
+
+@pytest.mark.parametrize("maxfev", [6, 7, 25])
+def test_differences_keep_within_maxfev(maxfev):
+    assert minimize(rosen, START, maxfev=maxfev).nfev <= maxfev
+
+
+def falls_off(x):
+    """NaN below 0.5."""
+    return (float(x[0]) if x[0] > 0.5 else np.nan), np.ones_like(x)
+
+
+def test_nonfinite():
+    result = minimize(falls_off, [1.0], jac=True, learning_rate=0.1)
+    assert result.status == 3
+    assert 0.5 < result.x[0] < 0.6
+    assert result.fun == result.x[0]
+    assert np.isnan(result.fun_last)
+    onward = minimize(falls_off, [1.0], jac=True, learning_rate=0.1, nonfinite="propagate", maxiter=20)
+    assert (onward.status, onward.nit) == (1, 20)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        minimize(lambda x: (0.0, x * np.nan), [1.0], jac=True, nonfinite="raise")
+    skipped = minimize(lambda x: (0.0, x * np.nan), [1.0], jac=True, nonfinite="skip", maxiter=3)
+    assert (skipped.status, skipped.nit, skipped.x_last[0]) == (1, 3, 1.0)
+
+
+def test_the_best_point_is_returned():
+    result = minimize(both, START, jac=True, learning_rate=0.3, maxiter=50)
+    assert result.fun == result.history["fun"].min() < result.fun_last
+    assert (rosen(result.x), rosen(result.x_last)) == (result.fun, result.fun_last)
+    np.testing.assert_array_equal(result.jac, rosen_der(result.x))
+    last = minimize(both, START, jac=True, learning_rate=0.3, maxiter=50, return_best=False)
+    assert last.fun == last.fun_last == result.fun_last
+
+
+def test_history_is_bounded_and_even():
+    whole = minimize(both, START, jac=True, maxiter=300, history=1000).history
+    thin = minimize(both, START, jac=True, maxiter=300, history=50).history
+    assert list(whole["nit"]) == list(range(301))
+    assert len(thin["nit"]) <= 51
+    assert thin["nit"][-1] == 300
+    assert len(set(np.diff(thin["nit"][:-1]))) == 1
+    np.testing.assert_array_equal(thin["fun"], whole["fun"][thin["nit"]])
+    assert (np.diff(whole["time"]) > 0).all()
+    assert not len(minimize(both, START, jac=True, maxiter=3, history=False).history["nit"])
+
+
+def test_history_says_what_happened():
+    path = []
+    rate = schedules.CosineDecay(0.05, 20)
+    result = minimize(both, START, jac=True, maxiter=20, learning_rate=rate, callback=lambda xk: path.append(xk))
+    xs = [START, *path]
+    np.testing.assert_array_equal(result.history["fun"], [rosen(x) for x in xs])
+    np.testing.assert_array_equal(result.history["gradient_norm"], [np.abs(rosen_der(x)).max() for x in xs])
+    np.testing.assert_array_equal(result.history["step_norm"][1:], np.abs(np.diff(xs, axis=0)).max(axis=1))
+    np.testing.assert_array_equal(result.history["learning_rate"][1:], [rate(t) for t in range(20)])
+
+
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True, "use_ema": True}])
+def test_warm_start(options):
+    whole = minimize(both, START, jac=True, maxiter=40, **options)
+    half = minimize(both, START, jac=True, maxiter=15, **options)
+    rest = minimize(both, half, jac=True, maxiter=25, **options)
+    apart = minimize(both, half.x_last, jac=True, maxiter=25, state=half.state, **options)
+    for result in (rest, apart):
+        np.testing.assert_array_equal(result.x_last, whole.x_last)
+        assert result.state["iteration"] == 40
+    with pytest.raises(ValueError, match="velocity_hat"):
+        minimize(both, half, jac=True, amsgrad=not options)
+
+
+class Shuffled:
+    """A new order at every walk, from one seed: like a loader of data."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __iter__(self):
+        generator = np.random.default_rng(0)
+        return iter(generator.permutation(self.data))
+
+
+def test_batches():
+    data = np.linspace(-1, 3, 8)
+    seen = []
+
+    def loss(x, batch, factor):
+        seen.append(float(batch))
+        return factor * float(((x - batch) ** 2).sum()), factor * 2 * (x - batch)
+
+    options = {"jac": True, "args": (0.5,), "learning_rate": schedules.CosineDecay(0.2, 400), "maxiter": 400}
+    walked = minimize(loss, np.zeros(1), batches=Shuffled(data), **options)
+    order = list(Shuffled(data))
+    assert seen == [order[k % 8] for k in range(401)]
+    called = minimize(loss, np.zeros(1), batches=lambda number: order[number % 8], **options)
+    np.testing.assert_array_equal(walked.x, called.x)
+    assert walked.x == pytest.approx(data.mean(), abs=0.05)
+    np.testing.assert_array_equal(walked.x, walked.x_last)
+
+
+# Bad input: keywords that replace good ones, error, words
+WRONG = {
+    "fun": ({"fun": 3}, TypeError, ["`fun`", "3"]),
+    "x0 empty": ({"x0": np.zeros(0)}, ValueError, ["x0", "(0,)"]),
+    "x0 nothing": ({"x0": {}}, ValueError, ["x0", "empty"]),
+    "x0 None": ({"x0": None}, TypeError, ["x0"]),
+    "x0 NaN": ({"x0": [np.nan]}, ValueError, ["x0", "NaN"]),
+    "x0 masked": ({"x0": np.ma.ones(3)}, TypeError, ["MaskedArray"]),
+    "x0 complex tensor": ({"x0": torch.ones(3, dtype=torch.complex64)}, TypeError, ["complex64"]),
+    "jac": ({"jac": "4-point"}, ValueError, ["`jac`", "4-point", "3-point"]),
+    "differences of tensors": ({"x0": torch.ones(3), "jac": None}, ValueError, ["jac", "torch"]),
+    "torch for jax": ({"x0": jnp.ones(3), "jac": "torch"}, TypeError, ["jax", "torch"]),
+    "bounds number": ({"bounds": 3}, TypeError, ["bounds", "3"]),
+    "bounds count": ({"bounds": [(0, 1)]}, ValueError, ["bounds", "3 pairs"]),
+    "bounds shape": ({"bounds": Bounds([0, 0], [1, 1])}, ValueError, ["bounds", "(3,)"]),
+    "bounds crossed": ({"bounds": [(0, 1), (1, 0), (0, 1)]}, ValueError, ["bounds", "(1,)", "lower <= upper"]),
+    "bounds NaN": ({"bounds": Bounds(np.nan, 1)}, ValueError, ["bounds", "nan"]),
+    "callback": ({"callback": 3}, TypeError, ["callback", "3"]),
+    "maxiter": ({"maxiter": 2.5}, ValueError, ["maxiter", "2.5"]),
+    "maxfev": ({"maxfev": 0}, ValueError, ["maxfev", "0"]),
+    "gtol": ({"gtol": -1}, ValueError, ["gtol", "-1"]),
+    "tol": ({"tol": "small"}, ValueError, ["tol", "small"]),
+    "patience": ({"patience": True}, ValueError, ["patience", "True"]),
+    "nonfinite": ({"nonfinite": "ignore"}, ValueError, ["nonfinite", "ignore", "stop"]),
+    "learning rate": ({"learning_rate": -1}, ValueError, ["learning_rate", "-1"]),
+    "two clips": ({"clipnorm": 1, "clipvalue": 1}, ValueError, ["clipnorm"]),
+    "history": ({"history": -1}, ValueError, ["history", "-1"]),
+    "state": ({"state": 3}, TypeError, ["state", "3"]),
+    "state of another": ({"state": {"iteration": 1}}, ValueError, ["state", "momentum/0"]),
+    "batches walked once": ({"batches": iter([1])}, TypeError, ["batches", "once"]),
+    "batches": ({"batches": 3}, TypeError, ["batches", "3"]),
+    "checkpoint": ({"checkpoint": 3}, TypeError, ["checkpoint", "3"]),
+    "bounds text": ({"bounds": [("a", "b")] * 3}, TypeError, ["bounds", "'a'"]),
+    "bounds of nothing": ({"x0": {"a": np.ones(2)}, "bounds": {"b": (0, 1)}}, ValueError, ["bounds", "'b'", "'a'"]),
+    "bounds inside": ({"x0": {"a": {"b": np.ones(2)}}, "bounds": {"a": {"c": (0, 1)}}}, ValueError, ["'c'", "'b'"]),
+    "bounds of too many": ({"x0": [np.ones(2)], "bounds": [(0, 1)] * 3}, ValueError, ["bounds", "[1, 2]"]),
+    "bounds beyond float32": (
+        {"x0": np.ones(3, np.float32), "bounds": [(1e300, 2e300)] * 3},
+        ValueError,
+        ["bounds", "float32"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_bad_input_is_refused_before_the_objective_is_called(case):
+    keywords, error, words = WRONG[case]
+    good = {"fun": lambda *args: pytest.fail("called"), "x0": np.ones(3), "jac": True}
+    with pytest.raises(error) as caught:
+        minimize(**good | keywords)
+    for word in words:
+        assert word in str(caught.value)
+
+
+# What an objective returns: fun, keywords, error, words
+RETURNS = {
+    "gradient shape": (lambda x: (0.0, np.ones(4)), TypeError | ValueError, ["(4,)", "(3,)"]),
+    "gradient of complex numbers": (lambda x: (0.0, np.ones(3) * 1j), TypeError, ["complex128"]),
+    "no gradient": (lambda x: 0.0, TypeError, ["(value, gradient)", "0.0"]),
+    "gradient None": (lambda x: (0.0, None), TypeError, ["object"]),
+    "value None": (lambda x: (None, x), TypeError, ["None", "real number"]),
+    "value array": (lambda x: (x, x), TypeError, ["real number"]),
+    "value beyond float64": (lambda x: (10**400, x), ValueError, ["float64"]),
+    "value complex": (lambda x: (1j, x), TypeError, ["1j", "real number"]),
+}
+
+
+@pytest.mark.parametrize("case", RETURNS)
+def test_what_an_objective_may_return(case):
+    fun, error, words = RETURNS[case]
+    with pytest.raises(error.__args__ if hasattr(error, "__args__") else error) as caught:
+        minimize(fun, np.ones(3), jac=True)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_an_objective_that_raises_leaves_the_best_in_a_note():
+    calls = []
+
+    def fun(x):
+        calls.append(x.copy())
+        if len(calls) == 9:
+            raise ZeroDivisionError("ninth call")
+        return both(x)
+
+    with pytest.raises(ZeroDivisionError, match="ninth call") as caught:
+        minimize(fun, START, jac=True)
+    (result, notes) = caught.value.intermediate_result, "\n".join(caught.value.__notes__)
+    assert rosen(result.x) == result.fun == min(map(rosen, calls[:8]))
+    assert "iteration 8" in notes
+    assert repr(result.fun) in notes
+
+
+def test_keyboard_interrupt_stays_one():
+    def interrupt(xk):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        minimize(both, START, jac=True, callback=interrupt)
+
+
+def test_an_objective_may_write_into_what_it_is_given():
+    def fun(x):
+        value, gradient = both(x)
+        x[:] = np.nan
+        return value, gradient
+
+    np.testing.assert_array_equal(minimize(fun, START, jac=True, **SHORT).x, minimize(both, START, jac=True, **SHORT).x)
+
+
+def test_progress(capsys):
+    seen = []
+    minimize(both, START, jac=True, progress=lambda status: seen.append((status.nit, status.fun)), **SHORT)
+    assert [nit for nit, _ in seen] == list(range(1, 61))
+    minimize(both, START, jac=True, progress=True, **SHORT)
+    assert capsys.readouterr().err == ""  # no terminal, no bar
+
+
+def test_results_travel_and_show_themselves():
+    result = minimize(both, START, jac=True, **SHORT)
+    again = pickle.loads(pickle.dumps(result))
+    assert type(again) is type(result)
+    np.testing.assert_array_equal(again.x, result.x)
+    assert "<table>" in result._repr_html_()
+    assert "momentum" not in repr(result)
+    assert "maximum number of iterations" in repr(result).lower()
+
+
+WITHOUT = """
+import sys, numpy as np
+for name in ("scipy", "tqdm", "matplotlib"):
+    sys.modules[name] = None
+import adamw_numba
+result = adamw_numba.minimize(lambda x: ((x**2).sum(), 2 * x), np.ones(2), jac=True, learning_rate=0.1, progress=True)
+print(result.success, result.x.shape, result["nit"] == result.nit, "nfev" in dir(result))
+print(result)
+for call in (
+    lambda: adamw_numba.minimize(lambda x: 0.0, np.ones(2)),
+    lambda: adamw_numba.multistart(lambda x: 0.0, 3, bounds=[(0, 1)]),
+    lambda: adamw_numba.plot.convergence(result),
+):
+    try:
+        call()
+    except ImportError as error:
+        print(error)
+"""
+
+
+def test_without_scipy_matplotlib_and_tqdm():
+    done = subprocess.run([sys.executable, "-W", "error", "-c", WITHOUT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "True (2,) True True"
+    assert [line for line in lines if "adamw-numba[" in line] == lines[-3:]
+    assert ["scipy" in lines[-3], "scipy" in lines[-2], "plot" in lines[-1]] == [True] * 3
+
+
+def test_the_function_is_public():
+    assert {"minimize", "multistart", "plot"} <= set(adamw_numba.__all__)

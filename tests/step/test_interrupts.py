@@ -1,0 +1,159 @@
+"""An exception at any line of ours leaves the optimizer before the step or after it, and fit to go on."""
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import array_api_strict
+from helpers import libraries
+import numpy as np
+import pytest
+import torch
+
+import adamw_numba
+from adamw_numba.step import prepare as step
+from adamw_numba import AdamW, LossScaleOptimizer
+
+HOME = str(Path(adamw_numba.__file__).parent)
+
+
+def variables(elsewhere=True):
+    arrays = [
+        np.ones((4, 3), np.float32),
+        np.ones(5, np.float64),
+        np.ones(5, np.float16),
+        torch.nn.Parameter(torch.ones(3, 2)),
+        array_api_strict.ones((4,)),
+        array_api_strict.ones((2, 2), dtype=array_api_strict.float32),
+    ]
+    return arrays if elsewhere else arrays[:4]
+
+
+def gradients(k, elsewhere=True):
+    random = np.random.default_rng(k)
+    made = [random.normal(size=tuple(v.shape)) for v in variables()]
+    makers = [libraries.numpy] * 3 + [libraries.to_torch] + [libraries.strict] * 2
+    kinds = ["float32", "float64", "float16", "float32", "float64", "float32"]
+    return [make(g, kind) for make, g, kind in zip(makers, made, kinds, strict=True)][: 6 if elsewhere else 4]
+
+
+OPTIONS = {
+    "plain": {},
+    "everything": {
+        "amsgrad": True, "use_ema": True, "ema_overwrite_frequency": 2, "global_clipnorm": 1.0, "nonfinite": "skip",
+        "weight_decay": lambda step: 0.01 * step,
+    },
+    "micro-step": {"gradient_accumulation_steps": 4},
+    "last micro-step": {"gradient_accumulation_steps": 3},
+}  # fmt: skip
+
+
+def build(options, wrap, elsewhere=True):
+    optimizer = LossScaleOptimizer(AdamW(**options), dynamic_growth_steps=1) if wrap else AdamW(**options)
+    arrays = variables(elsewhere)
+    optimizer.build(arrays)
+    for k in range(2):
+        optimizer.apply(gradients(k, elsewhere))
+    return arrays, optimizer
+
+
+def snapshot(arrays, optimizer):
+    return [libraries.look(a).tobytes() for a in [*arrays, *optimizer.variables]], optimizer.last_step
+
+
+class Injector:
+    """Raises at the n-th event that Python reports from code of ours."""
+
+    def __init__(self, n, where=HOME, opcodes=False):
+        self.n, self.where, self.opcodes, self.line = n, where, opcodes, None
+
+    def __call__(self, frame, event, argument):
+        if not frame.f_code.co_filename.startswith(self.where):
+            return None
+        frame.f_trace_opcodes = self.opcodes
+        if event == ("opcode" if self.opcodes else "line"):
+            self.n -= 1
+            if self.n == 0:
+                self.line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+                raise KeyboardInterrupt
+        return self
+
+
+def interrupted(optimizer, given, injector):
+    old = sys.gettrace()
+    sys.settrace(injector)
+    try:
+        optimizer.apply(given)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(old)
+    return injector.line
+
+
+CASES = [
+    *[(name, False, True, False) for name in OPTIONS],
+    ("everything", True, True, False),
+    ("everything", False, True, True),
+    ("plain", False, False, False),
+    ("everything", True, False, True),
+]
+
+
+@pytest.mark.parametrize(("name", "wrap", "elsewhere", "opcodes"), CASES)
+def test_at_every_line(name, wrap, elsewhere, opcodes):
+    """Or, in step.py, where the commit is, at every opcode."""
+    options = OPTIONS[name]
+    arrays, optimizer = build(options, wrap, elsewhere)
+    before = snapshot(arrays, optimizer)
+    optimizer.apply(gradients(2, elsewhere))
+    after = snapshot(arrays, optimizer)
+    optimizer.apply(gradients(3, elsewhere))
+    end = snapshot(arrays, optimizer)
+    where = step.__file__ if opcodes else HOME
+
+    seen, n = set(), 0
+    while True:
+        n += 1
+        arrays, optimizer = build(options, wrap, elsewhere)
+        line = interrupted(optimizer, gradients(2, elsewhere), Injector(n, where, opcodes))
+        if line is None:
+            break
+        found = snapshot(arrays, optimizer)
+        assert found in (before, after), f"torn by an interrupt at {line}"
+        seen.add(found == after)
+        if found == before:
+            optimizer.apply(gradients(2, elsewhere))
+        optimizer.apply(gradients(3, elsewhere))
+        assert snapshot(arrays, optimizer) == end, f"the next step differs after an interrupt at {line}"
+    assert seen == {False, True}
+    assert n > (40 if (name, elsewhere) == ("plain", False) else 100)  # a step like the last one has few lines
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX timers")
+def test_signals_during_long_steps():
+    """A real SIGINT, at times that nobody chose, in the middle of compiled code."""
+    sizes = [400_000, 300_000]
+    arrays = [np.zeros(sizes[0], np.float32), np.zeros(sizes[1], np.float64)]
+    optimizer = AdamW(1.0, weight_decay=0.0, beta_1=0.0, beta_2=0.0, epsilon=1e-30)
+    optimizer.build(arrays)
+    given = [np.ones(sizes[0], np.float32), np.ones(sizes[1])]
+    optimizer.apply(given)
+    random, interrupts = np.random.default_rng(0), 0
+    for _ in range(60):
+        timer = threading.Timer(random.uniform(0, 0.002), os.kill, (os.getpid(), signal.SIGINT))
+        try:
+            timer.start()
+            for _ in range(20):
+                optimizer.apply(given)
+            timer.join()
+            signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        except KeyboardInterrupt:
+            interrupts += 1
+        timer.join()
+        steps = int(optimizer.variables[0])
+        for array in arrays:
+            assert (array == -steps).all()
+    assert interrupts > 10
