@@ -2,12 +2,12 @@
 
 from . import interop, plot, schedules
 from ._version import __version__
-from .saving.snapshot import saved_variables
-from .saving.checkpoints import Checkpoints
 from .loss_scale import LossScaleOptimizer
 from .minimizer.minimize import minimize
 from .minimizer.multistart import multistart
 from .optimizer import AdamW, LastStep
+from .saving.checkpoints import Checkpoints
+from .saving.snapshot import saved_variables
 from .saving.stores.atomic import CorruptFileError
 
 __all__ = [

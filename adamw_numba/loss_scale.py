@@ -6,14 +6,14 @@ from typing import Any, Self
 
 import numpy as np
 
-from .saving import snapshot as checkpoint
-from .step import gradients as matching
 from . import hyperparameters as hp
+from .array_api.stateless import is_traced, lazy_namespace, select_number
 from .arrays import Array, writeable_copy
 from .arrays.tree import Container
 from .optimizer import AdamW
+from .saving import snapshot as checkpoint
 from .state import Place, State, load, replace, save
-from .array_api.stateless import is_traced, lazy_namespace, select_number
+from .step import gradients as matching
 from .step.prepare import Call
 
 _INNER_ONLY = {

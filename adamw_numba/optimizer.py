@@ -15,14 +15,15 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from . import arrays, schedules
-from .saving import snapshot as checkpoint
-from .step import gradients as matching, prepare as step
-from .array_api import stateless
 from . import hyperparameters as hp
+from .array_api import stateless
 from .arrays import Array
 from .arrays.tree import Container, Form, flatten, form_of, materialized, order, rebuild
+from .saving import snapshot as checkpoint
 from .saving.manifest import DTYPES, encoded
 from .state import Place, State, load, new_slots, replace, save
+from .step import gradients as matching
+from .step import prepare as step
 from .step.prepare import Built, Call
 
 

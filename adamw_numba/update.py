@@ -8,6 +8,17 @@ not exist; a coefficient with a neutral value is an option that is off.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+# The operands, in the order of the rows of every table of addresses: the variable, its gradient, and the slots of its
+# state. A gradient at address 0 does not exist.
+P, G, M, V, TOP, AVERAGE, TOTAL, MASTER = range(8)
+SLOTS = {
+    "momentum": M,
+    "velocity": V,
+    "velocity_hat": TOP,
+    "average": AVERAGE,
+    "gradient_accumulator": TOTAL,
+    "master": MASTER,
+}
 LEAST_EPSILON = 2.0**-126  # of compiled kernels: float32's smallest normal number, so that none divides by 0
 
 

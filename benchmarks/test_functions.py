@@ -9,7 +9,7 @@ Whole steps, beside those of others, are `benchmarks.compare`'s.
 import numpy as np
 import pytest
 
-from adamw_numba import coefficients, AdamW
+from adamw_numba import AdamW, coefficients
 from adamw_numba.arrays import COMPUTE
 
 from .costs import VARIANTS

@@ -4,12 +4,12 @@ import copy
 
 import array_api_strict
 import jax.numpy as jnp
-from helpers import libraries
 import numpy as np
 import pytest
 import torch
+from helpers import libraries
 
-from adamw_numba import schedules, AdamW, LossScaleOptimizer
+from adamw_numba import AdamW, LossScaleOptimizer, schedules
 
 
 def f4(*shape):

@@ -9,8 +9,7 @@ import matplotlib.pyplot
 import numpy as np
 import pytest
 
-from adamw_numba import minimize, multistart
-from adamw_numba import plot
+from adamw_numba import minimize, multistart, plot
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 DOCS = Path(__file__).parents[1] / "docs"

@@ -8,12 +8,12 @@ import re
 import array_api_strict
 import jax.numpy as jnp
 import keras
-from helpers import libraries
 import numpy as np
 import pytest
 import torch
+from helpers import libraries
 
-from adamw_numba import schedules, AdamW, LossScaleOptimizer
+from adamw_numba import AdamW, LossScaleOptimizer, schedules
 
 METHODS = [
     "add_variable",

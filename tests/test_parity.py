@@ -6,16 +6,16 @@ from contextlib import nullcontext
 import jax
 import jax.numpy as jnp
 import keras
-from helpers import libraries
 import numpy as np
 import optax
 import pytest
 import torch
+from helpers import libraries
+from helpers.oracle import Oracle, pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from helpers.oracle import Oracle, pairs
 
-from adamw_numba import schedules, AdamW
+from adamw_numba import AdamW, schedules
 
 SHAPES = st.lists(
     st.sampled_from([(), (1,), (3,), (5, 7), (2, 3, 4), (0,), (4, 0), (257,), (1, 9, 1), (300, 2)]),

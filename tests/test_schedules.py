@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from adamw_numba import schedules, AdamW
+from adamw_numba import AdamW, schedules
 
 CASES = [
     ("ExponentialDecay", {"initial_learning_rate": 0.1, "decay_steps": 10, "decay_rate": 0.9}),

@@ -10,9 +10,9 @@ import numpy as np
 
 from ..arrays import COMPUTE, Array, check_gradient, dtype_name, is_array, is_complex, is_mutable, like, namespace
 from ..coefficients import clip_factor, coefficients, whole_norm
+from ..update import Coefficients
 from . import functions as array_api
 from .functions import select
-from ..update import Coefficients
 
 Slots = dict[str, Array]
 

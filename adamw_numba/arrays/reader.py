@@ -15,8 +15,8 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from ..cpu.kernels import G, _cached, _jit, _jit_for_python, _pointer, entry_point, first_above
-from ..cpu.jobs import _call_plain
+from ..update import G
+from .compiled import cached, call_plain, entry_point, first_above, jit, jit_for_python, pointer
 
 _HEAD = object.__basicsize__  # bytes of PyObject_HEAD, whose last word is the type
 _WORD = 8
@@ -123,21 +123,21 @@ def _describe(typingctx, function, array, tensor):
     return types.int64(types.intp, types.intp, types.intp), codegen
 
 
-@_jit
+@jit
 def _words(address, count):
-    return carray(_pointer(address, np.int64(0)), count)
+    return carray(pointer(address, np.int64(0)), count)
 
 
-@_jit_for_python
+@jit_for_python
 def describe(array, exporter, tensor, clear):
     """Have a tensor fill in a DLTensor; False, and no exception set, where it cannot."""
     if _describe(exporter, array, tensor) == 0:
         return True
-    _call_plain(clear)
+    call_plain(clear)
     return False
 
 
-@_jit
+@jit
 def _address_as_known(array, known, tensor, clear):
     """Where an array lies, if it is exactly as known."""
     if _words(array + _HEAD - _WORD, 1)[0] != known[TYPE]:
@@ -162,14 +162,14 @@ def _address_as_known(array, known, tensor, clear):
     return header[_DATA] if same else _MISSING
 
 
-@_jit
+@jit
 def _is_apart(lows, highs, low, high):
     nearest = first_above(highs, low)
     return nearest == lows.size or lows[nearest] >= high or low == high
 
 
 @entry_point
-@_cached(njit, types.intp(types.intp, types.intp))
+@cached(njit, types.intp(types.intp, types.intp))
 def read(gradients, address):
     """Put the gradients' addresses into the table; return how many there are, or -1 where a closer look is needed.
 

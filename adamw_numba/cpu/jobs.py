@@ -12,7 +12,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .kernels import _cached, entry_point
+from ..arrays.compiled import cached, call_plain, entry_point
 
 # The bench: rows of words, one job each; and one more row, of which the first word counts the helpers. A job: whether
 # somebody owns the row, how many more may help, a kernel, its block, into how many parts it is cut, how many of them
@@ -35,15 +35,6 @@ def _call(typingctx, address, block, part, parts):
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp, types.intp, types.intp), codegen
-
-
-@intrinsic
-def _call_plain(typingctx, address):
-    def codegen(context, builder, signature, args):
-        builder.call(builder.inttoptr(args[0], ir.FunctionType(ir.IntType(32), []).as_pointer()), [])
-        return context.get_dummy_value()
-
-    return types.void(types.intp), codegen
 
 
 def _atomic(operation):
@@ -104,13 +95,13 @@ def _pause(typingctx):
 
 
 @entry_point
-@_cached(njit, types.void(types.int64, types.int64), nogil=True)
+@cached(njit, types.void(types.int64, types.int64), nogil=True)
 def run_serial(kernel, block):
     """Call a kernel for all of its work."""
     _call(kernel, block, 0, 1)
 
 
-@_cached(njit, types.void(types.int64), nogil=True)
+@cached(njit, types.void(types.int64), nogil=True)
 def _take_parts(job):
     """Do parts of a job that nobody has taken yet, until there are none."""
     part = _add(job + 8 * LEFT, -1) - 1
@@ -121,7 +112,7 @@ def _take_parts(job):
 
 
 @entry_point
-@_cached(njit, types.void(*[types.int64] * 6), nogil=True)
+@cached(njit, types.void(*[types.int64] * 6), nogil=True)
 def run_job(kernel, block, parts, seats, bench, give_way):
     """Do a job together with whoever helps: no more than `seats`, and one who was late for the row's last job.
 
@@ -139,13 +130,13 @@ def run_job(kernel, block, parts, seats, bench, give_way):
             _call(kernel, block, parts - 1, parts)
             _take_parts(job)
             while _load(job + 8 * DONE) < parts:
-                _call_plain(give_way)
+                call_plain(give_way)
             _exchange(job + 8 * OWNED, 0)
             return
     _call(kernel, block, 0, 1)
 
 
-@_cached(njit, types.void(*[types.int64] * 4), nogil=True)
+@cached(njit, types.void(*[types.int64] * 4), nogil=True)
 def stand_by(bench, looks, polite, give_way):
     """Help with every job there is, until there has been none for so many looks; then be one helper less.
 
@@ -162,11 +153,11 @@ def stand_by(bench, looks, polite, give_way):
         if idle <= looks:
             _pause()
         else:
-            _call_plain(give_way)
+            call_plain(give_way)
     _add(bench + 8 * HELPERS, -1)
 
 
-@_cached(njit, types.void(types.int64, types.int64), nogil=True)
+@cached(njit, types.void(types.int64, types.int64), nogil=True)
 def count_helper(bench, more):
     """Add to the number of helpers."""
     _add(bench + 8 * HELPERS, more)

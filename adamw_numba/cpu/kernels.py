@@ -7,31 +7,36 @@ float16, ``uint16`` is bfloat16.
 """
 
 import math
-import platform
 from functools import cache
 
 import numpy as np
-from llvmlite import ir
-from numba import carray, cfunc, njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba import carray, cfunc, types
 from numpy.lib.stride_tricks import as_strided
 
-from ..update import LEAST_EPSILON, Coefficients, accumulate, blend, make_update
+from ..arrays.compiled import cached, first_above, jit, jit_for_python, pointer
+from ..update import (
+    AVERAGE,
+    LEAST_EPSILON,
+    MASTER,
+    TOP,
+    TOTAL,
+    Coefficients,
+    G,
+    M,
+    P,
+    V,
+    accumulate,
+    blend,
+    make_update,
+)
+from .intrinsics import FLUSHING, ask_for, exchange_mode, mode_for, narrow, widen
 
 WHOLE = 2**30  # longer than any chunk
-PIECE, AHEAD = 128, 1024  # elements that are asked for together, how many bytes before their turn
+PIECE = 128  # elements that are asked for together
 FURTHER_AHEAD = 4096  # bytes: what is read only passes faster
 LANES = 64  # independent sums of squares in a chunk, whatever the machine's vectors
-# Modes of an x86 processor: no exceptions, round to nearest; and subnormal results become 0. A momentum whose
-# gradients have stopped gets there after 830 steps, and stays; with such numbers a step takes twenty times as long.
-EXACT, FLUSHING = np.uint32(0x1F80), np.uint32(0x9F80)
-LEAST_FLUSHED = 2.0**-100  # a smaller factor of the gradients may itself be subnormal, and their product is not
-_HAS_MODE = platform.machine() in ("x86_64", "AMD64")
 LIKE = {"float32": np.float32(0), "float64": np.float64(0), "float16": np.int16(0), "bfloat16": np.uint16(0)}
 
-# Rows of the table of addresses: one column per variable; a gradient at address 0 does not exist.
-P, G, M, V, TOP, AVERAGE, TOTAL, MASTER = range(8)
 # Columns of the work list: one row per chunk; positions and steps in bytes.
 ARRAY, START, COUNT, P_AT, G_AT, S_AT, P_STEP, G_STEP, S_STEP = range(9)
 # The block: addresses and sizes.
@@ -41,159 +46,53 @@ SCALE, OVERWRITE, SQUARE_SCALE, HOW_MANY = 7, 10, 11, 12
 # Rows of the factors: per variable, on the decay and on the clip.
 DECAY, CLIP = range(2)
 
-_OPTIONS = {"error_model": "numpy", "fastmath": {"contract"}}
+c_kernel = cached(cfunc, types.void(types.intp, types.intp, types.intp))
+_update = jit(make_update(math.sqrt, np.maximum, np.minimum))
+_accumulate = jit(accumulate)
+_blend = jit(blend)
 
 
-def _cached(decorator, *signature, **options):
-    """A Numba decorator with its disk cache, or without where no folder can be written."""
-
-    def decorate(function):
-        try:
-            return decorator(*signature, cache=True, **_OPTIONS, **options)(function)
-        except RuntimeError:
-            return decorator(*signature, **_OPTIONS, **options)(function)
-
-    return decorate
-
-
-def entry_point(function):
-    """The one compiled form of a function: a call of it does not ask for the types of its arguments first."""
-    (compiled,) = function.overloads.values()
-    return compiled.entry_point
-
-
-_jit = _cached(njit, no_cpython_wrapper=True, no_cfunc_wrapper=True)  # for compiled code to call; Python cannot
-_jit_for_python = _cached(njit)
-_kernel = _cached(cfunc, types.void(types.intp, types.intp, types.intp))
-_update = _jit(make_update(math.sqrt, np.maximum, np.minimum))
-_accumulate = _jit(accumulate)
-_blend = _jit(blend)
-
-
-@intrinsic
-def _pointer(typingctx, address, like):
-    def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(like)(types.intp, like), codegen
-
-
-@intrinsic
-def _half_to_float(typingctx, bits):
-    def codegen(context, builder, signature, args):
-        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
-
-    return types.float32(types.int16), codegen
-
-
-@intrinsic
-def _float_to_half(typingctx, value):
-    def codegen(context, builder, signature, args):
-        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
-
-    return types.int16(types.float32), codegen
-
-
-@intrinsic
-def exchange_mode(typingctx, mode):
-    """Set the processor's register of floating-point modes; returns what it was."""
-
-    def codegen(context, builder, signature, args):
-        word = ir.IntType(32)
-        if not _HAS_MODE:
-            return ir.Constant(word, 0)
-        place = cgutils.alloca_once(builder, word)
-        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer()])
-        store, load = (
-            cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.sse.{n}mxcsr") for n in ("st", "ld")
-        )
-        address = builder.bitcast(place, ir.IntType(8).as_pointer())
-        builder.call(store, [address])
-        before = builder.load(place)
-        builder.store(args[0], place)
-        builder.call(load, [address])
-        return before
-
-    return types.uint32(types.uint32), codegen
-
-
-def _widen(x):
-    """The number that a stored element stands for."""
-    raise NotImplementedError
-
-
-@overload(_widen, inline="always")
-def _overload_widen(x):
-    if x == types.uint16:
-        return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
-    if x == types.int16:
-        return lambda x: _half_to_float(x)
-    return lambda x: x
-
-
-def _narrow(x, like):
-    """The stored element nearest to a number, ties to even."""
-    raise NotImplementedError
-
-
-@_jit
-def _float_to_bfloat(x):
-    bits = np.float32(x).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    quiet = (bits >> np.uint32(16)) | np.uint32(0x40)
-    return np.uint16(quiet if x != x else rounded)
-
-
-@overload(_narrow, inline="always")
-def _overload_narrow(x, like):
-    if like == types.uint16:
-        return lambda x, like: _float_to_bfloat(x)
-    if like == types.int16:
-        return lambda x, like: _float_to_half(x)
-    return lambda x, like: x
-
-
-@_jit
+@jit
 def _at(x, i):
     return None if x is None else x[i]
 
 
-@_jit
+@jit
 def _put(x, i, value):
     if x is not None:
         x[i] = value
 
 
-@_jit
+@jit
 def _value(p, master, i):
     """A variable's number: its float32 master, unless its owner has written the variable since."""
     if master is None:
-        return _widen(p[i])
-    return master[i] if _narrow(master[i], p[i]) == p[i] else _widen(p[i])
+        return widen(p[i])
+    return master[i] if narrow(master[i], p[i]) == p[i] else widen(p[i])
 
 
-@_jit
+@jit
 def _row(address, count, step, like, strided):
     if strided is None:
-        return carray(_pointer(address, like), count)
-    return as_strided(carray(_pointer(address, like), 1), (count,), (step,))
+        return carray(pointer(address, like), count)
+    return as_strided(carray(pointer(address, like), 1), (count,), (step,))
 
 
-@_jit
+@jit
 def _slot(exists, address, count, step, like, strided):
     if exists is None:
         return None
     return _row(address, count, step, like, strided)
 
 
-@_jit
+@jit
 def update_chunk(count, p, g, m, v, top, average, total, master, limit, c):
     """Update the elements of one dense or strided run: arrays, or pointers."""
     for i in range(count):
         value, mi, vi, highest, mean = _update(
-            _value(p, master, i), _widen(g[i]), m[i], v[i], _at(top, i), _at(average, i), _at(total, i), limit, c
+            _value(p, master, i), widen(g[i]), m[i], v[i], _at(top, i), _at(average, i), _at(total, i), limit, c
         )
-        p[i] = _narrow(value, p[i])
+        p[i] = narrow(value, p[i])
         m[i] = mi
         v[i] = vi
         _put(top, i, highest)
@@ -204,66 +103,27 @@ def update_chunk(count, p, g, m, v, top, average, total, master, limit, c):
             total[i] = 0
 
 
-@intrinsic
-def _prefetch(typingctx, address):
-    """Ask for a line of memory that will soon be read; where none is, nothing happens."""
-
-    def codegen(context, builder, signature, args):
-        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
-        function = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-        for_reading, keep, data = (ir.Constant(word, number) for number in (0, 3, 1))
-        builder.call(function, [builder.inttoptr(args[0], byte), for_reading, keep, data])
-        return context.get_dummy_value()
-
-    return types.void(types.intp), codegen
-
-
-@_jit
-def _ask_for(exists, address, count, step, ahead=AHEAD):
-    """Ask for what comes after `count` elements of a dense run, in good time.
-
-    The processor would ask too late by itself: its window holds few elements of so long a formula.
-    """
-    if exists is not None:
-        for line in range(address + ahead, address + ahead + count * step, 64):
-            _prefetch(line)
-
-
-@_jit
+@jit
 def _blend_chunk(p, average, master, c):
     if average is not None:
         for i in range(p.size):
             average[i] = _blend(average[i], _value(p, master, i), c)
 
 
-@_jit
+@jit
 def overwrite_chunk(count, p, average, master):
     """Put the averages into the variables."""
     if average is not None:
         for i in range(count):
-            p[i] = _narrow(average[i], p[i])
+            p[i] = narrow(average[i], p[i])
             _put(master, i, average[i])
 
 
-@_jit
-def first_above(ascending, bound):
-    """Where the first integer above a bound is; half a second less to compile than `numpy.searchsorted`."""
-    low, high = 0, ascending.size
-    while low < high:
-        middle = (low + high) >> 1
-        if ascending[middle] > bound:
-            high = middle
-        else:
-            low = middle + 1
-    return low
-
-
-@_jit
+@jit
 def _share(block, part, parts):
     """The work list, and which of its chunks are one part's: about as many elements as any other's."""
     chunks = block[CHUNKS]
-    work = carray(_pointer(block[WORK], np.int64(0)), (chunks, 9))
+    work = carray(pointer(block[WORK], np.int64(0)), (chunks, 9))
     if parts == 1:
         return work, 0, chunks
     total = work[chunks - 1, START] + work[chunks - 1, COUNT]
@@ -272,18 +132,18 @@ def _share(block, part, parts):
     return work, first_above(starts, first - 1), first_above(starts, last - 1)
 
 
-@_jit
+@jit
 def _numbers(block):
-    return carray(_pointer(block[NUMBERS], 0.0), HOW_MANY)
+    return carray(pointer(block[NUMBERS], 0.0), HOW_MANY)
 
 
-@_jit
+@jit
 def _coefficients(block, a, like):
-    factors = carray(_pointer(block[FACTORS], 0.0), (2, block[ARRAYS]))
+    factors = carray(pointer(block[FACTORS], 0.0), (2, block[ARRAYS]))
     return cast_coefficients(_numbers(block), factors[DECAY, a], factors[CLIP, a], like)
 
 
-@_jit
+@jit
 def cast_coefficients(c, decayed, clip, like):
     """A row of coefficients in the dtype of the arithmetic, for one array."""
     cast = type(like)
@@ -301,28 +161,22 @@ def cast_coefficients(c, decayed, clip, like):
     )
 
 
-@_jit
-def mode_for(scale):
-    """How to treat subnormal results, where gradients are multiplied with this."""
-    return FLUSHING if scale >= LEAST_FLUSHED else EXACT
-
-
-@_jit
+@jit
 def _mode(block):
-    factors, least = carray(_pointer(block[FACTORS], 0.0), (2, block[ARRAYS])), 1.0
+    factors, least = carray(pointer(block[FACTORS], 0.0), (2, block[ARRAYS])), 1.0
     for a in range(block[ARRAYS]):
         least = min(least, factors[CLIP, a])
     return mode_for(_numbers(block)[SCALE] * least)
 
 
-@_jit
+@jit
 def _table(block):
-    return carray(_pointer(block[TABLE], np.int64(0)), (8, block[ARRAYS]))
+    return carray(pointer(block[TABLE], np.int64(0)), (8, block[ARRAYS]))
 
 
-@_jit
+@jit
 def _update_share(address, part, parts, p_like, g_like, like, top, average, total, master, limit, strided):
-    block = carray(_pointer(address, np.int64(0)), BLOCK_WORDS)
+    block = carray(pointer(address, np.int64(0)), BLOCK_WORDS)
     work, first, last = _share(block, part, parts)
     table = _table(block)
     overwrite = _numbers(block)[OVERWRITE] != 0
@@ -340,14 +194,14 @@ def _update_share(address, part, parts, p_like, g_like, like, top, average, tota
             masters = _slot(master, table[MASTER, a] + at, n, step, like, strided)
             if table[G, a] != 0:
                 if far and strided is None:
-                    _ask_for(True, p_at, n, work[w, P_STEP])
-                    _ask_for(True, g_at, n, work[w, G_STEP])
-                    _ask_for(True, table[M, a] + at, n, step)
-                    _ask_for(True, table[V, a] + at, n, step)
-                    _ask_for(top, table[TOP, a] + at, n, step)
-                    _ask_for(average, table[AVERAGE, a] + at, n, step)
-                    _ask_for(total, table[TOTAL, a] + at, n, step)
-                    _ask_for(master, table[MASTER, a] + at, n, step)
+                    ask_for(True, p_at, n, work[w, P_STEP])
+                    ask_for(True, g_at, n, work[w, G_STEP])
+                    ask_for(True, table[M, a] + at, n, step)
+                    ask_for(True, table[V, a] + at, n, step)
+                    ask_for(top, table[TOP, a] + at, n, step)
+                    ask_for(average, table[AVERAGE, a] + at, n, step)
+                    ask_for(total, table[TOTAL, a] + at, n, step)
+                    ask_for(master, table[MASTER, a] + at, n, step)
                 update_chunk(
                     n,
                     p,
@@ -367,9 +221,9 @@ def _update_share(address, part, parts, p_like, g_like, like, top, average, tota
                 overwrite_chunk(n, p, averages, masters)
 
 
-@_jit
+@jit
 def _accumulate_share(address, part, parts, g_like, like, strided):
-    block = carray(_pointer(address, np.int64(0)), BLOCK_WORDS)
+    block = carray(pointer(address, np.int64(0)), BLOCK_WORDS)
     work, first, last = _share(block, part, parts)
     table = _table(block)
     for w in range(first, last):
@@ -379,16 +233,16 @@ def _accumulate_share(address, part, parts, g_like, like, strided):
             g = _row(table[G, a] + work[w, G_AT], n, work[w, G_STEP], g_like, strided)
             total = _row(table[TOTAL, a] + work[w, S_AT], n, work[w, S_STEP], like, strided)
             for i in range(n):
-                total[i] = _accumulate(total[i], _widen(g[i]), c)
+                total[i] = _accumulate(total[i], widen(g[i]), c)
 
 
-@_jit
+@jit
 def _square(g, total, i, c, scale):
-    x = np.float64(_widen(g[i]) if total is None else _accumulate(total[i], _widen(g[i]), c))
+    x = np.float64(widen(g[i]) if total is None else _accumulate(total[i], widen(g[i]), c))
     return x * x if scale is None else x * scale * (x * scale)
 
 
-@_jit
+@jit
 def sum_squares(g, total, c, scale, sums, far):
     """Element i goes to lane i mod LANES, then lanes are added in a fixed tree."""
     sums[:] = 0
@@ -396,9 +250,9 @@ def sum_squares(g, total, c, scale, sums, far):
     fours = g.size - g.size % rows
     for start in range(0, fours, rows):
         if far:
-            _ask_for(True, g.ctypes.data + start * g.itemsize, rows, g.itemsize, FURTHER_AHEAD)
+            ask_for(True, g.ctypes.data + start * g.itemsize, rows, g.itemsize, FURTHER_AHEAD)
             if total is not None:
-                _ask_for(True, total.ctypes.data + start * total.itemsize, rows, total.itemsize, FURTHER_AHEAD)
+                ask_for(True, total.ctypes.data + start * total.itemsize, rows, total.itemsize, FURTHER_AHEAD)
         for lane in range(LANES):  # a sum is loaded and stored once for all four rows
             i = start + lane
             value = sums[lane] + _square(g, total, i, c, scale)
@@ -416,13 +270,13 @@ def sum_squares(g, total, c, scale, sums, far):
     return sums[0]
 
 
-@_jit
+@jit
 def _square_share(address, part, parts, g_like, like, total, strided, scaled):
-    block = carray(_pointer(address, np.int64(0)), BLOCK_WORDS)
+    block = carray(pointer(address, np.int64(0)), BLOCK_WORDS)
     work, first, last = _share(block, part, parts)
     table = _table(block)
-    partials = carray(_pointer(block[PARTIALS], 0.0), block[CHUNKS])
-    sums = carray(_pointer(block[SUMS] + part * 8 * LANES, 0.0), LANES)
+    partials = carray(pointer(block[PARTIALS], 0.0), block[CHUNKS])
+    sums = carray(pointer(block[SUMS] + part * 8 * LANES, 0.0), LANES)
     scale = None if scaled is None else _numbers(block)[SQUARE_SCALE]
     far = block[IS_FAR] != 0
     for w in range(first, last):
@@ -440,9 +294,9 @@ def update_kernel(p_type, g_type, compute, top, average, total, master, limit, s
     """The kernel that updates variables stored as `p_type`; each option is None or True."""
     p_like, g_like, like = LIKE[p_type], LIKE[g_type], LIKE[compute]
 
-    @_kernel
+    @c_kernel
     def update_kernel(block, part, parts):
-        mode = exchange_mode(_mode(carray(_pointer(block, np.int64(0)), BLOCK_WORDS)))
+        mode = exchange_mode(_mode(carray(pointer(block, np.int64(0)), BLOCK_WORDS)))
         _update_share(block, part, parts, p_like, g_like, like, top, average, total, master, limit, strided)
         exchange_mode(mode)
 
@@ -454,7 +308,7 @@ def accumulate_kernel(g_type, compute, strided):
     """The kernel that adds gradients to their accumulators."""
     g_like, like = LIKE[g_type], LIKE[compute]
 
-    @_kernel
+    @c_kernel
     def accumulate_kernel(block, part, parts):
         mode = exchange_mode(FLUSHING)
         _accumulate_share(block, part, parts, g_like, like, strided)
@@ -469,21 +323,21 @@ def square_kernel(g_type, compute, total, strided):
     g_like, like = LIKE[g_type], LIKE[compute]
     scaled = True if compute == "float64" else None  # no square of a float32 is out of range
 
-    @_kernel
+    @c_kernel
     def square_kernel(block, part, parts):
         _square_share(block, part, parts, g_like, like, total, strided, scaled)
 
     return square_kernel
 
 
-@_jit_for_python
+@jit_for_python
 def gather_squares(work, partials, squares):
     """Add the chunks of each variable in order."""
     for w in range(work.shape[0]):
         squares[work[w, ARRAY]] += partials[w]
 
 
-@_jit_for_python
+@jit_for_python
 def add_in_order(values):
     """A sum whose rounding does not depend on the machine."""
     total = 0.0

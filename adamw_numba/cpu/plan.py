@@ -10,11 +10,11 @@ import numpy as np
 
 from .. import arrays
 from ..arrays import Array, Layout
-from . import kernels as cpu
 from ..arrays import reader as headers
-from .pool import MOST_PARTS, call_helpers, helpers_of, job_call
 from ..arrays.torch_storage import Tensors
 from ..update import Coefficients
+from . import kernels as cpu
+from .pool import MOST_PARTS, call_helpers, helpers_of, job_call
 
 CHUNK = 16_384  # elements
 FAR = 2**23  # elements, from which on arrays are taken to lie in memory, not in a cache
@@ -190,7 +190,7 @@ class Plan:
         row, i, array = self._places[k]
         known = self._slot_layouts[k]
         if row != cpu.P:
-            if arrays.library(array) == "torch":
+            if arrays.family(array) == "torch":
                 arrays.check_tensor(self._name(k), array)
             layout = arrays.layout_of(array)
             if layout[1:] != known[1:] or not getattr(getattr(array, "flags", None), "writeable", True):

@@ -13,9 +13,21 @@ from functools import cache
 import numpy as np
 from numba import cuda, types
 
-from ..update import Coefficients, accumulate, blend, make_update
+from ..update import (
+    AVERAGE,
+    MASTER,
+    TOP,
+    TOTAL,
+    Coefficients,
+    G,
+    M,
+    P,
+    V,
+    accumulate,
+    blend,
+    make_update,
+)
 from . import memory
-from ..cpu.kernels import AVERAGE, MASTER, TOP, TOTAL, G, M, P, V
 from .memory import ACCESS, SIZES, add_word, device_function, put_word, word
 
 BLOCK = 2 if memory.SIMULATED else 256  # threads; also the number of lanes of a norm

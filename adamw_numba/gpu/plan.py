@@ -16,12 +16,12 @@ import numpy as np
 from numba import cuda
 
 from .. import arrays
-from ..arrays import gpu as gpu_arrays
 from ..arrays import Array, Layout
-from . import kernels
-from .memory import SIMULATED
+from ..arrays import gpu as gpu_arrays
 from ..cpu.plan import Flag, Matrix, Plan
 from ..update import LEAST_EPSILON
+from . import kernels
+from .memory import SIMULATED
 
 _cuda: Any = cuda  # without stubs
 AHEAD = 64  # rows that are sent at once

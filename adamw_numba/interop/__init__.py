@@ -13,16 +13,16 @@ import numpy as np
 
 from .. import arrays
 from ..arrays import Array
-from ..saving.snapshot import Loaded, inner_of
 from ..arrays.tree import Container, flatten
 from ..loss_scale import LossScaleOptimizer
-from ..saving.manifest import encoded
 from ..optimizer import AdamW
-from ..state import check_scalar
+from ..saving.manifest import encoded
+from ..saving.snapshot import Loaded, inner_of
 from ..saving.stores import hdf5
 from ..saving.stores.atomic import CorruptFileError, naming, replacing
 from ..saving.stores.npz import checked_members
 from ..saving.stores.targets import adapted
+from ..state import check_scalar
 
 Matrix = np.ndarray[Any, Any]
 _KERAS_GROUP = "optimizer"

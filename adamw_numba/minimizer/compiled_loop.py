@@ -10,10 +10,10 @@ import numpy as np
 
 from ..coefficients import coefficients
 from ..cpu import kernels as cpu
-from . import loop_kernel as kernel
-from ..cpu.pool import WOKEN_FROM, call_helpers, helpers_of, job_call
 from ..cpu.plan import CHUNK
+from ..cpu.pool import WOKEN_FROM, call_helpers, helpers_of, job_call
 from ..schedules import _HOST, LearningRateSchedule, _Schedule
+from . import loop_kernel as kernel
 
 MOST_ROWS = 2**12
 SECONDS = 0.05  # of a block, about

@@ -18,10 +18,12 @@ from numba.core.errors import NumbaError
 from numba.extending import intrinsic
 from numpy.lib.stride_tricks import as_strided
 
-from . import stopping
+from ..arrays.compiled import OPTIONS, jit, jit_for_python, pointer
 from ..coefficients import clip_factor
 from ..cpu import kernels as cpu
-from ..cpu.kernels import _jit, _jit_for_python, _kernel, _pointer, cast_coefficients, exchange_mode, mode_for, overwrite_chunk, sum_squares, update_chunk
+from ..cpu.intrinsics import exchange_mode, mode_for
+from ..cpu.kernels import c_kernel, cast_coefficients, overwrite_chunk, sum_squares, update_chunk
+from . import stopping
 
 # A block: what all runs share.
 RUNS, HOMES, COUNT, SIZE, PADDED, ROWS, FIRST, LAST, LIMITS, CLIPS, CHUNK, BLOCK_ENTRIES = range(12)
@@ -36,8 +38,8 @@ RECORD = 4  # fun, gradient norm, step norm, learning rate
 HERE, BEFORE_UPDATE, AFTER_UPDATE = range(3)
 PADDING, MOST_PADDED = 32, 2**12  # bytes: a vector; and an array that is small
 
-_note, _verdict = _jit(stopping.note), _jit(stopping.verdict)
-_clip_factor = njit(**cpu._OPTIONS)(clip_factor)  # not cached: the type of `max` cannot be pickled
+_note, _verdict = jit(stopping.note), jit(stopping.verdict)
+_clip_factor = njit(**OPTIONS)(clip_factor)  # not cached: the type of `max` cannot be pickled
 
 
 @intrinsic
@@ -49,7 +51,7 @@ def _call_objective(typingctx, address, x, g, words):
     return types.float64(types.intp, types.intp, types.intp, types.intp), codegen
 
 
-@_jit_for_python
+@jit_for_python
 def expm1(x):
     """The `math.expm1` of each element: NumPy's own has other last bits."""
     result = np.empty(x.size)
@@ -73,16 +75,16 @@ def _bits(typingctx, x):
 # Arrays are pointers here: an array that is given to a function has its references counted, at every step.
 
 
-@_jit
+@jit
 def _copy(count, to, x):
     for i in range(count):
         to[i] = x[i]
 
 
-@_jit
+@jit
 def _clip(run, clips, size, chunk, like):
     """What the gradient is multiplied with; -1 where its norm has to be taken with more care."""
-    g, sums = carray(_pointer(run[GRADIENT], like), size), carray(_pointer(run[SUMS], 0.0), cpu.LANES)
+    g, sums = carray(pointer(run[GRADIENT], like), size), carray(pointer(run[SUMS], 0.0), cpu.LANES)
     total = 0.0
     for start in range(0, size, chunk):
         total += sum_squares(g[start : start + chunk], None, None, None, sums, False)
@@ -94,7 +96,7 @@ def _clip(run, clips, size, chunk, like):
     return clips[CLIPNORM] / np.maximum(norm, clips[CLIPNORM])
 
 
-@_jit
+@jit
 def _largest(count, x):
     """The largest magnitude, by its bits: they are in the same order, NaN above all, and as integers make vectors."""
     result = _bits(abs(x[0]))
@@ -103,7 +105,7 @@ def _largest(count, x):
     return np.float64(_bits(result))
 
 
-@_jit
+@jit
 def _largest_difference(count, x, before):
     result = _bits(abs(x[0] - before[0]))
     for i in range(1, count):
@@ -111,7 +113,7 @@ def _largest_difference(count, x, before):
     return np.float64(_bits(result))
 
 
-@_jit
+@jit
 def _largest_inward(count, x, g, lower, upper):
     result = np.float64(0)
     for i in range(count):
@@ -122,11 +124,11 @@ def _largest_inward(count, x, g, lower, upper):
     return result
 
 
-@_jit
+@jit
 def _evaluate(run, size, padded, like, values, counts):
     """Call the objective; False where it raised."""
-    x, g, words = _pointer(run[X], like), _pointer(run[GRADIENT], like), _pointer(run[WORDS], np.int64(0))
-    _copy(padded, _pointer(run[COPY], like), x)
+    x, g, words = pointer(run[X], like), pointer(run[GRADIENT], like), pointer(run[WORDS], np.int64(0))
+    _copy(padded, pointer(run[COPY], like), x)
     words[0] = 0
     values[stopping.FUN] = _call_objective(run[EVALUATE], run[COPY], run[GRADIENT], run[WORDS])
     if words[0] != 0:
@@ -134,35 +136,35 @@ def _evaluate(run, size, padded, like, values, counts):
     if run[LOWER] == 0:
         values[stopping.GRADIENT_NORM] = _largest(padded, g)
     else:
-        lower, upper = _pointer(run[LOWER], like), _pointer(run[UPPER], like)
+        lower, upper = pointer(run[LOWER], like), pointer(run[UPPER], like)
         values[stopping.GRADIENT_NORM] = _largest_inward(size, x, g, lower, upper)
     counts[stopping.NFEV] += 1
     counts[stopping.NJEV] += 1
     return True
 
 
-@_jit
+@jit
 def _measure(run, size, like, values):
-    x, before = _pointer(run[X], like), _pointer(run[PREVIOUS], like)
+    x, before = pointer(run[X], like), pointer(run[PREVIOUS], like)
     values[stopping.SIZE] = _largest(size, x)
     values[stopping.STEP_NORM] = _largest_difference(size, x, before)
 
 
-@_jit
+@jit
 def _project(run, size, like):
-    x, lower, upper = _pointer(run[X], like), _pointer(run[LOWER], like), _pointer(run[UPPER], like)
+    x, lower, upper = pointer(run[X], like), pointer(run[LOWER], like), pointer(run[UPPER], like)
     for i in range(size):
         value = lower[i] if x[i] < lower[i] else x[i]
         x[i] = upper[i] if value > upper[i] else value
 
 
-@_jit
+@jit
 def _keep_best(run, padded, like):
-    _copy(padded, _pointer(run[BEST], like), _pointer(run[X], like))
-    _copy(padded, _pointer(run[BEST_GRADIENT], like), _pointer(run[GRADIENT], like))
+    _copy(padded, pointer(run[BEST], like), pointer(run[X], like))
+    _copy(padded, pointer(run[BEST_GRADIENT], like), pointer(run[GRADIENT], like))
 
 
-@_jit
+@jit
 def _numbers(rows, steps, k):
     """The coefficients of iteration `k`; those that do not vary are in column 0 (`VARYING`)."""
     alpha, decay, average_c = rows[k], rows[steps + k], rows[9 * steps + k]
@@ -170,19 +172,19 @@ def _numbers(rows, steps, k):
     return alpha, decay, *n, rows[8 * steps], average_c
 
 
-@_jit
+@jit
 def _advance(block, run, like, top, average, limit):
     """Advance one run until it stops, the rows end, or Python has to go on."""
     size, padded, first, last = block[SIZE], block[PADDED], block[FIRST], block[LAST]
-    rows, steps = _pointer(block[ROWS], 0.0), last - first
-    limits, clips = _pointer(block[LIMITS], 0.0), _pointer(block[CLIPS], 0.0)
-    values, counts = _pointer(run[VALUES], 0.0), _pointer(run[COUNTS], np.int64(0))
-    iteration, marks = _pointer(run[ITERATION], np.int64(0)), _pointer(run[MARKS], np.int64(0))
-    records = _pointer(run[RECORDS], 0.0)
-    x, g, before = _pointer(run[X], like), _pointer(run[GRADIENT], like), _pointer(run[PREVIOUS], like)
-    m, v = _pointer(run[M], like), _pointer(run[V], like)
-    tops = None if top is None else _pointer(run[TOP], like)
-    averages = None if average is None else _pointer(run[AVERAGE], like)
+    rows, steps = pointer(block[ROWS], 0.0), last - first
+    limits, clips = pointer(block[LIMITS], 0.0), pointer(block[CLIPS], 0.0)
+    values, counts = pointer(run[VALUES], 0.0), pointer(run[COUNTS], np.int64(0))
+    iteration, marks = pointer(run[ITERATION], np.int64(0)), pointer(run[MARKS], np.int64(0))
+    records = pointer(run[RECORDS], 0.0)
+    x, g, before = pointer(run[X], like), pointer(run[GRADIENT], like), pointer(run[PREVIOUS], like)
+    m, v = pointer(run[M], like), pointer(run[V], like)
+    tops = None if top is None else pointer(run[TOP], like)
+    averages = None if average is None else pointer(run[AVERAGE], like)
     clipped = clips[CLIPNORM] > 0 or clips[GLOBAL_CLIPNORM] > 0
     clip = 1.0
     while iteration[0] < last and counts[stopping.REASON] == stopping.GOING_ON:
@@ -225,28 +227,28 @@ def _advance(block, run, like, top, average, limit):
         records[RECORD * k + 2] = values[stopping.STEP_NORM]
 
 
-@_jit
+@jit
 def _bring_in(homes, run, size, like):
     """Copy the arrays of a run into their padded places."""
     for k in range(ARRAYS):
         if homes[k] != 0:
-            _copy(size, _pointer(run[k], like), _pointer(homes[k], like))
+            _copy(size, pointer(run[k], like), pointer(homes[k], like))
 
 
-@_jit
+@jit
 def _bring_home(homes, run, size, like):
     for k in range(LOWER):  # bounds are only read
         if homes[k] != 0:
-            _copy(size, _pointer(homes[k], like), _pointer(run[k], like))
+            _copy(size, pointer(homes[k], like), pointer(run[k], like))
 
 
-@_jit
+@jit
 def _advance_share(address, part, parts, like, top, average, limit):
     word = np.int64(0)
-    block = _pointer(address, word)
+    block = pointer(address, word)
     for r in range(block[COUNT] * part // parts, block[COUNT] * (part + 1) // parts):
-        run = _pointer(block[RUNS] + 8 * RUN_ENTRIES * r, word)
-        homes = _pointer(block[HOMES] + 8 * ARRAYS * r, word)
+        run = pointer(block[RUNS] + 8 * RUN_ENTRIES * r, word)
+        homes = pointer(block[HOMES] + 8 * ARRAYS * r, word)
         _bring_in(homes, run, block[SIZE], like)
         _advance(block, run, like, top, average, limit)
         _bring_home(homes, run, block[SIZE], like)
@@ -257,7 +259,7 @@ def loop_kernel(dtype: str, top: Any, average: Any, limit: Any) -> Any:
     """The kernel that advances runs whose arrays are of one dtype; each option is None or True."""
     like = cpu.LIKE[dtype]
 
-    @_kernel
+    @c_kernel
     def loop_kernel(block, part, parts):
         _advance_share(block, part, parts, like, top, average, limit)
 
@@ -302,12 +304,12 @@ def _reader(spec):
     at, dtype, shape, strides, layout, scalar = spec
     like = np.dtype(dtype).type(0)
     if scalar:
-        return njit(lambda words: carray(_pointer(words[at], like), 1)[0])
+        return njit(lambda words: carray(pointer(words[at], like), 1)[0])
     if layout == "C":
-        return njit(lambda words: carray(_pointer(words[at], like), shape))
+        return njit(lambda words: carray(pointer(words[at], like), shape))
     if layout == "F":
-        return njit(lambda words: farray(_pointer(words[at], like), shape))
-    return njit(lambda words: as_strided(carray(_pointer(words[at], like), 1), shape, strides))
+        return njit(lambda words: farray(pointer(words[at], like), shape))
+    return njit(lambda words: as_strided(carray(pointer(words[at], like), 1), shape, strides))
 
 
 def _read_all(specs):
@@ -365,9 +367,9 @@ def _objective_kernel(fun: Any, jac: Any, fills: bool, dtype: str, shape: Any, s
     entries = len(specs) + 1
 
     def evaluate(x_address, g_address, address):
-        words = carray(_pointer(address, np.int64(0)), entries)
-        x = carray(_pointer(x_address, like), shape)
-        g = carray(_pointer(g_address, like), shape)
+        words = carray(pointer(address, np.int64(0)), entries)
+        x = carray(pointer(x_address, like), shape)
+        g = carray(pointer(g_address, like), shape)
         value = np.nan
         try:
             value = both(x, g, read(words))

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from .. import arrays
-from . import objective, stopping
 from .. import hyperparameters as hp
-from .bounds import read_bounds
 from ..arrays.tree import Container, flatten, materialized, rebuild
-from .objective import Objective
 from ..optimizer import _CHECKED, _ELSEWHERE, AdamW
+from . import objective, stopping
+from .bounds import read_bounds
+from .objective import Objective
 from .run import Problem, Run, within
 from .service import Keeper, Progress, caught_signals, explain
 

@@ -139,8 +139,8 @@ def _in_compiled_loop(
     """All results, or None where Python is needed at each step."""
     if "numba" not in sys.modules or options.get("callback") is not None:
         return None
-    from .loop_kernel import is_compiled
     from .compiled_loop import compiled_loop
+    from .loop_kernel import is_compiled
 
     if not is_compiled(fun) or not options.get("compiled", True):
         return None

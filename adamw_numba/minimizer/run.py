@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import arrays
-from . import stopping
 from ..arrays import Array
 from ..arrays.tree import Container, rebuild
+from ..optimizer import AdamW, LastStep
+from . import stopping
 from .history import COLUMNS, History
 from .objective import Evaluation, Objective
-from ..optimizer import AdamW, LastStep
 from .result import new_result
 
 

@@ -9,8 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from . import snapshot as checkpoint, manifest
 from ..hyperparameters import flag, integer
+from . import manifest
+from . import snapshot as checkpoint
 from .stores.atomic import CorruptFileError, remove
 from .stores.targets import check_no_url, check_target
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from .._version import __version__
 from .stores import targets as opening
-from .stores.checksums import crc32
 from .stores.atomic import CorruptFileError
+from .stores.checksums import crc32
 from .stores.npz import MANIFEST
 
 FORMAT, VERSION = "adamw_numba", 1

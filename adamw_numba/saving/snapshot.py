@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import arrays
-from . import manifest
 from ..arrays import Array
-from .manifest import Saved, encoded
 from ..state import check_scalar
+from . import manifest
+from .manifest import Saved, encoded
 from .stores.atomic import CorruptFileError
 
 Place = tuple[dict[str, Array], str]

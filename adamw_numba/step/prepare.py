@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import arrays
+from ..array_api import functions as array_api
 from ..arrays import Array
 from ..coefficients import clip_factor, coefficients, log, step_size, whole_norm
-from ..array_api import functions as array_api
 from ..update import Coefficients
 
 Call = tuple[Any, ...]

@@ -3,17 +3,17 @@
 import gc
 import weakref
 
-from helpers import libraries
 import numpy as np
 import pytest
 import torch
+from helpers import libraries
+from helpers.oracle import Oracle
 from hypothesis import given
 from hypothesis import strategies as st
-from helpers.oracle import Oracle
 
-from adamw_numba import arrays, AdamW
-from adamw_numba.cpu import kernels as cpu
+from adamw_numba import AdamW, arrays
 from adamw_numba.arrays import reader as headers
+from adamw_numba.cpu import kernels as cpu
 
 
 def train(variables, gradients, **options):

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from numba import carray, cfunc, types
 
-from adamw_numba.cpu import kernels as cpu, jobs, pool as threads
+from adamw_numba.cpu import jobs
+from adamw_numba.cpu import kernels as cpu
+from adamw_numba.cpu import pool as threads
 from adamw_numba.cpu.pool import CLOSELY, MOST_PASSED_OVER, WOKEN_FROM
 
 SMALL = 2**16

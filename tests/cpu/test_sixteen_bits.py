@@ -1,8 +1,8 @@
 """16-bit variables train: float32 state and a float32 master, which a write by the owner restarts."""
 
-from helpers import libraries
 import numpy as np
 import pytest
+from helpers import libraries
 
 from adamw_numba import AdamW
 

@@ -4,11 +4,10 @@ import platform
 
 import numpy as np
 import pytest
-from numba import njit
 from helpers.oracle import Oracle
+from numba import njit
 
-from adamw_numba import minimize
-from adamw_numba import AdamW
+from adamw_numba import AdamW, minimize
 
 FLUSHED = platform.machine() in ("x86_64", "AMD64")
 OPTIONS = {

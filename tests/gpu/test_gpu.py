@@ -8,16 +8,16 @@ import contextlib
 import math
 import warnings
 
-from helpers import libraries
 import numpy as np
 import pytest
 import torch
+from helpers import libraries
+from helpers.oracle import Oracle
 from hypothesis import HealthCheck, given, settings
 from numba import config
-from helpers.oracle import Oracle
 from test_parity import assert_equals_the_textbook, magnitudes, runs, train
 
-from adamw_numba import schedules, AdamW, LossScaleOptimizer
+from adamw_numba import AdamW, LossScaleOptimizer, schedules
 
 SIMULATED = bool(config.ENABLE_CUDASIM)
 

@@ -11,8 +11,7 @@ import sys
 import numba
 import numpy as np
 
-from adamw_numba import minimize
-from adamw_numba import schedules, Checkpoints
+from adamw_numba import Checkpoints, minimize, schedules
 
 
 class Shuffled:

@@ -7,7 +7,7 @@ import optax
 import pytest
 import torch
 
-from adamw_numba import arrays, interop, AdamW, LossScaleOptimizer
+from adamw_numba import AdamW, LossScaleOptimizer, arrays, interop
 
 SHAPES = [(3, 2), (2,), (2, 4), (4,)]
 KERAS = {

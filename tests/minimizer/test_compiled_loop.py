@@ -11,9 +11,8 @@ import scipy.optimize
 import torch
 from scipy.optimize import Bounds, rosen, rosen_der
 
-from adamw_numba import minimize, multistart
+from adamw_numba import minimize, multistart, schedules
 from adamw_numba.minimizer import compiled_loop as loops
-from adamw_numba import schedules
 
 START = np.linspace(-1, 1, 5)
 DATA = np.arange(12.0).reshape(3, 4)

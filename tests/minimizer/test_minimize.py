@@ -15,8 +15,7 @@ import torch
 from scipy.optimize import Bounds, OptimizeResult, OptimizeWarning, rosen, rosen_der
 
 import adamw_numba
-from adamw_numba import minimize, multistart
-from adamw_numba import schedules, AdamW
+from adamw_numba import AdamW, minimize, multistart, schedules
 
 START = np.array([1.3, 0.7, 0.8, 1.9, 1.2])
 SHORT = {"learning_rate": 0.02, "maxiter": 60}

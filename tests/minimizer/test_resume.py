@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from helpers.resumed import CASES
 
-from adamw_numba import minimize
-from adamw_numba import Checkpoints
+from adamw_numba import Checkpoints, minimize
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "resumed.py"
 

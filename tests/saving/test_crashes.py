@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adamw_numba.saving import manifest
 from adamw_numba import AdamW, CorruptFileError
-from adamw_numba.saving.stores import npz, targets as opening
+from adamw_numba.saving import manifest
+from adamw_numba.saving.stores import npz
+from adamw_numba.saving.stores import targets as opening
 
 FILES = ["s.npz", "s.safetensors", "s.h5", "s.zarr.zip"]
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, uses fork and resource limits")

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from adamw_numba import interop, AdamW, Checkpoints, CorruptFileError
+from adamw_numba import AdamW, Checkpoints, CorruptFileError, interop
 from adamw_numba.saving import manifest
 from adamw_numba.saving.stores import npz
 

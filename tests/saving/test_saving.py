@@ -8,18 +8,19 @@ import time
 from pathlib import Path
 
 import h5py
-from helpers import libraries
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 import torch
 import zarr
+from helpers import libraries
 
 import adamw_numba
-from adamw_numba.saving import snapshot as checkpoint, manifest
-from adamw_numba import schedules, AdamW, Checkpoints, CorruptFileError, LossScaleOptimizer, saved_variables
+from adamw_numba import AdamW, Checkpoints, CorruptFileError, LossScaleOptimizer, saved_variables, schedules
 from adamw_numba.__main__ import main
+from adamw_numba.saving import manifest
+from adamw_numba.saving import snapshot as checkpoint
 from adamw_numba.saving.stores import checksums, npz
 
 STORES = ["s.npz", "s.safetensors", "s.h5", "s.zarr", "s.zarr.zip"]
@@ -522,7 +523,9 @@ def test_errors_of_the_background_are_not_lost(tmp_path, monkeypatch):
     checkpoints.save(optimizer, 2)
     assert checkpoints.save(optimizer, 3) is None
     with monkeypatch.context() as patches:
-        patches.setattr(adamw_numba.saving.checkpoints, "wait", lambda futures: (_ for _ in ()).throw(KeyboardInterrupt))
+        patches.setattr(
+            adamw_numba.saving.checkpoints, "wait", lambda futures: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             checkpoints.close()
     gate.set()

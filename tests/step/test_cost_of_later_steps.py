@@ -6,10 +6,10 @@ import subprocess
 import sys
 import tracemalloc
 
-from helpers import libraries
 import numpy as np
 import pytest
 import torch
+from helpers import libraries
 
 from adamw_numba import AdamW
 

@@ -7,14 +7,14 @@ import threading
 from pathlib import Path
 
 import array_api_strict
-from helpers import libraries
 import numpy as np
 import pytest
 import torch
+from helpers import libraries
 
 import adamw_numba
-from adamw_numba.step import prepare as step
 from adamw_numba import AdamW, LossScaleOptimizer
+from adamw_numba.step import prepare as step
 
 HOME = str(Path(adamw_numba.__file__).parent)
 

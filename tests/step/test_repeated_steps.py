@@ -3,15 +3,15 @@
 import copy
 from collections import OrderedDict, UserDict, defaultdict, namedtuple
 
-from helpers import libraries
 import numpy as np
 import pytest
 import torch
+from helpers import libraries
 
-from adamw_numba.cpu import plan
-from adamw_numba import schedules, AdamW
-from adamw_numba.step import prepare as step
+from adamw_numba import AdamW, schedules
 from adamw_numba.arrays.tree import flatten
+from adamw_numba.cpu import plan
+from adamw_numba.step import prepare as step
 
 OPTIONS = {
     "plain": {},

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .checksums import PIECE
 from .atomic import CorruptFileError
+from .checksums import PIECE
 
 _BLOCK = 512
 _FLETCHER32 = 3

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from .checksums import PIECE, pieces, shifted
 from .atomic import CorruptFileError
+from .checksums import PIECE, pieces, shifted
 
 MANIFEST = "manifest.json"
 _MOST_MEMBERS = 4_000_000

@@ -1,0 +1,122 @@
+"""Where an array lies in memory: address, shape, strides, and which bytes it shares with others."""
+
+import operator
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import array_api_compat
+import numpy as np
+
+from . import gpu
+from .library import ITEMSIZE, Array, dtype_name
+
+_TENSOR_TYPES: set[type] = set()
+_NDARRAYS = {np.ndarray, np.memmap}
+_ALIGNED_WRITEABLE = 0x500  # of NumPy's flags
+_OF_TENSOR = operator.attrgetter("dtype", "device", "shape", "is_leaf")
+
+
+class Layout(NamedTuple):
+    """Where an array lies, on the host or on a GPU: address and strides in bytes."""
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+
+
+def layout_of(array: Array) -> Layout:
+    """Read the layout of a NumPy array, of a torch tensor, or of any array on a GPU."""
+    if isinstance(array, np.ndarray):
+        return Layout(array.ctypes.data, array.shape, array.strides, array.dtype.name)
+    if not array_api_compat.is_torch_array(array):
+        return Layout(*gpu.layout(array))
+    size = array.element_size()
+    strides = tuple(stride * size for stride in array.stride())
+    return Layout(array.data_ptr(), tuple(array.shape), strides, dtype_name(array))
+
+
+def address(array: Array) -> int:
+    """Where an array with compiled kernels lies now."""
+    if type(array) in _NDARRAYS:
+        return int(array.ctypes.data)
+    if type(array) in _TENSOR_TYPES:
+        return int(array.data_ptr())
+    return layout_of(array).address
+
+
+def memory(array: Array) -> tuple[int, int]:
+    """Where an array lies, and, of a tensor, how many bytes its storage holds."""
+    if type(array) in _NDARRAYS:
+        return array.ctypes.data, 0
+    if array_api_compat.is_torch_array(array):
+        return array.data_ptr(), array.untyped_storage().nbytes()
+    return layout_of(array).address, 0
+
+
+def signature(array: Array) -> object:
+    """All that a verdict on an array rests on, other than its address; None where that cannot be read quickly."""
+    kind = type(array)
+    if kind in _NDARRAYS:
+        return kind, array.dtype, array.shape, array.strides, array.flags.num & _ALIGNED_WRITEABLE
+    if kind not in _TENSOR_TYPES:
+        if array_api_compat.is_cupy_array(array):
+            return kind, array.dtype, array.shape, array.strides, array.device.id
+        if not array_api_compat.is_torch_array(array):
+            return gpu.signature(array) if gpu.is_cuda_array(array) else None
+        _TENSOR_TYPES.add(kind)
+    try:
+        held = array.untyped_storage().nbytes(), array.storage_offset()
+        return kind, *_OF_TENSOR(array), array.stride(), array.is_conj(), array.is_neg(), held
+    except (RuntimeError, NotImplementedError):  # a sparse tensor has no strides, a fake one no storage
+        return None
+
+
+def extent(layout: Layout) -> tuple[int, int]:
+    """The first byte of an array and the one after its last; the same twice for an empty one."""
+    if 0 in layout.shape:
+        return layout.address, layout.address
+    reach = [stride * (size - 1) for size, stride in zip(layout.shape, layout.strides, strict=True)]
+    low = layout.address + sum(min(0, r) for r in reach)
+    return low, layout.address + sum(max(0, r) for r in reach) + ITEMSIZE[layout.dtype]
+
+
+def share_memory(one: Layout, other: Layout) -> bool:
+    """Whether two arrays have a byte in common: exact, or True where that is too hard to tell."""
+    (low, high), (other_low, other_high) = extent(one), extent(other)
+    if low >= other_high or other_low >= high or low == high or other_low == other_high:
+        return False
+    try:
+        return bool(np.shares_memory(_shadow(one), _shadow(other), max_work=100_000))  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _shadow(layout: Layout) -> np.ndarray[Any, Any]:
+    """An array over the same bytes, of any library: compared, never read."""
+    interface = {
+        "data": (layout.address, True),
+        "shape": layout.shape,
+        "strides": layout.strides,
+        "typestr": f"|V{ITEMSIZE[layout.dtype]}",
+        "version": 3,
+    }
+    return np.asarray(SimpleNamespace(__array_interface__=interface))
+
+
+def is_aligned(array: Array) -> bool:
+    layout = layout_of(array)
+    return layout.address % min(ITEMSIZE.get(layout.dtype, 1), 8) == 0
+
+
+def overlaps_itself(layout: Layout) -> bool:
+    """True unless each axis steps over all that the axes with smaller strides span."""
+    if 0 in layout.shape:
+        return False
+    axes = sorted((abs(stride), size) for size, stride in zip(layout.shape, layout.strides, strict=True) if size > 1)
+    span = ITEMSIZE[layout.dtype]
+    for stride, size in axes:
+        if stride < span:
+            return True
+        span += stride * (size - 1)
+    return False

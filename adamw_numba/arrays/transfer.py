@@ -1,0 +1,138 @@
+"""Making, copying and writing arrays, each by its own library."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+from . import gpu
+from .library import Array, dtype_name, family, has_version, is_array, is_mutable, library_name, namespace
+
+
+def zeros_like(array: Array, dtype: str) -> Array:
+    """Zeros of an array's library, shape, memory order and device, in another dtype."""
+    if isinstance(array, np.ndarray):
+        return np.zeros_like(array, dtype=dtype, order="K", subok=False)
+    if family(array) == "cuda":
+        return gpu.zeros_like(array, dtype)
+    xp = namespace(array)
+    if array_api_compat.is_torch_array(array):
+        return xp.zeros_like(array.detach(), dtype=getattr(xp, dtype))
+    return xp.zeros(array.shape, dtype=getattr(xp, dtype), device=array_api_compat.device(array))
+
+
+def like(array: Array, value: Array) -> Array:
+    """A copy of a value as an array of the library, dtype, layout and device of another array."""
+    if not is_mutable(array):
+        xp = namespace(array)
+        return xp.astype(xp.asarray(value if namespace(value) is xp else to_numpy(value)), array.dtype)
+    result = zeros_like(array, dtype_name(array))
+    write(result, value)
+    return result
+
+
+def write(array: Array, value: Array) -> None:
+    """Assign every element of a mutable array; torch is told of the change.
+
+    Raises
+    ------
+    TypeError
+        If the array is immutable.
+    ValueError
+        If the shapes differ.
+    """
+    if not is_mutable(array):
+        raise TypeError(f"arrays of {library_name(array)} are immutable; use `stateless_apply` and its return values")
+    value = value if is_array(value) else np.asarray(value)
+    if tuple(value.shape) != tuple(array.shape):
+        raise ValueError(f"value has shape {tuple(value.shape)}; expected {tuple(array.shape)}")
+    if library_name(value) != library_name(array):
+        value = to_numpy(value)
+    if array_api_compat.is_torch_array(array):
+        array.detach().copy_(value.detach() if library_name(value) == "torch" else namespace(array).asarray(value))
+        if has_version(array):
+            note_writes([array])
+    elif array_api_compat.is_numpy_array(array):
+        array[...] = value
+    elif family(array) == "cuda" and gpu.is_foreign(array):
+        gpu.write(array, to_numpy(value))
+    elif array_api_compat.is_cupy_array(array):
+        with array.device:
+            array[...] = namespace(array).asarray(value)
+    else:
+        xp = namespace(array)
+        array[...] = xp.astype(xp.asarray(value, device=array_api_compat.device(array)), array.dtype)
+
+
+def write_all(writes: Sequence[tuple[Array, Array]]) -> None:
+    """Write several arrays, all or none: what comes in between, an interrupt say, is kept until all are written."""
+    for array, _ in writes:
+        if not is_mutable(array) or not getattr(getattr(array, "flags", None), "writeable", True):
+            raise ValueError(f"an array of shape {tuple(array.shape)} is read-only; expected one that can be written")
+    try:
+        for array, value in writes:
+            write(array, value)
+    except BaseException:
+        for array, value in writes:
+            write(array, value)
+        raise
+
+
+def cast(scratch: Array, value: Array) -> None:
+    """Fill a scratch array with a value of another dtype or layout; what is too large becomes infinite."""
+    if isinstance(scratch, np.ndarray):
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            np.copyto(scratch, value, casting="unsafe")
+    elif array_api_compat.is_torch_array(scratch):
+        scratch.copy_(value.detach())
+    elif array_api_compat.is_cupy_array(scratch):
+        with scratch.device:
+            scratch[...] = value
+    else:
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            gpu.write(scratch, gpu.to_numpy(value))
+
+
+def writeable_copy(array: Array) -> Array:
+    """The array itself, or a copy of a read-only NumPy array."""
+    read_only = isinstance(array, np.ndarray) and not array.flags.writeable
+    return like(array.copy(), array) if read_only else array
+
+
+def to_numpy(array: Array) -> np.ndarray[Any, Any]:
+    """A NumPy copy of an array of any library; torch's bfloat16 becomes float32, which holds it exactly."""
+    if family(array) == "cuda":
+        return gpu.to_numpy(array)
+    if array_api_compat.is_torch_array(array):
+        array = array.detach().cpu()
+        array = array.float() if dtype_name(array) == "bfloat16" else array
+        return np.array(array.resolve_conj().resolve_neg().numpy())
+    if hasattr(array, "get") and not isinstance(array, np.ndarray):
+        array = array.get()
+    return np.array(array)
+
+
+def bits(array: Array) -> Array:
+    """The array itself; of a mutable one of bfloat16 its bits, as uint16 over the same memory."""
+    if dtype_name(array) != "bfloat16":
+        return array
+    if array_api_compat.is_torch_array(array):
+        return array.detach().view(sys.modules["torch"].uint16)
+    return (array if isinstance(array, np.ndarray) else to_numpy(array)).view(np.uint16)
+
+
+def as_numpy(array: Array) -> np.ndarray[Any, Any]:
+    """An array as NumPy, where it lies if it is on the host, else a copy; bfloat16 as its bits in uint16."""
+    array = bits(array)
+    if array_api_compat.is_torch_array(array) and array.device.type == "cpu":
+        host: np.ndarray[Any, Any] = array.detach().resolve_conj().resolve_neg().numpy()
+        return host
+    return array if isinstance(array, np.ndarray) else to_numpy(array)
+
+
+def note_writes(tensors: Sequence[Array]) -> None:
+    """Tell torch's autograd that tensors are about to change in place, so that stale graphs are still noticed."""
+    if tensors:
+        sys.modules["torch"].autograd.graph.increment_version(tensors)
