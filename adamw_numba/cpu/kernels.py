@@ -14,6 +14,7 @@ from numba import carray, cfunc, types
 from numpy.lib.stride_tricks import as_strided
 
 from ..arrays.compiled import cached, first_above, jit, jit_for_python, pointer
+from ..arrays.runs import ARRAY, COUNT, G_AT, G_STEP, P_AT, P_STEP, S_AT, S_STEP, START
 from ..update import (
     AVERAGE,
     LEAST_EPSILON,
@@ -37,8 +38,6 @@ FURTHER_AHEAD = 4096  # bytes: what is read only passes faster
 LANES = 64  # independent sums of squares in a chunk, whatever the machine's vectors
 LIKE = {"float32": np.float32(0), "float64": np.float64(0), "float16": np.int16(0), "bfloat16": np.uint16(0)}
 
-# Columns of the work list: one row per chunk; positions and steps in bytes.
-ARRAY, START, COUNT, P_AT, G_AT, S_AT, P_STEP, G_STEP, S_STEP = range(9)
 # The block: addresses and sizes.
 WORK, CHUNKS, TABLE, ARRAYS, FACTORS, NUMBERS, PARTIALS, SUMS, IS_FAR, BLOCK_WORDS = range(10)
 # The numbers of a step: ten coefficients, whether to overwrite with the average, the scale of the squares.

@@ -16,9 +16,11 @@ import numpy as np
 from numba import cuda
 
 from .. import arrays
-from ..arrays import Array, Layout
+from ..arrays import Array
 from ..arrays import gpu as gpu_arrays
-from ..cpu.plan import Flag, Matrix, Plan
+from ..arrays.runs import Matrix
+from ..arrays.table import AddressTable
+from ..cpu.plan import Flag
 from ..update import LEAST_EPSILON
 from . import kernels
 from .memory import SIMULATED
@@ -112,8 +114,8 @@ class Mirror:
 _KEPT: list[Any] = []  # what captured graphs use, whose end nobody tells
 
 
-class DevicePlan(Plan):
-    """See `Plan`; a step is `begin` (where all can fail), then `launches`, then `run`.
+class Plan:
+    """A step is `begin` (where all can fail), then `launches`, then `run`.
 
     Attributes
     ----------
@@ -166,9 +168,11 @@ class DevicePlan(Plan):
         ]
         with self.current():
             self._event: Any = cuda.event()
-            self._table = Mirror(np.zeros((8, len(names)), np.int64))
+            self._sent_table = Mirror(np.zeros((8, len(names)), np.int64))
             self._make_rows(4 * AHEAD)
-            super().__init__(place, names, variables, slots)
+            self.table = AddressTable(place, names, variables, slots)
+            self._laid_out: object = None  # the arrangement that `groups` are made for
+            self._arrange_if_changed()
 
     def current(self) -> AbstractContextManager[Any]:
         """In which this plan's GPU is the current one."""
@@ -186,17 +190,18 @@ class DevicePlan(Plan):
         """
         with self.current():
             self._take_streams(gradients)
-            self.refresh(gradients)
-            for handle, _ in self._streams[1:]:  # also after what `refresh` has cast in them
+            self.table.refresh(gradients)
+            self._arrange_if_changed()
+            for handle, _ in self._streams[1:]:  # also after what the table has cast in them
                 self._wait(handle, self._handle)
-            self._table.host[...] = self.table
+            self._sent_table.host[...] = self.table.addresses
             if self._is_capturing:
-                self._table.send_captured(self._stream)
+                self._sent_table.send_captured(self._stream)
                 return
-            self._table.refill()
+            self._sent_table.refill()
             if self.has_captures:
-                self._table.forget()  # a replay may have sent its own
-            self._table.send(self._stream)
+                self._sent_table.forget()  # a replay may have sent its own
+            self._sent_table.send(self._stream)
             if self._interrupted:
                 self._run(self._interrupted)
 
@@ -286,7 +291,7 @@ class DevicePlan(Plan):
         self._is_capturing = False
         with self.current():
             _wait_for_all()
-            self._take_streams([None] * len(self.names))
+            self._take_streams([None] * len(self.table.names))
             self.expect(first)
             self.send_rows(first, count, row_at, key)
             _wait_for_all()
@@ -384,7 +389,7 @@ class DevicePlan(Plan):
             for g in self.groups
         ]
         first = self.groups[0].address
-        result.append((self._configure(kernels.norm_kernel(), len(self.names)), first, flags, -1))
+        result.append((self._configure(kernels.norm_kernel(), len(self.table.names)), first, flags, -1))
         if decide:
             result.append((self._configure(kernels.decide_kernel(), 1), first, flags, -1))
         return result
@@ -451,7 +456,7 @@ class DevicePlan(Plan):
             self._wait(self._handle, handle)
         changes: dict[str, Any] = {"_completed": launches, "has_norm": normed}
         if self._is_capturing:
-            tables = self._table, self._rows, self._control, self._partials, self._norms, self._scales
+            tables = self._sent_table, self._rows, self._control, self._partials, self._norms, self._scales
             _KEPT.append((tables, self._ranges_of_partials, self._lists, self.groups))
             changes |= {"has_captures": True, "is_certain": False, "pending": True}
             changes["_captured_flags"] = launches[-1][2] & (kernels.CLIPPED | kernels.GUARDED)
@@ -509,18 +514,23 @@ class DevicePlan(Plan):
             self._run(self.norm_launches(total, kernels.STILL, decide=False))
             self._stream.synchronize()
             norms = self._norms.copy_to_host()
-        return {i: float(norms[i]) for i in self.own}
+        return {i: float(norms[i]) for i in self.table.own}
 
     # Laying out
 
-    def _arrange(self, arrangement: Sequence[tuple[Layout, Layout]]) -> None:
+    def _arrange_if_changed(self) -> None:
+        if self._laid_out is not self.table.arrangement:
+            self._arrange()
+            self._laid_out = self.table.arrangement
+
+    def _arrange(self) -> None:
         if self._is_capturing or self.has_captures:
             raise RuntimeError(
                 "arrays have changed their dtype or layout when, or since, a graph was captured; expected them to stay "
                 "as they were, or another optimizer"
             )
         kinds: dict[tuple[str, str], list[Matrix]] = {}
-        for types, runs in self._runs(arrangement):
+        for types, runs in self.table.runs():
             kinds.setdefault(types, []).append(_with_decay(runs, self._decayed))
         works = {kind: np.concatenate(runs) for kind, runs in kinds.items()}
         works = works or {("float32", "float32"): np.zeros((0, kernels.RUN_COLUMNS), np.int64)}
@@ -533,7 +543,7 @@ class DevicePlan(Plan):
             self.iteration, self.is_certain, self.pending = told, False, was_pending
 
     def _lay_out(self, works: dict[tuple[str, str], Matrix]) -> None:
-        n = len(self.names)
+        n = len(self.table.names)
         chunk = chunk_of(sum(int(work[:, kernels.COUNT].sum()) for work in works.values()), _processors())
         ends = [np.cumsum(-(-work[:, kernels.COUNT] // chunk)) for work in works.values()]
         square_ends = [np.cumsum(-(-work[:, kernels.COUNT] // kernels.SQUARES)) for work in works.values()]
@@ -564,7 +574,7 @@ class DevicePlan(Plan):
             self._words.append(words)
         self.groups = []
         for (p_type, g_type), work, words in zip(works, works.values(), self._words, strict=True):
-            master = True if len(work) and "master" in self.slots[work[0, kernels.ARRAY]] else None
+            master = True if len(work) and "master" in self.table.slots[work[0, kernels.ARRAY]] else None
             block = cuda.to_device(words)
             self.groups.append(
                 Group(
@@ -585,7 +595,7 @@ class DevicePlan(Plan):
         rows = self._rows.address
         at = rows + 16
         addresses = {
-            kernels.TABLE: self._table.address,
+            kernels.TABLE: self._sent_table.address,
             kernels.CONTROL: gpu_arrays.address(self._control),
             kernels.HEADER: rows,
             kernels.ROWS_DOUBLE: at,
@@ -610,7 +620,7 @@ def chunk_of(elements: int, processors: int) -> int:
 
 
 def _with_decay(runs: Matrix, decayed: Sequence[bool]) -> Matrix:
-    """The runs of `plan.py`, as the kernels of a GPU want them."""
+    """The runs of an address table, as the kernels of a GPU want them."""
     result = np.zeros((len(runs), kernels.RUN_COLUMNS), np.int64)
     result[:, kernels.ARRAY], result[:, kernels.COUNT] = runs[:, 0], runs[:, 2]
     result[:, kernels.DECAYED] = decayed[runs[0, 0]]

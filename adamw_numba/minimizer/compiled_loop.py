@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays.runs import CHUNK
 from ..coefficients import coefficients
 from ..cpu import kernels as cpu
-from ..cpu.plan import CHUNK
 from ..cpu.pool import WOKEN_FROM, call_helpers, helpers_of, job_call
 from ..schedules import _HOST, LearningRateSchedule, _Schedule
 from . import loop_kernel as kernel

@@ -130,11 +130,11 @@ def build(names: list[str], variables: list[Array], slots: list[dict[str, Array]
     for where in dict.fromkeys(place for place in places if place is not None):
         here = [v if place == where else None for v, place in zip(variables, places, strict=True)]
         if where == "cpu":
-            from ..cpu.plan import HostPlan  # compiled code, imported at first use
+            from ..cpu.plan import Plan  # compiled code, imported at first use
 
-            plan = HostPlan(names, here, slots, decayed)
+            plan = Plan(names, here, slots, decayed)
         else:
-            from ..gpu.plan import DevicePlan
+            from ..gpu.plan import Plan as DevicePlan
 
             devices.append(DevicePlan(where, names, here, slots, decayed))
     tensors = [(i, variable) for i, variable in enumerate(variables) if arrays.has_version(variable)]
@@ -215,7 +215,7 @@ def take_again(
         return False
     gradients = list(grads)  # the caller's may change while we work
     number = iteration.item()
-    if not 0 < number < 2**62 or plan.reads(gradients) != len(gradients):
+    if not 0 < number < 2**62 or plan.table.reads(gradients) != len(gradients):
         return False
     if rates is not None:
         rate, weight_decay = rates
@@ -369,7 +369,7 @@ def _refresh(built: Built, gradients: Sequence[Array | None], threads: int | Non
             arrays.check_gradient(built.names[i], gradients[i], built.variables[i])
     if built.plan is not None:
         built.plan.threads = threads
-        built.plan.refresh(gradients)
+        built.plan.begin(gradients)
     for device in built.devices:
         device.begin(gradients)
 

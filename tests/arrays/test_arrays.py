@@ -11,9 +11,8 @@ from helpers.oracle import Oracle
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adamw_numba import AdamW, arrays
+from adamw_numba import AdamW, arrays, update
 from adamw_numba.arrays import reader as headers
-from adamw_numba.cpu import kernels as cpu
 
 
 def train(variables, gradients, **options):
@@ -212,9 +211,9 @@ def reader_of(array):
     layout = arrays.layout_of(array)
     low, high = (end - layout.address for end in arrays.extent(layout))
     table = np.zeros((8, 1), np.int64)
-    table[cpu.P] = layout.address
+    table[update.P] = layout.address
     records = [[headers.record(array, layout, low, high, flags)] for flags in (headers.WRITEABLE, headers.ALIGNED)]
-    return headers.Reader([array], [(cpu.P, 0)], *records, np.zeros((2, 0), np.int64), table), table
+    return headers.Reader([array], [(update.P, 0)], *records, np.zeros((2, 0), np.int64), table), table
 
 
 @pytest.mark.parametrize("case", [*ARRAYS, *TENSORS])
@@ -223,9 +222,9 @@ def test_headers_agree_with_the_library(case):
     array = (ARRAYS | TENSORS)[case]
     reader, table = reader_of(array)
     assert read(reader, [array])
-    assert table[cpu.G, 0] == arrays.address(array)
+    assert table[update.G, 0] == arrays.address(array)
     assert read(reader, [None])
-    assert table[cpu.G, 0] == 0
+    assert table[update.G, 0] == 0
     one = np if case in ARRAYS else torch
     others = [array[None], one.zeros((7, 7), dtype=array.dtype), one.ones(array.shape, dtype=one.int8), 1.0, "text"]
     others += [np.ones(array.shape, "i2"), torch.ones(tuple(array.shape), dtype=torch.int16), torch.ones(2).to_sparse()]
@@ -234,7 +233,7 @@ def test_headers_agree_with_the_library(case):
     for other in others:
         assert not read(reader, [other])
     if arrays.extent(layout := arrays.layout_of(array)) != (layout.address, layout.address):
-        table[cpu.P] += 8
+        table[update.P] += 8
         assert not read(reader, [array])
 
 

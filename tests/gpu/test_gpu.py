@@ -399,7 +399,7 @@ def test_two_storages_take_two_launches_and_one_step():
 )
 def test_an_interrupt_among_the_launches(when, nth, options, monkeypatch):
     """Two kinds of arrays, so several launches: the step is taken, or not begun."""
-    from adamw_numba.gpu.plan import DevicePlan
+    from adamw_numba.gpu.plan import Plan
 
     def run(interrupted):
         variables = [array(np.ones(4), "float32"), array(np.ones(4), "float64")]
@@ -410,7 +410,7 @@ def test_an_interrupt_among_the_launches(when, nth, options, monkeypatch):
             optimizer.apply(gradients)
         before = [libraries.look(v).copy() for v in variables]
         count = iter(range(10**6))
-        configure = DevicePlan._configure
+        configure = Plan._configure
 
         def interrupting(plan, kernel, grid):
             launch = configure(plan, kernel, grid)
@@ -427,7 +427,7 @@ def test_an_interrupt_among_the_launches(when, nth, options, monkeypatch):
 
         if interrupted:
             with monkeypatch.context() as patch:
-                patch.setattr(DevicePlan, "_configure", interrupting)
+                patch.setattr(Plan, "_configure", interrupting)
                 with contextlib.suppress(KeyboardInterrupt):
                     optimizer.apply(gradients)
         else:
@@ -460,12 +460,12 @@ class Graph:
     def __enter__(self):
         from adamw_numba.gpu import plan as device_plan
 
-        configure = device_plan.DevicePlan._configure
+        configure = device_plan.Plan._configure
         self.context = self.patch.context()
         patch = self.context.__enter__()
         patch.setattr(device_plan, "_is_capturing", lambda handle: True)
         patch.setattr(
-            device_plan.DevicePlan,
+            device_plan.Plan,
             "_configure",
             lambda plan, kernel, grid: lambda *words: self.recorded.append((configure(plan, kernel, grid), words)),
         )

@@ -9,8 +9,8 @@ import torch
 from helpers import libraries
 
 from adamw_numba import AdamW, schedules
+from adamw_numba.arrays import table
 from adamw_numba.arrays.tree import flatten
-from adamw_numba.cpu import plan
 from adamw_numba.step import prepare as step
 
 OPTIONS = {
@@ -173,7 +173,7 @@ def test_a_lazy_gradient_after_an_interrupt(monkeypatch):
     optimizer = AdamW(0.1)
     optimizer.build([variable])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(plan, "Tensors", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(table, "Tensors", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         optimizer.apply([torch.ones(4)])
     for _ in range(3):
         optimizer.apply([torch.ones(4)])
