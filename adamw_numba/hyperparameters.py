@@ -2,50 +2,100 @@
 
 import inspect
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
+
+from .arrays.brief import brief
 
 _BOOLEAN: Any = bool  # which mypy takes for no number
 Check = Callable[[str, Any], Any]
 
 
+class Hyperparameters:
+    """The values of an optimizer's hyperparameters, by name.
+
+    Attributes
+    ----------
+    token : object
+        Another one after every change: what was worked out from the values holds as long as the token.
+    is_fixed : bool
+        Whether the state has been allocated, on which some of them depend.
+    learning_rate_function, weight_decay_function : Rate or None
+        What is called at each step; None where the rate is a number.
+    """
+
+    def __init__(self) -> None:
+        self.token = object()
+        self.is_fixed = False
+        self.learning_rate_function: Rate | None = None
+        self.weight_decay_function: Rate | None = None
+
+
 class Hyperparameter:
-    """An attribute that is checked whenever it is set; reading it costs no more than any other attribute.
+    """An attribute of an optimizer that is checked whenever it is set, and kept in its `hyper`.
 
     Parameters
     ----------
     check : callable
         ``check(name, value)`` returns the value to keep, or raises.
-    frozen : bool
-        Whether it is fixed once the optimizer is built: the arrays of the state depend on it.
+    fixed : bool
+        Whether it cannot change once the optimizer is built: the arrays of the state depend on it.
     """
 
-    def __init__(self, check: Check, frozen: bool = False) -> None:
+    def __init__(self, check: Check, fixed: bool = False) -> None:
         self.check = check
-        self.frozen = frozen
+        self.fixed = fixed
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return self if instance is None else instance.hyper.__dict__[self.name]
+
     def __set__(self, instance: Any, value: Any) -> None:
+        values = instance.hyper.__dict__
         value = self.check(self.name, value)
-        if self.frozen and instance.__dict__.get("built") and value != instance.__dict__[self.name]:
+        if self.fixed and values["is_fixed"] and value != values[self.name]:
             raise ValueError(
                 f"`{self.name}` cannot change once the optimizer is built, since its state depends on it. "
-                f"Received: {self.name}={value!r}; it is {instance.__dict__[self.name]!r}"
+                f"Received: {self.name}={value!r}; it is {values[self.name]!r}"
             )
         if self.name in CLIPS and value is not None:
-            others = {name: instance.__dict__.get(name) for name in CLIPS if name != self.name}
+            others = {name: values.get(name) for name in CLIPS if name != self.name}
             if any(other is not None for other in others.values()):
                 raise ValueError(
                     "Only one of `clipnorm`, `clipvalue` and `global_clipnorm` can be set. "
                     f"Received: {self.name}={value}, while {others}"
                 )
-        changes = {self.name: value, "_settings": object()}  # another one with every change
+        changes = {self.name: value, "token": object()}
         if self.check is rate:
-            changes[f"_{self.name}_rate"] = Rate(self.name, value) if callable(value) else None
-        instance.__dict__.update(changes)
+            changes[f"{self.name}_function"] = Rate(self.name, value) if callable(value) else None
+        values.update(changes)  # all at once, for an interrupt or another thread
+
+
+class Exclusions(NamedTuple):
+    """Which variables weight decay leaves out: these very arrays, and those whose names match a pattern."""
+
+    listed: list[Any]
+    patterns: list[str]
+
+    def of(self, names: Sequence[str], variables: Sequence[Any]) -> tuple[frozenset[str], list[str]]:
+        """The names of the variables that are excluded, and what was asked for that excludes none."""
+        excluded, unmatched = set(), []
+        where = {id(variable): name for name, variable in zip(names, variables, strict=True)}
+        for k, array in enumerate(self.listed):
+            if id(array) in where:
+                excluded.add(where[id(array)])
+            else:
+                unmatched.append(f"number {k} of `var_list`")
+        for pattern in self.patterns:
+            found = [n for n in names if re.search(pattern, n) or re.search(pattern, n.rpartition("/")[2])]
+            excluded.update(found)
+            if not found:
+                unmatched.append(f"the pattern {brief(pattern)}")
+        return frozenset(excluded), unmatched
 
 
 LEAST_SCALE, MOST_SCALE = 2.0**-126, 2.0**126  # whose inverses float32 holds

@@ -11,8 +11,8 @@ from .array_api.stateless import is_traced, lazy_namespace, select_number
 from .arrays import Array, writeable_copy
 from .arrays.tree import Container
 from .optimizer import AdamW
-from .saving import snapshot as checkpoint
-from .state import Place, State, load, replace, save
+from .saving import own_variables, snapshot
+from .state import Place, State
 from .step import gradients as matching
 from .step.prepare import Call
 
@@ -68,6 +68,8 @@ class LossScaleOptimizer:
     dynamic_growth_steps: int = hp.Hyperparameter(hp.integer(1, optional=False))  # type: ignore[assignment]
     minimum_scale: float | None = hp.Hyperparameter(hp.optional_positive)  # type: ignore[assignment]
     maximum_scale: float | None = hp.Hyperparameter(hp.optional_positive)  # type: ignore[assignment]
+    hyper: hp.Hyperparameters
+    scale_state: State
 
     def __init__(
         self,
@@ -83,6 +85,7 @@ class LossScaleOptimizer:
         if not isinstance(inner_optimizer, AdamW):
             raise TypeError(f"`inner_optimizer` must be an AdamW. Received: inner_optimizer={inner_optimizer!r}")
         _check_kwargs(kwargs)
+        vars(self).update(hyper=hp.Hyperparameters(), scale_state=State())
         self.name, self.initial_scale = name, initial_scale
         self.minimum_scale, self.maximum_scale = minimum_scale, maximum_scale
         self.dynamic_growth_steps = dynamic_growth_steps
@@ -96,15 +99,14 @@ class LossScaleOptimizer:
             )
         self.inner_optimizer = inner_optimizer
         inner_optimizer.loss_scale_factor = None
-        self._state = State()
         # Two that Keras has and does not use keep the positions of its saved state.
-        self._state.scalars["learning_rate"] = np.zeros(())
+        self.scale_state.scalars["learning_rate"] = np.zeros(())
         self._counter, self._scale = np.zeros((), np.int64), np.array(self._bounded(self.initial_scale))
-        self._state.scalars |= {"step_counter": self._counter, "dynamic_scale": self._scale}
+        self.scale_state.scalars |= {"step_counter": self._counter, "dynamic_scale": self._scale}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        scalars = self._state.scalars
+        scalars = self.scale_state.scalars
         scalars.update({key: writeable_copy(array) for key, array in scalars.items()})
         self._counter, self._scale = scalars["step_counter"], scalars["dynamic_scale"]
 
@@ -145,20 +147,21 @@ class LossScaleOptimizer:
     @property
     def variables(self) -> list[Array]:
         """Four scalars (iteration and learning rate, unused; step counter; dynamic scale), then the inner state."""
-        return [own[key] for _, own, key in self._places()]
+        return [own[key] for _, own, key in self.places()]
 
     @property
     def state(self) -> dict[str, Array]:
         """The arrays of `variables` by name; those of the inner optimizer's scalars that are unused here prevail."""
-        return {name: own[key] for name, own, key in self._places()}
+        return {name: own[key] for name, own, key in self.places()}
 
     @property
     def variable_names(self) -> list[str]:
         """The names of `variables`."""
-        return [name for name, _, _ in self._places()]
+        return [name for name, _, _ in self.places()]
 
-    def _places(self) -> list[Place]:
-        return self._state.places() + self.inner_optimizer._places()
+    def places(self) -> list[Place]:
+        """Where every array of `variables` is kept."""
+        return self.scale_state.places() + self.inner_optimizer.engine.places()
 
     def build(self, variables: Container) -> None:
         """Build the inner optimizer: see `AdamW.build`."""
@@ -186,16 +189,16 @@ class LossScaleOptimizer:
         The inner optimizer, the counter and the scale change together or not at all; see `AdamW.apply`.
         """
         inner = self.inner_optimizer
-        with inner._lock:
-            built, gradients = inner._match(grads, trainable_variables)
+        with inner.engine.lock:
+            built, gradients = inner.engine.match(grads, trainable_variables)
             if gradients:
                 scale = hp.scale("dynamic_scale", self.dynamic_scale)
-                inner._step(built, gradients, scale, "skip", self._after)
+                inner.engine.step(built, gradients, scale, "skip", self._after)
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Array | None, Array]]) -> int:
         """Take one step with ``(gradient, variable)`` pairs: see `AdamW.apply_gradients`."""
         self.apply(*matching.pairs(grads_and_vars))
-        return int(self.inner_optimizer._state.scalars["iteration"])
+        return int(self.inner_optimizer.engine.state.scalars["iteration"])
 
     def stateless_apply(
         self, optimizer_variables: Sequence[Array], grads: Container, trainable_variables: Container
@@ -208,7 +211,7 @@ class LossScaleOptimizer:
         counter, scale, before = state[2:5] if xp else (int(state[2]), float(state[3]), int(state[4]))
         if isinstance(scale, float):
             hp.scale("dynamic_scale", scale)
-        variables, new = inner._stateless(state[4:], grads, trainable_variables, scale, "skip")
+        variables, new = inner.engine.stateless(state[4:], grads, trainable_variables, scale, "skip")
         if new[0] is state[4]:  # no gradients at all
             return variables, state
         finite = new[0] != before if xp or lazy_namespace(new[:1]) else bool(int(new[0]) != before)
@@ -244,36 +247,36 @@ class LossScaleOptimizer:
 
     def save(self, target: Any, extra: Any = None, variables: bool = False, durable: bool = True) -> None:
         """Save the loss scale and all of the inner optimizer: see `AdamW.save`."""
-        checkpoint.save(self, target, extra, variables, durable)
+        snapshot.save(self, target, extra, variables, durable)
 
     @classmethod
     def load(
         cls, target: Any, variables: Container | None = None, custom_objects: Mapping[str, Any] | None = None
     ) -> Self:
         """A new optimizer from what `save` has written: see `AdamW.load`."""
-        optimizer: Self = checkpoint.load(cls, target, variables, custom_objects)
+        optimizer: Self = snapshot.load(cls, target, variables, custom_objects)
         return optimizer
 
     def restore(self, target: Any) -> Any:
         """Take the state that `save` has written: see `AdamW.restore`."""
-        return checkpoint.restore(self, target)
+        return snapshot.restore(self, target)
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Give every array of `variables` another value: see `AdamW.set_weights`."""
-        self.inner_optimizer._require_built("set_weights")
-        with self.inner_optimizer._lock:
-            replace(self._places(), list(weights), "weights")
+        self.inner_optimizer.engine.require_built("set_weights")
+        with self.inner_optimizer.engine.lock:
+            own_variables.replace(self.places(), list(weights), "weights")
 
     def save_own_variables(self, store: Any) -> None:
         """Put a NumPy copy of every array of `variables` into a mapping: see `AdamW.save_own_variables`."""
-        with self.inner_optimizer._lock:
-            save(self._places(), store)
+        with self.inner_optimizer.engine.lock:
+            own_variables.save(self.places(), store)
 
     def load_own_variables(self, store: Any) -> None:
         """Take every array of `variables` from a mapping: see `AdamW.load_own_variables`."""
-        self.inner_optimizer._require_built("load_own_variables")
-        with self.inner_optimizer._lock:
-            load(self._places(), store)
+        self.inner_optimizer.engine.require_built("load_own_variables")
+        with self.inner_optimizer.engine.lock:
+            own_variables.load(self.places(), store)
 
     def _bounded(self, scale: Any) -> Any:
         lowest, highest = self.minimum_scale or hp.LEAST_SCALE, self.maximum_scale or hp.MOST_SCALE

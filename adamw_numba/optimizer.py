@@ -1,30 +1,22 @@
 """`AdamW`: the surface of `keras.optimizers.AdamW` over plain arrays."""
 
-import copy
-import math
-import operator
-import os
 import re
-import threading
 import warnings
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, NoReturn, Self
 
 import numpy as np
 
 from . import arrays, schedules
 from . import hyperparameters as hp
-from .array_api import stateless
 from .arrays import Array
-from .arrays.tree import Container, Form, flatten, form_of, materialized, order, rebuild
-from .saving import snapshot as checkpoint
-from .saving.manifest import DTYPES, encoded
-from .state import Place, State, load, new_slots, replace, save
+from .arrays.brief import brief
+from .arrays.tree import Container, flatten
+from .saving import own_variables, snapshot
+from .saving.manifest import DTYPES
 from .step import gradients as matching
-from .step import prepare as step
-from .step.prepare import Built, Call
+from .step.engine import Engine
 
 
 class LastStep(NamedTuple):
@@ -44,8 +36,8 @@ class LastStep(NamedTuple):
     learning_rate: float
 
 
-def _checked(check: hp.Check, frozen: bool = False) -> Any:
-    return hp.Hyperparameter(check, frozen)
+def _checked(check: hp.Check, fixed: bool = False) -> Any:
+    return hp.Hyperparameter(check, fixed)
 
 
 class AdamW:
@@ -109,20 +101,20 @@ class AdamW:
     clipnorm: float | None = _checked(hp.optional_positive)
     global_clipnorm: float | None = _checked(hp.optional_positive)
     clipvalue: float | None = _checked(hp.optional_positive)
-    use_ema: bool = _checked(hp.flag, frozen=True)
+    use_ema: bool = _checked(hp.flag, fixed=True)
     ema_momentum: float = _checked(hp.fraction)
     ema_overwrite_frequency: int | None = _checked(hp.integer(1))
     loss_scale_factor: float | None = _checked(hp.loss_scale)
-    gradient_accumulation_steps: int | None = _checked(hp.integer(2), frozen=True)
+    gradient_accumulation_steps: int | None = _checked(hp.integer(2), fixed=True)
     beta_1: float = _checked(hp.beta)
     beta_2: float = _checked(hp.beta)
     epsilon: float = _checked(hp.positive)
-    amsgrad: bool = _checked(hp.flag, frozen=True)
+    amsgrad: bool = _checked(hp.flag, fixed=True)
     nonfinite: str = _checked(hp.choice("propagate", "skip", "raise"))
     threads: int | None = _checked(hp.integer(1))
-    master_weights: bool = _checked(hp.flag, frozen=True)
-    _weight_decay_rate: hp.Rate | None
-    _settings: object  # another one after every change of a hyperparameter
+    master_weights: bool = _checked(hp.flag, fixed=True)
+    engine: Engine
+    hyper: hp.Hyperparameters
 
     def __init__(
         self,
@@ -151,29 +143,22 @@ class AdamW:
         if kwargs.pop("decay", None) is not None:
             warnings.warn("Argument `decay` is no longer supported and will be ignored.", stacklevel=2)
         if kwargs:
-            hints = [f"`{key}` is `{_ELSEWHERE[key]}` here" for key in kwargs if key in _ELSEWHERE]
+            hints = [f"`{key}` is `{SYNONYMS[key]}` here" for key in kwargs if key in SYNONYMS]
             raise ValueError(
-                f"Argument(s) not recognized: {kwargs}. {'; '.join(hints) or f'Expected some of {_CHECKED}'}"
+                f"Argument(s) not recognized: {brief(kwargs)}. "
+                f"{'; '.join(hints) or f'Expected some of {HYPERPARAMETERS}'}"
             )
-        for key in _CHECKED:
+        hyper = hp.Hyperparameters()
+        vars(self).update(hyper=hyper, engine=Engine(hyper))
+        for key in HYPERPARAMETERS:
             setattr(self, key, given[key])
-        self.built = False
-        self._state = State()
-        self._learning_rate: hp.Rate | None = None
         self.learning_rate = learning_rate
-        self._exclusions: tuple[list[Array], list[str]] = ([], [])
-        self._built: Built | None = None
-        self._last: list[Any] = [None, 0]  # the last step, the number of skipped steps
-        self._swapped = False
-        self._loaded: checkpoint.Loaded | None = None
-        self._extra: Any = None
-        self._form: Form | None = None  # of the gradients last given in a container other than a list
-        self._lock = threading.RLock()
-        _OPTIMIZERS.add(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if type(self) is AdamW and not name.startswith("_") and name != "built" and not hasattr(AdamW, name):
-            raise AttributeError(f"AdamW has no attribute {name!r}; expected one of {['learning_rate', *_CHECKED]}")
+        if type(self) is AdamW and not hasattr(AdamW, name):
+            raise AttributeError(
+                f"AdamW has no attribute {name!r}; expected one of {['learning_rate', *HYPERPARAMETERS]}"
+            )
         super().__setattr__(name, value)
 
     # What it is
@@ -181,83 +166,71 @@ class AdamW:
     @property
     def learning_rate(self) -> float:
         """The learning rate of the next step. Setting takes a float, a schedule or a callable, at any time."""
-        rate = self._own_rate()
+        rate = self.engine.rate()
         if isinstance(rate, float):
             return rate
-        self._catch_up()
-        return float(rate(self._state.scalars["iteration"].item()))
+        self.engine.catch_up()
+        return float(rate(self.engine.state.scalars["iteration"].item()))
 
     @learning_rate.setter
     def learning_rate(self, value: Any) -> None:
-        value = hp.rate("learning_rate", value)
-        scalars = self._state.scalars
-        if callable(value):
-            self._learning_rate = hp.Rate("learning_rate", value)
-            scalars.pop("learning_rate", None)
-        else:
-            scalars.setdefault("learning_rate", np.zeros(()))[...] = value
-            self._learning_rate = None
+        self.engine.set_rate(value)
+
+    @property
+    def built(self) -> bool:
+        """Whether `build` has allocated the state."""
+        return self.engine.workspace is not None
 
     @property
     def iterations(self) -> int:
         """Updates so far: calls of `apply`, divided by ``gradient_accumulation_steps``."""
-        self._catch_up()
-        return int(self._state.scalars["iteration"]) // (self.gradient_accumulation_steps or 1)
+        return self.engine.updates()
 
     @property
     def trainable_variables(self) -> list[Array]:
         """The arrays that `build` was given (of an unpickled optimizer: its own copies), in order."""
-        return list(self._built.variables) if self._built else []
+        return list(self.engine.workspace.variables) if self.engine.workspace else []
 
     @property
     def variables(self) -> list[Array]:
         """The arrays of the state, live, in Keras's order; float32 masters of 16-bit variables follow it."""
-        return [own[key] for _, own, key in self._places()]
+        return [own[key] for _, own, key in self.engine.places()]
 
     @property
     def variable_names(self) -> list[str]:
         """The names of `variables`: ``iteration``, ``learning_rate``, ``momentum/<name>``, ..."""
-        return [name for name, _, _ in self._places()]
+        return [name for name, _, _ in self.engine.places()]
 
     @property
     def state(self) -> dict[str, Array]:
         """The arrays of the state, live, by name."""
-        return {name: own[key] for name, own, key in self._places()}
+        return {name: own[key] for name, own, key in self.engine.places()}
 
     @property
     def averages(self) -> list[Array]:
         """The moving averages, live, in the order of `build`; zeros before the first update."""
-        return [own["average"] for own in self._state.slots if "average" in own]
+        return [own["average"] for own in self.engine.state.slots if "average" in own]
 
     @property
     def last_step(self) -> LastStep | None:
         """What the last call of `apply` did; None before the first."""
-        self._catch_up(norm=True)
-        last: tuple[float | None, bool, float] | None = self._last[0]
+        self.engine.catch_up(norm=True)
+        last = self.engine.record.last
         return None if last is None else LastStep(*last)
 
     @property
     def extra(self) -> Any:
         """What was saved as ``extra`` beside the state that was loaded or restored last; else None."""
-        return self._extra
+        return self.engine.extra
 
     @property
     def skipped_steps(self) -> int:
         """How many steps ``nonfinite="skip"`` has left out."""
-        self._catch_up()
-        return int(self._last[1])
+        self.engine.catch_up()
+        return self.engine.record.skipped
 
     def __repr__(self) -> str:
-        if self._built is None:
-            return f"{type(self).__name__}(name={self.name!r}, built=False)"
-        variables = self._built.variables
-        dtypes = ", ".join(dict.fromkeys(map(arrays.dtype_name, variables)))
-        devices = ", ".join(dict.fromkeys(map(arrays.device, variables)))
-        return (
-            f"{type(self).__name__}(name={self.name!r}, arrays={len(variables)}, "
-            f"parameters={sum(math.prod(v.shape) for v in variables)}, dtypes={dtypes!r}, devices={devices!r}, "
-            f"step={self.iterations}, state_bytes={sum(map(arrays.byte_count, self.variables))})"
-        )
+        return f"{type(self).__name__}(name={self.name!r}, {self.engine!r})"
 
     # Setting up
 
@@ -277,37 +250,8 @@ class AdamW:
         ValueError
             If there are none, one is read-only, two share memory, two have one name, or other variables were built.
         """
-        with self._lock:
-            self._build(*flatten(variables))
-
-    def _build(self, names: list[str], variables: list[Array]) -> Built:
-        if self._built is not None:
-            matching.check_same(self._built, variables)
-            return self._built
-        if not variables:
-            raise ValueError("`variables` is empty; expected at least one array")
-        for name, variable in zip(names, variables, strict=True):
-            arrays.check_variable(name, variable)
-            encoded(name)
-        options = {
-            "average": self.use_ema,
-            "gradient_accumulator": self.gradient_accumulation_steps,
-            "velocity_hat": self.amsgrad,
-        }
-        keys = ["momentum", "velocity", *(key for key, wanted in options.items() if wanted)]
-        slots = [new_slots(variable, keys, self.master_weights) for variable in variables]
-        excluded = frozenset(n for n, v in zip(names, variables, strict=True) if self._is_excluded(n, v))
-        if self._loaded is not None and not any(self._exclusions):
-            excluded = checkpoint.excluded_names(self._loaded, names, variables)
-        built = step.build(names, variables, slots, excluded)
-        if any(self._exclusions) and not excluded:
-            warnings.warn(f"what is excluded from weight decay matches none of {names}", stacklevel=4)
-        if self._loaded is not None:
-            checkpoint.fill(self._loaded, names, variables, slots)
-            self._loaded = None
-        self._state.names, self._state.slots = names, slots
-        self.__dict__.update(_built=built, built=True)
-        return built
+        with self.engine.lock:
+            self.engine.build(*flatten(variables))
 
     def exclude_from_weight_decay(
         self, var_list: Iterable[Array] | None = None, var_names: Iterable[str] | None = None
@@ -329,7 +273,7 @@ class AdamW:
         Warns
         -----
         UserWarning
-            From `build`, if nothing that was asked for matches any variable.
+            From `build`, if an array or a pattern that was asked for matches no variable.
         """
         if self.built:
             raise ValueError("`exclude_from_weight_decay()` can only be configured before the optimizer is built.")
@@ -344,15 +288,11 @@ class AdamW:
             except re.error as error:
                 raise ValueError(f"`var_names` holds {pattern!r}, which is no regular expression: {error}") from None
         listed = [] if var_list is None else flatten(var_list, "var_list")[1]
-        saved = [entry["name"] for entry in self._loaded.variables if entry["excluded"]] if self._loaded else []
+        loaded = self.engine.loaded
+        saved = [entry["name"] for entry in loaded.variables if entry["excluded"]] if loaded else []
         if saved:
             warnings.warn(f"the exclusions from weight decay that were saved, of {saved}, are replaced", stacklevel=2)
-        self._exclusions = (listed, patterns)
-
-    def _is_excluded(self, name: str, variable: Array) -> bool:
-        listed, patterns = self._exclusions
-        names = (name, name.rpartition("/")[2])
-        return any(array is variable for array in listed) or any(re.search(p, n) for p in patterns for n in names)
+        self.engine.exclusions = hp.Exclusions(listed, patterns)
 
     def add_variable(
         self,
@@ -387,8 +327,8 @@ class AdamW:
         array = np.zeros(shape, np.float32 if dtype is None else dtype)
         if array.dtype.name not in DTYPES or not array.dtype.isnative:
             raise TypeError(f"`dtype` is {dtype!r}; expected one of {', '.join(DTYPES)}, in native byte order")
-        name = f"variable_{len(self._state.places())}" if name is None else name
-        return self._state.add(name, array, initializer, late=self.built)
+        name = f"variable_{len(self.engine.state.places())}" if name is None else name
+        return self.engine.state.add(name, array, initializer, late=self.built)
 
     def add_variable_from_reference(
         self, reference_variable: Array, name: str | None = None, initializer: Any = "zeros"
@@ -406,11 +346,11 @@ class AdamW:
         -------
         array
         """
-        known = self._built.variables if self._built else []
-        index = next((i for i, variable in enumerate(known) if variable is reference_variable), None)
-        prefix = "" if index is None or self._built is None else f"{self._built.names[index].replace('/', '_')}_"
+        workspace = self.engine.workspace
+        known = zip(workspace.names, workspace.variables, strict=True) if workspace else ()
+        prefix = next((f"{n.replace('/', '_')}_" for n, variable in known if variable is reference_variable), "")
         array = arrays.zeros_like(reference_variable, arrays.dtype_name(reference_variable))
-        return self._state.add(f"{prefix}{name or 'var'}", array, initializer, late=self.built)
+        return self.engine.state.add(f"{prefix}{name or 'var'}", array, initializer, late=self.built)
 
     # Stepping
 
@@ -440,21 +380,7 @@ class AdamW:
         UserWarning
             If some gradients are None.
         """
-        with self._lock:
-            settings = self._settings  # before any of them, so that one that changes meanwhile is noticed
-            scale = self.loss_scale_factor or 1.0
-            plan = self._built.plan if self._built and trainable_variables is None and not self._swapped else None
-            rates = None
-            if plan is not None and plan.repeat is not None:
-                if self._learning_rate is not None or self._weight_decay_rate is not None:
-                    rates = self._rates_now()  # called once, whichever way the step is taken
-                if self._form is not None:
-                    grads = self._form.flat(grads)
-                if step.take_again(self, plan, grads, scale, rates, self._state.scalars, self._last):
-                    return
-            built, gradients = self._match(grads, trainable_variables)
-            if gradients:
-                self._step(built, gradients, scale, self.nonfinite, rates=rates, settings=settings)
+        self.engine.apply(grads, trainable_variables)
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Array | None, Array]]) -> int:
         """Take one step with ``(gradient, variable)`` pairs, as `zip` makes them.
@@ -465,7 +391,7 @@ class AdamW:
             Calls of `apply` so far.
         """
         self.apply(*matching.pairs(grads_and_vars))
-        return int(self._state.scalars["iteration"])
+        return int(self.engine.state.scalars["iteration"])
 
     def update_step(self, gradient: Array, variable: Array, learning_rate: float) -> None:
         """Adam alone for one variable: no clip, decay, average or accumulation, and no count of steps.
@@ -476,14 +402,7 @@ class AdamW:
             The variable must be one of those built.
         learning_rate : float
         """
-        with self._lock:
-            built = self._require_built("update_step")
-            self._check_not_swapped()
-            if gradient is None:
-                raise TypeError("`gradient` is None; expected an array of the variable's shape")
-            rate = hp.Rate("learning_rate", lambda: learning_rate)(0)
-            (index,) = matching.indices(built, [variable])
-            step.commit(step.prepare_one(self, built, gradient, index, self.iterations, rate), [])
+        self.engine.update_one(gradient, variable, learning_rate)
 
     def stateless_apply(
         self, optimizer_variables: Sequence[Array], grads: Container, trainable_variables: Container
@@ -515,111 +434,11 @@ class AdamW:
         alone. `set_weights` puts a state back into the optimizer.
         """
         factor = self.loss_scale_factor or 1.0
-        return self._stateless(optimizer_variables, grads, trainable_variables, factor, self.nonfinite)
-
-    def _stateless(
-        self, state: Sequence[Array], grads: Container, variables: Container, loss_scale: Any, nonfinite: str
-    ) -> tuple[Container, list[Array]]:
-        built, container = self._require_built("stateless_apply"), materialized(variables, "trainable_variables")
-        names, leaves = flatten(container, "trainable_variables")
-        positions = order(container, names, built.names, "trainable_variables")
-        gradients = matching.gradients(built, grads, warn=False)
-        if not gradients:
-            return rebuild(container, leaves), list(state)
-        new, new_state = stateless.apply(
-            self, built, self.variable_names, state, gradients, [leaves[i] for i in positions], loss_scale, nonfinite
-        )
-        for i, leaf in zip(positions, new, strict=True):
-            leaves[i] = leaf
-        return rebuild(container, leaves), new_state
+        return self.engine.stateless(optimizer_variables, grads, trainable_variables, factor, self.nonfinite)
 
     def scale_loss(self, loss: Any) -> Any:
         """The loss times ``loss_scale_factor``, whose gradients `apply` divides by it again."""
         return loss if self.loss_scale_factor is None else loss * self.loss_scale_factor
-
-    def _step(
-        self,
-        built: Built,
-        gradients: Sequence[Array | None],
-        loss_scale: float,
-        nonfinite: str,
-        more: Callable[[bool], list[Call]] | None = None,
-        rates: tuple[float, float] | None = None,
-        settings: object = None,
-    ) -> None:
-        iteration = self._state.scalars["iteration"]
-        key = self._key(loss_scale) if built.devices else None
-        for device in built.devices:
-            asks = device.has_captures or key is None or more or nonfinite == "raise"
-            if not device.is_certain and asks and not device.looks_captured():
-                self._catch_up()
-        rates = rates or self._rates_now()
-        number = iteration.item()
-        if not 0 <= number < 2**62 or not iteration.flags.writeable:
-            raise ValueError(f"the iteration is {number} or read-only; expected a counter that can go on")
-        taken = step.Step(number, self._rates, rates, key, loss_scale, nonfinite, more is not None, settings)
-        prepared = step.prepare(self, built, gradients, taken)
-        calls: list[Call] = [(operator.setitem, self._last, 0, (prepared.norm, prepared.applied, rates[0]))]
-        if not prepared.applied:
-            calls.append((operator.setitem, self._last, 1, self._last[1] + 1))
-        elif prepared.counted:
-            calls.append((operator.setitem, iteration, (), number + 1))
-        step.commit(prepared, calls + more(prepared.applied) if more else calls)
-
-    def _rates_now(self) -> tuple[Any, Any]:
-        """Learning rate and weight decay at the present iteration."""
-        iteration = self._state.scalars["iteration"]
-        number = iteration.item()
-        rates = self._rates(number)
-        if (self._learning_rate or self._weight_decay_rate) and iteration.item() != number:
-            raise RuntimeError("a callable rate has itself taken a step; expected it to return a number only")
-        return rates
-
-    def _rates(self, number: Any, learning_rate: Any = None) -> tuple[Any, Any]:
-        """Learning rate and weight decay at a step; the learning rate as given where it is a number."""
-        own = self._own_rate()
-        if not isinstance(own, float):
-            learning_rate = own(number)
-        elif learning_rate is None:
-            learning_rate = own
-        decay = self._weight_decay_rate
-        return learning_rate, self.weight_decay if decay is None else decay(number)
-
-    def _own_rate(self) -> hp.Rate | float:
-        """What was set as learning rate; a signal's handler may put a callable in a number's place, and back."""
-        scalars = self._state.scalars
-        array, rate = scalars.get("learning_rate"), self._learning_rate
-        if rate is not None:
-            return rate
-        return float(scalars["learning_rate"] if array is None else array)
-
-    def _key(self, loss_scale: float) -> object:
-        """Equal for steps whose coefficients follow from the iteration alone, in the same way; None if they may not."""
-        own = self._own_rate()
-        rates = [None if isinstance(own, float) else own.function, self.weight_decay]
-        if any(callable(rate) and type(rate).__module__ != schedules.__name__ for rate in rates):
-            return None
-        return own if rates[0] is None else rates[0], loss_scale, self._settings
-
-    def _catch_up(self, norm: bool = False) -> None:
-        """Ask a GPU that decides and counts by itself, if there is anything to ask; waits for it."""
-        device = self._built and self._built.resident
-        if not device or not (device.pending or (norm and device.norm_pending)):
-            return
-        with self._lock:
-            counts, report = device.pending, device.report()
-            iteration = self._state.scalars["iteration"]
-            if counts:  # otherwise the host has counted along, and may have been written
-                iteration[...] = report.iteration
-            self._last[1] += device.skipped
-            device.skipped = 0
-            if self._last[0] is not None or report.iteration:
-                rate = self._rates(report.iteration - report.applied)[0] if self._key(1.0) else self._last[0][2]
-                self._last[0] = report.norm, report.applied, rate
-
-    def _places(self) -> list[Place]:
-        self._catch_up()
-        return self._state.places()
 
     def update_hyperparameters(self, steps: int = 1024) -> None:
         """Send a GPU the coefficients of the next `steps` steps, for the replays of a captured graph; waits for it.
@@ -638,63 +457,10 @@ class AdamW:
         ValueError
             If the optimizer is not built, or ``steps`` is no positive integer.
         """
-        built = self._require_built("update_hyperparameters")
         hp.integer(1, optional=False)("steps", steps)
-        if built.resident is None:
-            return
-        with self._lock:
-            self._catch_up()
-            built.resident.check_captured(bool(self.clipnorm or self.global_clipnorm), self.nonfinite == "skip")
-            first, scale = self._state.scalars["iteration"].item(), self.loss_scale_factor or 1.0
-            built.resident.send_rows_now(
-                first,
-                steps,
-                lambda k: step.row(self, step.numbers_of(self, k, self._rates(k), scale)),
-                self._key(scale),
-            )
-
-    def _match(self, grads: Container, variables: Container | None) -> tuple[Any, Sequence[Array | None]]:
-        """What is built, here if need be, and the gradients in its order; no gradients at all are an empty list."""
-        if self._swapped:
-            self._check_not_swapped()
-        if variables is None:
-            if self._built is None:
-                raise ValueError(
-                    "When passing `grads` without `variables`, the optimizer must already be built on a list of "
-                    "variables. Call `optimizer.build(trainable_variables)` first."
-                )
-            if self._form is not None:
-                grads = self._form.flat(grads)
-            flat = matching.as_flat(self._built, grads)
-            if flat is not None:
-                return self._built, flat
-            found = matching.gradients(self._built, grads)
-            if found:
-                self._form = form_of(grads, self._built.names) or self._form
-            return self._built, found
-        names, given = flatten(variables)
-        grads = materialized(grads, "grads")
-        if not flatten(grads, "grads")[1]:
-            return self._built, []
-        built = self._built or self._build(names, given)
-        return built, matching.gradients_of(built, grads, names, given)
-
-    def _check_not_swapped(self) -> None:
-        if self._swapped:
-            raise RuntimeError("the variables hold their averages inside `averaged()`; expected this after the block")
-
-    def _require_built(self, what: str) -> Built:
-        if self._built is None:
-            raise ValueError(f"`{what}` needs an optimizer that is built. Call `optimizer.build(variables)` first.")
-        return self._built
+        self.engine.send_hyperparameters(steps)
 
     # Averages
-
-    def _averages_of(self, what: str) -> Built:
-        built = self._require_built(what)
-        if not self.use_ema:
-            raise ValueError(f"`{what}` needs averages. Received: use_ema=False; expected AdamW(use_ema=True)")
-        return built
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -710,22 +476,25 @@ class AdamW:
         RuntimeError
             From `apply` inside the block, or from a second block inside it.
         """
-        with self._lock:
-            built = self._averages_of("averaged")
-            if self._swapped:
+        engine = self.engine
+        with engine.lock:
+            built = engine.require_built("averaged")
+            if not self.use_ema:
+                raise ValueError("`averaged` needs averages. Received: use_ema=False; expected AdamW(use_ema=True)")
+            if engine.swapped:
                 raise RuntimeError("`averaged()` is active already; expected no such block inside another")
             for name, variable in zip(built.names, built.variables, strict=True):
                 arrays.check_variable(name, variable)
             kept = [(variable, arrays.like(variable, variable)) for variable in built.variables]
             try:
-                self._swapped = True
+                engine.swapped = True
                 self.finalize_variable_values(built.variables)
                 yield
             finally:
                 try:
                     arrays.write_all(kept)
                 finally:
-                    self._swapped = False
+                    engine.swapped = False
 
     def finalize_variable_values(self, var_list: Container) -> None:
         """Put the averages into variables for good; without ``use_ema``, or before the first update, nothing happens.
@@ -734,7 +503,7 @@ class AdamW:
         ----------
         var_list : container of the variables built, or of some of them
         """
-        built = self._built
+        built = self.engine.workspace
         if not self.use_ema or built is None or not self.iterations:
             return
         variables = flatten(var_list, "var_list")[1]
@@ -759,12 +528,12 @@ class AdamW:
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, ready for JSON: Keras's keys, and others that are not the default."""
-        rate: Any = self._learning_rate
+        rate: Any = self.engine.hyper.learning_rate_function
         config = {
             "name": self.name,
             "learning_rate": self.learning_rate if rate is None else schedules.serialize(rate.function),
         }
-        for key in _CHECKED[1:]:
+        for key in HYPERPARAMETERS[1:]:
             value = getattr(self, key)
             if key not in _EXTRAS or value != _EXTRAS[key]:
                 config[key] = schedules.serialize(value) if callable(value) else value
@@ -824,7 +593,7 @@ class AdamW:
         >>> AdamW.load(store, {"w": np.ones(2)}).extra
         {'epoch': 3}
         """
-        checkpoint.save(self, target, extra, variables, durable)
+        snapshot.save(self, target, extra, variables, durable)
 
     @classmethod
     def load(
@@ -848,7 +617,7 @@ class AdamW:
         ValueError
             If a name, shape or dtype differs from the variables': the message says which, and nothing is written.
         """
-        optimizer: Self = checkpoint.load(cls, target, variables, custom_objects)
+        optimizer: Self = snapshot.load(cls, target, variables, custom_objects)
         return optimizer
 
     def restore(self, target: Any) -> Any:
@@ -875,7 +644,7 @@ class AdamW:
         UserWarning
             If hyperparameters or exclusions are others than they were: this optimizer's are kept.
         """
-        return checkpoint.restore(self, target)
+        return snapshot.restore(self, target)
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Give every array of `variables` another value: all of them, or on an error none.
@@ -885,14 +654,14 @@ class AdamW:
         ValueError
             If the optimizer is not built, or the count, a shape or a kind of dtype differs.
         """
-        with self._lock:
-            self._require_built("set_weights")
-            replace(self._places(), list(weights), "weights")
+        self.engine.require_built("set_weights")
+        with self.engine.lock:
+            own_variables.replace(self.engine.places(), list(weights), "weights")
 
     def save_own_variables(self, store: Any) -> None:
         """Put a NumPy copy of every array of `variables` into a mapping, under ``"0"``, ``"1"``, ... as Keras does."""
-        with self._lock:
-            save(self._places(), store)
+        with self.engine.lock:
+            own_variables.save(self.engine.places(), store)
 
     def load_own_variables(self, store: Any) -> None:
         """Take every array of `variables` from a mapping that `save_own_variables`, of ours or of Keras, has filled.
@@ -902,53 +671,18 @@ class AdamW:
         ValueError
             If the optimizer is not built, or the keys, a shape or a kind of dtype differ.
         """
-        with self._lock:
-            self._require_built("load_own_variables")
-            load(self._places(), store)
+        self.engine.require_built("load_own_variables")
+        with self.engine.lock:
+            own_variables.load(self.engine.places(), store)
 
-    def __getstate__(self) -> dict[str, Any]:
-        self._check_not_swapped()
-        self._catch_up()
-        built = self._built and self._built._replace(plan=None, devices=[], tensors=[])
-        return {key: value for key, value in vars(self).items() if key != "_lock"} | {"_built": built, "_form": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.RLock())
-        _OPTIMIZERS.add(self)
-        # What was pickled out of band may be read-only.
-        for own in (self._state.scalars, *self._state.added, *self._state.slots):
-            own.update({key: arrays.writeable_copy(array) for key, array in own.items()})
-        if self._built is not None:
-            names, decayed = self._built.names, self._built.decayed
-            excluded = frozenset(name for name, wanted in zip(names, decayed, strict=True) if not wanted)
-            variables = [arrays.writeable_copy(variable) for variable in self._built.variables]
-            self._built = step.build(names, variables, self._state.slots, excluded)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        with self._lock:
-            new = type(self).__new__(type(self))
-            memo[id(self)] = new
-            new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-            return new
-
-    def __copy__(self) -> Self:
+    def __copy__(self) -> NoReturn:
         raise TypeError("a shallow copy would share its state with this optimizer; expected `copy.deepcopy`")
 
 
-_OPTIMIZERS: "weakref.WeakSet[AdamW]" = weakref.WeakSet()
-
-
-def _renew_locks() -> None:
-    """In a forked child: the threads that held them do not exist there."""
-    for optimizer in list(_OPTIMIZERS):
-        optimizer._lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_locks)
-
-_CHECKED = [key for key, value in vars(AdamW).items() if isinstance(value, hp.Hyperparameter)]
-_ELSEWHERE = {
+HYPERPARAMETERS = [  # all but the learning rate, in the order of Keras's config
+    key for key, value in vars(AdamW).items() if isinstance(value, hp.Hyperparameter)
+]
+SYNONYMS = {  # what other libraries call them
     "lr": "learning_rate",
     "betas": "beta_1, beta_2",
     "eps": "epsilon",

@@ -12,7 +12,7 @@ import numpy as np
 from .arrays import namespace
 from .hyperparameters import is_real
 
-_HOST = SimpleNamespace(
+HOST = SimpleNamespace(
     where=lambda condition, yes, no: yes if condition else no,
     minimum=min,
     maximum=max,
@@ -45,7 +45,7 @@ class LearningRateSchedule:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Schedule(LearningRateSchedule):
+class Schedule(LearningRateSchedule):
     """A schedule that is its arguments, checked once, and one formula in a namespace."""
 
     positive: ClassVar[tuple[str, ...]] = ("decay_steps",)
@@ -63,12 +63,12 @@ class _Schedule(LearningRateSchedule):
         if isinstance(step, np.ndarray) and step.ndim:
             return np.array([self(one) for one in step.ravel()]).reshape(step.shape)
         if isinstance(step, (int, float, np.generic, np.ndarray)):
-            return float(self._rate(_HOST, float(step)))
+            return float(self.formula(HOST, float(step)))
         xp = namespace(step)
         default = xp.__array_namespace_info__().default_dtypes()["real floating"]
-        return self._rate(xp, xp.astype(step, default))
+        return self.formula(xp, xp.astype(step, default))
 
-    def _rate(self, xp: Any, step: Any) -> Any:
+    def formula(self, xp: Any, step: Any) -> Any:
         raise NotImplementedError
 
     def get_config(self) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def _is_number(value: Any, optional: bool) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class ExponentialDecay(_Schedule):
+class ExponentialDecay(Schedule):
     """``initial_learning_rate * decay_rate ** (step / decay_steps)``; whole powers only with ``staircase``.
 
     Parameters
@@ -111,13 +111,13 @@ class ExponentialDecay(_Schedule):
     staircase: bool = False
     name: str = "ExponentialDecay"
 
-    def _rate(self, xp: Any, step: Any) -> Any:
+    def formula(self, xp: Any, step: Any) -> Any:
         power = step / self.decay_steps
         return self.initial_learning_rate * self.decay_rate ** (xp.floor(power) if self.staircase else power)
 
 
 @dataclasses.dataclass(frozen=True)
-class PiecewiseConstantDecay(_Schedule):
+class PiecewiseConstantDecay(Schedule):
     """``values[i]`` for ``boundaries[i-1] < step <= boundaries[i]``.
 
     Parameters
@@ -161,7 +161,7 @@ class PiecewiseConstantDecay(_Schedule):
         if any(after <= before for before, after in zip(self.boundaries, self.boundaries[1:], strict=False)):
             raise ValueError(f"Boundaries must increase strictly. Received: boundaries={self.boundaries}")
 
-    def _rate(self, xp: Any, step: Any) -> Any:
+    def formula(self, xp: Any, step: Any) -> Any:
         rate = step * 0.0 + self.values[0]
         for boundary, value in zip(self.boundaries, self.values[1:], strict=True):
             rate = xp.where(step > boundary, value, rate)
@@ -172,7 +172,7 @@ class PiecewiseConstantDecay(_Schedule):
 
 
 @dataclasses.dataclass(frozen=True)
-class PolynomialDecay(_Schedule):
+class PolynomialDecay(Schedule):
     """``(initial - end) * (1 - step / decay_steps) ** power + end``, with the step held at ``decay_steps``.
 
     Parameters
@@ -204,7 +204,7 @@ class PolynomialDecay(_Schedule):
     cycle: bool = False
     name: str = "PolynomialDecay"
 
-    def _rate(self, xp: Any, step: Any) -> Any:
+    def formula(self, xp: Any, step: Any) -> Any:
         length: Any = self.decay_steps
         if self.cycle:
             length = length * xp.where(step == 0, 1.0, xp.ceil(step / length))
@@ -215,7 +215,7 @@ class PolynomialDecay(_Schedule):
 
 
 @dataclasses.dataclass(frozen=True)
-class InverseTimeDecay(_Schedule):
+class InverseTimeDecay(Schedule):
     """``initial_learning_rate / (1 + decay_rate * step / decay_steps)``; whole steps only with ``staircase``.
 
     Parameters
@@ -244,13 +244,13 @@ class InverseTimeDecay(_Schedule):
     staircase: bool = False
     name: str = "InverseTimeDecay"
 
-    def _rate(self, xp: Any, step: Any) -> Any:
+    def formula(self, xp: Any, step: Any) -> Any:
         time = step / self.decay_steps
         return self.initial_learning_rate / (1 + self.decay_rate * (xp.floor(time) if self.staircase else time))
 
 
 @dataclasses.dataclass(frozen=True)
-class CosineDecay(_Schedule):
+class CosineDecay(Schedule):
     """Half a cosine down to ``alpha`` times the peak, after an optional linear warm-up (Loshchilov & Hutter 2017).
 
     Parameters
@@ -284,7 +284,7 @@ class CosineDecay(_Schedule):
     warmup_target: "float | None" = None
     warmup_steps: "float" = 0
 
-    def _rate(self, xp: Any, step: Any) -> Any:
+    def formula(self, xp: Any, step: Any) -> Any:
         start, peak, warmup = self.initial_learning_rate, self.warmup_target, self.warmup_steps
         if peak is None:
             return start * self._fraction(xp, step)
@@ -297,7 +297,7 @@ class CosineDecay(_Schedule):
 
 
 @dataclasses.dataclass(frozen=True)
-class CosineDecayRestarts(_Schedule):
+class CosineDecayRestarts(Schedule):
     """Cosine decay that restarts, each time longer and lower: SGDR (Loshchilov & Hutter 2017).
 
     Parameters
@@ -337,7 +337,7 @@ class CosineDecayRestarts(_Schedule):
     alpha: "float" = 0.0
     name: str = "SGDRDecay"
 
-    def _rate(self, xp: Any, step: Any) -> Any:
+    def formula(self, xp: Any, step: Any) -> Any:
         time = step / self.first_decay_steps
         restarts = self._restarts(xp, time)
         done = (time - self._start(restarts)) / self.t_mul**restarts

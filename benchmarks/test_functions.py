@@ -31,7 +31,7 @@ def prepared(shapes, dtype="float32", **options):
 def test_kernel(benchmark, name):
     """The compiled update alone."""
     optimizer, _ = prepared([SIZE], name if name in COMPUTE else "float32", **VARIANTS[name])
-    plan, options = optimizer._built.plan, VARIANTS[name]
+    plan, options = optimizer.engine.workspace.plan, VARIANTS[name]
     flags = [
         True if options.get(key) else None for key in ("amsgrad", "use_ema", "gradient_accumulation_steps", "clipvalue")
     ]
@@ -44,14 +44,14 @@ def test_kernel(benchmark, name):
 def test_norms(benchmark, dtype):
     """The norms of the gradients of one array."""
     optimizer, _ = prepared([SIZE], dtype, global_clipnorm=1.0)
-    benchmark(optimizer._built.plan.norms, None, {})
+    benchmark(optimizer.engine.workspace.plan.norms, None, {})
 
 
 @pytest.mark.parametrize("count", [1, 100, 1000])
 def test_reading_addresses(benchmark, count):
     """The addresses of small arrays, their gradients and their state."""
     optimizer, gradients = prepared([(10,)] * count)
-    assert benchmark(optimizer._built.plan.reads, gradients) == count
+    assert benchmark(optimizer.engine.workspace.plan.table.reads, gradients) == count
 
 
 def test_coefficients(benchmark):

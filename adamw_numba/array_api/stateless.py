@@ -18,7 +18,7 @@ Slots = dict[str, Array]
 
 
 def apply(
-    hyper: Any,
+    engine: Any,
     built: Any,
     names: Sequence[str],
     state: Sequence[Array],
@@ -31,9 +31,9 @@ def apply(
 
     Parameters
     ----------
-    hyper : AdamW
+    engine : Engine
         Its hyperparameters are read, and nothing is written.
-    built : step.Built
+    built : Workspace
     names : list of str
         What the arrays of the state are called.
     state, gradients, variables : list of arrays
@@ -54,9 +54,9 @@ def apply(
     xp = lazy_namespace([*state, *gradients, *variables])
     iteration: Any = int(named["iteration"]) if xp is None else xp.asarray(named["iteration"])
     rate = named.get("learning_rate")
-    rates = hyper._rates(iteration, float(rate) if xp is None and rate is not None else rate)
+    rates = engine.rates_at(iteration, float(rate) if xp is None and rate is not None else rate)
     new_iteration, new_variables, new_slots = step(
-        hyper, iteration, rates, variables, gradients, slots, built.decayed, loss_scale, nonfinite
+        engine.hyper, iteration, rates, variables, gradients, slots, built.decayed, loss_scale, nonfinite
     )
     if xp is None:
         new_iteration = np.asarray(new_iteration, np.int64)

@@ -407,7 +407,7 @@ def _in_order(store: Any, where: str) -> list[Matrix]:
 def _take_keras(optimizer: Any, state: list[Matrix], where: str) -> None:
     """Give an optimizer the arrays of Keras: its scalars now, the others when it is built."""
     inner = inner_of(optimizer)
-    scalars = [*([] if inner is optimizer else optimizer._state.places()), *inner._state.places()]
+    scalars = [*([] if inner is optimizer else optimizer.scale_state.places()), *inner.engine.state.places()]
     # Keras's order of blocks; each but the moments is one array per variable.
     options = {"average": inner.use_ema, "gradient_accumulator": inner.gradient_accumulation_steps}
     before = [key for key, wanted in options.items() if wanted]
@@ -430,15 +430,16 @@ def _take_keras(optimizer: Any, state: list[Matrix], where: str) -> None:
         {"name": str(i), "dtype": None, "shape": list(found[f"momentum/{i}"].shape), "excluded": False}
         for i in range(count)
     ]
-    inner._loaded = Loaded(variables, found, where, positional=True)
+    inner.engine.loaded = Loaded(variables, found, where, positional=True)
 
 
 def _keras_state(optimizer: Any) -> list[Matrix]:
     inner = inner_of(optimizer)
-    with inner._lock:
-        built = inner._require_built("to_keras")
+    engine = inner.engine
+    with engine.lock:
+        built = engine.require_built("to_keras")
         variables = dict(zip(built.names, built.variables, strict=True))
-        places = optimizer._state.places() if inner is optimizer else optimizer._places()
+        places = engine.places() if inner is optimizer else optimizer.places()
         slots = {f"{key}/{name}": name for name, own in zip(built.names, built.slots, strict=True) for key in own}
         result = []
         for name, own, key in places:
@@ -612,9 +613,9 @@ def _assembled(
         {"name": n, "dtype": None, "shape": list(found[f"momentum/{encoded(n)}"].shape), "excluded": bool(e)}
         for n, e in zip(named, excluded, strict=True)
     ]
-    state = optimizer._state.scalars["iteration"]
+    state = optimizer.engine.state.scalars["iteration"]
     state[...] = updates * (optimizer.gradient_accumulation_steps or 1)
-    optimizer._loaded = Loaded(described, found, where, positional=names is None, partial=True)
+    optimizer.engine.loaded = Loaded(described, found, where, positional=names is None, partial=True)
     if variables is not None:
         optimizer.build(variables)
     return optimizer
@@ -631,7 +632,7 @@ def _exportable(optimizer: AdamW, library: str, leave_out: Iterable[str], amsgra
         raise TypeError(
             f"`optimizer` is a {type(optimizer).__name__}; expected an AdamW, `inner_optimizer` for example"
         )
-    built = optimizer._require_built(f"to_{library}")
+    built = optimizer.engine.require_built(f"to_{library}")
     left_out = set(leave_out)
     lacking = [key for key in _ELSEWHERE if getattr(optimizer, key) and key not in left_out]
     if lacking:
@@ -641,13 +642,13 @@ def _exportable(optimizer: AdamW, library: str, leave_out: Iterable[str], amsgra
             f"amsgrad=True: {library} takes the maximum after the bias correction; no exact conversion exists"
         )
     window = optimizer.gradient_accumulation_steps or 1
-    if int(optimizer._state.scalars["iteration"]) % window:
+    if int(optimizer.engine.state.scalars["iteration"]) % window:
         raise ValueError(f"the optimizer is inside a window of {window} accumulated gradients; expected its end")
     return built
 
 
 def _rate_now(optimizer: AdamW) -> float:
-    return float(optimizer._rates(int(optimizer._state.scalars["iteration"]))[1])
+    return float(optimizer.engine.rates_now()[1])
 
 
 def _adam_of_optax(state: Any) -> Any:

@@ -12,7 +12,7 @@ from ..arrays.runs import CHUNK
 from ..coefficients import coefficients
 from ..cpu import kernels as cpu
 from ..cpu.pool import WOKEN_FROM, call_helpers, helpers_of, job_call
-from ..schedules import _HOST, LearningRateSchedule, _Schedule
+from ..schedules import HOST, LearningRateSchedule, Schedule
 from . import loop_kernel as kernel
 
 MOST_ROWS = 2**12
@@ -36,16 +36,17 @@ def coefficient_rows(optimizer: Any, first: int, count: int) -> tuple[Any, Any]:
 
 def _rates(optimizer: Any, first: int, count: int) -> Any:
     """Learning rate and weight decay at consecutive steps."""
-    learning_rate, decay = optimizer._learning_rate, optimizer.__dict__["_weight_decay_rate"]
+    hyper, rates_at = optimizer.hyper, optimizer.engine.rates_at
+    learning_rate, decay = hyper.learning_rate_function, hyper.weight_decay_function
     if learning_rate is None and decay is None:
-        return np.broadcast_to(np.array(optimizer._rates(first)), (count, 2))
-    if decay is None and isinstance(learning_rate.function, _Schedule):
-        formula = learning_rate.function._rate
+        return np.broadcast_to(np.array(rates_at(first)), (count, 2))
+    if decay is None and isinstance(learning_rate.function, Schedule):
+        formula = learning_rate.function.formula
         rates = np.full((count, 2), optimizer.weight_decay)
-        rates[:, 0] = [formula(_HOST, float(step)) for step in range(first, first + count)]
+        rates[:, 0] = [formula(HOST, float(step)) for step in range(first, first + count)]
         if np.isfinite(rates).all() and (rates >= 0).all():
             return rates
-    return np.array([optimizer._rates(step) for step in range(first, first + count)])
+    return np.array([rates_at(step) for step in range(first, first + count)])
 
 
 class Loop:
@@ -83,7 +84,7 @@ class Loop:
 
     def _array_addresses(self, run: Any) -> list[int]:
         """Where the arrays of a run are between one call and the next."""
-        slots = run.optimizer._state.slots[0]
+        slots = run.optimizer.engine.state.slots[0]
         best = [run.get(role)[0] if role in run.roles else None for role in ("best", "best_gradient")]
         found = [run.get("x")[0], None, run.get("gradient")[0]]
         found += [slots.get(key) for key in ("momentum", "velocity", "velocity_hat", "average")]
@@ -96,7 +97,7 @@ class Loop:
         if self.padded > self.size:
             arrays = [array and row.ctypes.data for array, row in zip(arrays, self.inside[r], strict=True)]
         arrays[kernel.COPY] = self.copies[r].ctypes.data
-        found = [self.words[r], run.values, run.counts, run.optimizer._state.scalars["iteration"]]
+        found = [self.words[r], run.values, run.counts, run.optimizer.engine.state.scalars["iteration"]]
         others = [array.ctypes.data for array in (*found, self.sums[r], run.history.marks)]
         return [*arrays, evaluate, *others[:4], 0, *others[4:], kernel.HERE]
 
@@ -104,7 +105,7 @@ class Loop:
         """Advance every run that is going on by at most so many iterations."""
         count = max(1, min(self.rows, most))
         going = [run for run in self.runs if not run.reason]
-        iterations = [int(run.optimizer._state.scalars["iteration"]) for run in going]
+        iterations = [int(run.optimizer.engine.state.scalars["iteration"]) for run in going]
         first = min(iterations)
         start = time.perf_counter()
         rows, rates = coefficient_rows(self.optimizer, first, count)
@@ -138,7 +139,7 @@ class Loop:
         left, (nit, elapsed) = self.table[r, kernel.LEFT], before
         done = run.nit - nit - (left == kernel.AFTER_UPDATE)
         if done:
-            at = int(run.optimizer._state.scalars["iteration"]) - (left == kernel.AFTER_UPDATE) - first
+            at = int(run.optimizer.engine.state.scalars["iteration"]) - (left == kernel.AFTER_UPDATE) - first
             kept = np.arange(-(nit + 1) % run.history.stride, done, run.history.stride)  # others would be thinned out
             kept = kept if kept.size and kept[-1] == done - 1 else np.append(kept, done - 1)
             table = np.empty((kept.size, 6))
@@ -150,7 +151,7 @@ class Loop:
         if left == kernel.BEFORE_UPDATE:
             run.advance()
         elif left == kernel.AFTER_UPDATE:
-            run.rate[0] = rates[int(run.optimizer._state.scalars["iteration"]) - 1 - first]
+            run.rate[0] = rates[int(run.optimizer.engine.state.scalars["iteration"]) - 1 - first]
             run.finish()
 
 
@@ -189,7 +190,7 @@ def compiled_loop(runs: Sequence[Any]) -> Loop | None:
 
 def _in_advance(optimizer: Any) -> bool:
     """Whether the coefficients of a step can be computed before the steps before it have been taken."""
-    rates = [optimizer._learning_rate, optimizer.__dict__["_weight_decay_rate"]]
+    rates = [optimizer.hyper.learning_rate_function, optimizer.hyper.weight_decay_function]
     known = all(rate is None or isinstance(rate.function, LearningRateSchedule) or rate.takes_step for rate in rates)
     plain = optimizer.nonfinite == "propagate" and not optimizer.loss_scale_factor
     return known and plain and not optimizer.gradient_accumulation_steps

@@ -14,7 +14,7 @@ import numpy as np
 from .. import arrays
 from .. import hyperparameters as hp
 from ..arrays.tree import Container, flatten, materialized, rebuild
-from ..optimizer import _CHECKED, _ELSEWHERE, AdamW
+from ..optimizer import HYPERPARAMETERS, SYNONYMS, AdamW
 from . import objective, stopping
 from .bounds import read_bounds
 from .objective import Objective
@@ -67,7 +67,7 @@ _SETTINGS: dict[str, tuple[Any, hp.Check]] = {
     "callback_every": (1, hp.integer(1, optional=False)),
     "compiled": (True, hp.flag),
 }
-_HYPERPARAMETERS = ["learning_rate", *(key for key in _CHECKED if key not in ("name", "nonfinite"))]
+_HYPERPARAMETERS = ["learning_rate", *(key for key in HYPERPARAMETERS if key not in ("name", "nonfinite"))]
 
 
 def minimize(
@@ -197,7 +197,7 @@ def read_settings(options: dict[str, Any], tol: Any, hess: Any, hessp: Any, cons
     known = {**_SETTINGS, **dict.fromkeys(_HYPERPARAMETERS), "tol": None}
     unknown = [key for key in options if key not in known]
     if unknown:
-        hints = "".join(f"; `{key}` is `{_ELSEWHERE[key]}` here" for key in unknown if key in _ELSEWHERE)
+        hints = "".join(f"; `{key}` is `{SYNONYMS[key]}` here" for key in unknown if key in SYNONYMS)
         _warn_of(f"Unknown solver options: {', '.join(unknown)}{hints}")
     settings = {key: check(key, options.get(key, default)) for key, (default, check) in _SETTINGS.items()}
     tol = _tolerance("tol", options.get("tol", tol))

@@ -11,7 +11,7 @@ import numpy as np
 from .. import arrays
 from ..arrays import Array
 from ..arrays.tree import Container, rebuild
-from ..optimizer import AdamW, LastStep
+from ..optimizer import AdamW
 from . import stopping
 from .history import COLUMNS, History
 from .objective import Evaluation, Objective
@@ -86,7 +86,7 @@ class Run:
     def _array_like(self, role: str, k: int, x: Array) -> str:
         name = f"{role}_{k}"
         dtype = arrays.SLOT[arrays.dtype_name(x)] if role.endswith("gradient") else arrays.dtype_name(x)
-        self.optimizer._state.add(name, arrays.zeros_like(x, dtype), "zeros", late=True)
+        self.optimizer.engine.state.add(name, arrays.zeros_like(x, dtype), "zeros", late=True)
         self._own.append(name)
         return name
 
@@ -96,7 +96,7 @@ class Run:
         """Live arrays, one per variable: ``x``, ``previous``, ``gradient``, ``best`` or ``best_gradient``."""
         if role == "x" and self.mutable:
             return self.problem.leaves
-        return [self.optimizer._state.added[True][name] for name in self._arrays[role]]
+        return [self.optimizer.engine.state.added[True][name] for name in self._arrays[role]]
 
     def put(self, role: str, values: Sequence[Array]) -> None:
         """Write such arrays, or replace them where they are immutable."""
@@ -104,7 +104,7 @@ class Run:
             arrays.write_all(list(zip(self.get(role), values, strict=True)))
             return
         for name, value in zip(self._arrays[role], values, strict=True):
-            added = self.optimizer._state.added[True]
+            added = self.optimizer.engine.state.added[True]
             added[name] = arrays.like(added[name], value)
 
     def state(self) -> dict[str, Array]:
@@ -172,7 +172,7 @@ class Run:
         new, state = optimizer.stateless_apply(optimizer.variables, gradients, self.get("x"))
         optimizer.set_weights(state)
         self.put("x", new)
-        optimizer._last[0] = LastStep(None, optimizer.iterations > before, rate)
+        optimizer.engine.record.last = None, optimizer.iterations > before, rate
 
     def evaluate(self) -> None:
         """Value and gradient where the last update has led, and what they mean for the tolerances."""

@@ -45,7 +45,7 @@ class Keeper:
 
     def restore(self) -> None:
         """Go on from what is saved, if anything is, with the learning rate of this call."""
-        origin, scalars = self.run.origin.copy(), self.run.optimizer._state.scalars
+        origin, scalars = self.run.origin.copy(), self.run.optimizer.engine.state.scalars
         rate = scalars["learning_rate"].copy() if "learning_rate" in scalars else None
         if self.path is not None and self.path.exists():
             self.run.optimizer.restore(self.path)

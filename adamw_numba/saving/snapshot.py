@@ -44,6 +44,15 @@ class Loaded(NamedTuple):
     positional: bool = False
     partial: bool = False
 
+    def excluded(self, names: Sequence[str], variables: Sequence[Array]) -> frozenset[str]:
+        """Which of the variables to build are excluded from weight decay, as they were when they were saved."""
+        order = _matched(self, names, variables)
+        return frozenset(name for name, index in zip(names, order, strict=True) if self.variables[index]["excluded"])
+
+    def fill(self, names: Sequence[str], variables: Sequence[Array], slots: Sequence[dict[str, Array]]) -> None:
+        """Put the state into the slots of variables, and what it holds of the variables into them: all or nothing."""
+        _write(_writes(self, names, variables, slots))
+
 
 class Snapshot(NamedTuple):
     """What is about to be written."""
@@ -55,21 +64,21 @@ class Snapshot(NamedTuple):
 
 def save(optimizer: Any, target: Any, extra: Any, variables: bool, durable: bool) -> None:
     """Write an optimizer's state, while no step can change it."""
-    with inner_of(optimizer)._lock:
+    with engine_of(optimizer).lock:
         manifest.write(target, *snapshot(optimizer, extra, variables), durable)
 
 
 def snapshot(optimizer: Any, extra: Any = None, variables: bool = False, copy: bool = False) -> Snapshot:
     """The document and the arrays of an optimizer; the arrays live, or copies."""
-    inner = inner_of(optimizer)
+    engine = engine_of(optimizer)
     try:
         check_json(extra, "extra")
     except RecursionError:
         raise ValueError("`extra` is nested too deep, or holds itself; expected what JSON can hold") from None
-    with inner._lock:
-        built = inner._require_built("save")
-        inner._check_not_swapped()
-        inner._catch_up()
+    with engine.lock:
+        built = engine.require_built("save")
+        engine.check_not_swapped()
+        engine.catch_up()
         live = {key: own[name] for key, (own, name) in _scalars(optimizer).items()}
         for name, variable, own in zip(built.names, built.variables, built.slots, strict=True):
             live |= {f"{key}/{encoded(name)}": array for key, array in own.items()}
@@ -80,7 +89,7 @@ def snapshot(optimizer: Any, extra: Any = None, variables: bool = False, copy: b
         if odd:
             raise TypeError(f"these arrays of the state cannot be saved: {odd}; expected {', '.join(manifest.DTYPES)}")
         ready = {key: arrays.as_numpy(array) for key, array in live.items()}
-        document = _document(optimizer, inner, built, extra)
+        document = _document(optimizer, built, extra)
         return Snapshot(document, {k: a.copy() for k, a in ready.items()} if copy else ready, dtypes)
 
 
@@ -92,24 +101,24 @@ def load(cls: Any, target: Any, variables: Any, custom_objects: Mapping[str, Any
         optimizer = cls.from_config(saved.document["config"], custom_objects)
     except _UNUSABLE as error:
         raise ValueError(f"{saved.where} holds a config that cannot be used: {error}") from error
-    inner = inner_of(optimizer)
-    _add_arrays(inner, saved)
+    engine = engine_of(optimizer)
+    _add_arrays(engine, saved)
     _write(_scalar_writes(optimizer, saved))
-    inner._loaded = Loaded(saved.document["variables"], _of_variables(saved), saved.where)
-    _set_counts(inner, saved)
+    engine.loaded = Loaded(saved.document["variables"], _of_variables(saved), saved.where)
+    _set_counts(engine, saved)
     if variables is not None:
         optimizer.build(variables)
     return optimizer
 
 
-def _add_arrays(inner: Any, saved: Saved) -> None:
+def _add_arrays(engine: Any, saved: Saved) -> None:
     """Make the arrays that the user has added: of the dtype that they had, bfloat16 as such."""
     for name, late in saved.document["added"]:
         try:
             key = f"added/{encoded(name)}"
             if key in saved.arrays:
                 dtype = _numpy_dtype(saved.document["arrays"][key]["dtype"], f"{saved.where}: {key!r}")
-                inner._state.add(name, np.zeros(saved.arrays[key].shape, dtype), "zeros", late)
+                engine.state.add(name, np.zeros(saved.arrays[key].shape, dtype), "zeros", late)
         except ValueError as error:
             raise CorruptFileError(f"{saved.where} holds an added variable that cannot be: {error}") from error
 
@@ -124,24 +133,13 @@ def _numpy_dtype(name: str, what: str) -> Any:
     return ml_dtypes.bfloat16
 
 
-def fill(loaded: Loaded, names: Sequence[str], variables: Sequence[Array], slots: Sequence[dict[str, Array]]) -> None:
-    """Put a loaded state into the slots of variables, and what it holds of the variables into them: all or nothing."""
-    _write(_writes(loaded, names, variables, slots))
-
-
-def excluded_names(loaded: Loaded, names: Sequence[str], variables: Sequence[Array]) -> frozenset[str]:
-    """Which of the variables to build are excluded from weight decay, as they were when they were saved."""
-    order = _matched(loaded, names, variables)
-    return frozenset(name for name, index in zip(names, order, strict=True) if loaded.variables[index]["excluded"])
-
-
 def restore(optimizer: Any, target: Any) -> Any:
     """Put a saved state into a built optimizer, all or nothing; what the user's own payload was."""
-    inner = inner_of(optimizer)
-    with inner._lock:
-        built = inner._require_built("restore")
-        inner._check_not_swapped()
-        inner._catch_up()
+    engine = engine_of(optimizer)
+    with engine.lock:
+        built = engine.require_built("restore")
+        engine.check_not_swapped()
+        engine.catch_up()
         saved = manifest.read(target)
         _check_class(type(optimizer).__mro__, saved)
         loaded = Loaded(saved.document["variables"], _of_variables(saved), saved.where)
@@ -149,8 +147,8 @@ def restore(optimizer: Any, target: Any) -> Any:
         writes += _writes(loaded, built.names, built.variables, built.slots)
         _warn_of_differences(optimizer, built, saved)
         _write(writes)
-        _set_counts(inner, saved)
-        return inner._extra
+        _set_counts(engine, saved)
+        return engine.extra
 
 
 def saved_variables(target: Any) -> dict[str, np.ndarray[Any, Any]]:
@@ -191,6 +189,11 @@ def inner_of(optimizer: Any) -> Any:
     return vars(optimizer).get("inner_optimizer", optimizer)
 
 
+def engine_of(optimizer: Any) -> Any:
+    """The engine of an AdamW, or of the one inside a loss scale."""
+    return inner_of(optimizer).engine
+
+
 def check_json(value: Any, what: str) -> None:
     """Refuse what would come back from JSON as something else (but a tuple, which comes back as a list).
 
@@ -216,17 +219,18 @@ def check_json(value: Any, what: str) -> None:
         raise TypeError(f"`{what}` is {value!r:.80} of type {type(value).__name__}; expected what JSON can hold{hint}")
 
 
-def _document(optimizer: Any, inner: Any, built: Any, extra: Any) -> dict[str, Any]:
+def _document(optimizer: Any, built: Any, extra: Any) -> dict[str, Any]:
     described = [
         {"name": name, "dtype": arrays.dtype_name(v), "shape": [int(s) for s in v.shape], "excluded": not decayed}
         for name, v, decayed in zip(built.names, built.variables, built.decayed, strict=True)
     ]
-    added = [[name, late] for late, own in enumerate(inner._state.added) for name in own]
+    engine = engine_of(optimizer)
+    added = [[name, late] for late, own in enumerate(engine.state.added) for name in own]
     return {
-        "class": "AdamW" if inner is optimizer else "LossScaleOptimizer",
+        "class": "AdamW" if inner_of(optimizer) is optimizer else "LossScaleOptimizer",
         "config": optimizer.get_config(),
-        "step": int(inner._state.scalars["iteration"]),
-        "skipped_steps": inner.skipped_steps,
+        "step": int(engine.state.scalars["iteration"]),
+        "skipped_steps": engine.record.skipped,
         "extra": extra,
         "variables": described,
         "added": [[name, bool(late)] for name, late in added],
@@ -235,13 +239,13 @@ def _document(optimizer: Any, inner: Any, built: Any, extra: Any) -> dict[str, A
 
 def _scalars(optimizer: Any) -> dict[str, Place]:
     """What belongs to no variable: counters, the learning rate, the loss scale, arrays that the user has added."""
-    inner = inner_of(optimizer)
+    state = engine_of(optimizer).state
     places: dict[str, Place] = {}
-    if inner is not optimizer:
-        scalars = optimizer._state.scalars
+    if inner_of(optimizer) is not optimizer:
+        scalars = optimizer.scale_state.scalars
         places |= {f"loss_scale/{key}": (scalars, key) for key in scalars}
-    places |= {key: (inner._state.scalars, key) for key in inner._state.scalars}
-    for own in inner._state.added:
+    places |= {key: (state.scalars, key) for key in state.scalars}
+    for own in state.added:
         places |= {f"added/{encoded(name)}": (own, name) for name in own}
     return places
 
@@ -360,15 +364,15 @@ def _write(writes: Sequence[tuple[dict[str, Array], str, Array]]) -> None:
         own[key] = array
 
 
-def _set_counts(inner: Any, saved: Saved) -> None:
-    inner._last[:] = [None, saved.document["skipped_steps"]]
-    inner._extra = saved.document["extra"]
+def _set_counts(engine: Any, saved: Saved) -> None:
+    engine.record.last, engine.record.skipped = None, saved.document["skipped_steps"]
+    engine.extra = saved.document["extra"]
 
 
 def _warn_of_differences(optimizer: Any, built: Any, saved: Saved) -> None:
     here, there = _flat(optimizer.get_config()), _flat_saved(saved)
     different = [key for key in here if key in there and here[key] != there[key] and key not in _FREE]
-    if "learning_rate" not in inner_of(optimizer)._state.scalars and here["learning_rate"] != there.get(
+    if "learning_rate" not in engine_of(optimizer).state.scalars and here["learning_rate"] != there.get(
         "learning_rate"
     ):
         different.append("learning_rate")

@@ -8,10 +8,10 @@ import numpy as np
 
 from ..arrays import Array, are_arrays
 from ..arrays.tree import Container, matched
-from .prepare import Built
+from .workspace import Workspace
 
 
-def gradients(built: Built, grads: Container, warn: bool = True) -> Sequence[Array | None]:
+def gradients(built: Workspace, grads: Container, warn: bool = True) -> Sequence[Array | None]:
     """Gradients for all variables, by name or by position; an empty list for none at all.
 
     Raises
@@ -25,7 +25,7 @@ def gradients(built: Built, grads: Container, warn: bool = True) -> Sequence[Arr
     return _present(built.names, leaves, warn) if leaves else []
 
 
-def as_flat(built: Built, grads: Container) -> list[Array] | None:
+def as_flat(built: Workspace, grads: Container) -> list[Array] | None:
     """Gradients that are a list of arrays, one for each variable; None if they are anything else."""
     if type(grads) is list and len(grads) == len(built.names) and are_arrays(grads):
         return list(grads)  # the caller's may change while we work
@@ -33,7 +33,7 @@ def as_flat(built: Built, grads: Container) -> list[Array] | None:
 
 
 def gradients_of(
-    built: Built, grads: Container, targets: list[str], variables: Sequence[Array]
+    built: Workspace, grads: Container, targets: list[str], variables: Sequence[Array]
 ) -> Sequence[Array | None]:
     """Gradients for some of the variables, None for the others.
 
@@ -50,7 +50,7 @@ def gradients_of(
     return result
 
 
-def indices(built: Built, variables: Sequence[Array]) -> list[int]:
+def indices(built: Workspace, variables: Sequence[Array]) -> list[int]:
     """Where these very arrays stand among the variables.
 
     Raises
@@ -94,7 +94,7 @@ def pairs(grads_and_vars: Any) -> tuple[list[Array | None], list[Array]]:
     return [g for g, _ in found], [v for _, v in found]
 
 
-def check_same(built: Built, variables: Sequence[Array]) -> None:
+def check_same(built: Workspace, variables: Sequence[Array]) -> None:
     """Refuse a second `build` with other variables."""
     if sorted(indices(built, variables)) != list(range(len(built.variables))):
         raise ValueError(

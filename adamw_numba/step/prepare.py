@@ -14,28 +14,11 @@ from ..array_api import functions as array_api
 from ..arrays import Array
 from ..coefficients import clip_factor, coefficients, log, step_size, whole_norm
 from ..update import Coefficients
+from .workspace import Workspace
 
 Call = tuple[Any, ...]
 Write = tuple[Array, Array]
 _run = deque[Any](maxlen=0).extend  # takes each result of an iterator, and keeps none
-
-
-class Built(NamedTuple):
-    """What an optimizer has been built on: its variables in order, and their state."""
-
-    names: list[str]
-    variables: list[Array]
-    slots: list[dict[str, Array]]
-    decayed: list[bool]
-    plan: Any  # of the variables on the host; None if there are none
-    devices: list[Any]  # the plans of GPUs
-    elsewhere: list[int]  # the variables without compiled kernels
-    tensors: list[tuple[int, Array]]  # the variables whose versions torch counts
-
-    @property
-    def resident(self) -> Any:
-        """The plan of the one GPU that everything lies on, which can then decide by itself; None otherwise."""
-        return self.devices[0] if len(self.devices) == 1 and self.plan is None and not self.elsewhere else None
 
 
 class Numbers(NamedTuple):
@@ -45,13 +28,6 @@ class Numbers(NamedTuple):
     overwrite: bool  # the variables with their averages
     is_update: bool  # not only an accumulation
     factor: float  # what norms of the sums that kernels take are multiplied with
-
-
-def _check_writable(name: str, array: Array) -> None:
-    try:
-        array[...] = array[...]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"variable {name!r} cannot be written ({error}); expected an array that can") from None
 
 
 class Prepared(NamedTuple):
@@ -109,38 +85,6 @@ class Step(NamedTuple):
     settings: object
 
 
-def build(names: list[str], variables: list[Array], slots: list[dict[str, Array]], excluded: frozenset[str]) -> Built:
-    """Check that variables do not overlap, and lay out the work of a step.
-
-    Raises
-    ------
-    ValueError
-        If two variables share memory.
-    """
-    places = [arrays.place(variable) for variable in variables]
-    elsewhere = [i for i, place in enumerate(places) if place is None]
-    for i in elsewhere:
-        if arrays.is_mutable(variables[i]):
-            _check_writable(names[i], variables[i])
-    for i in elsewhere:
-        if any(variables[j] is variables[i] for j in elsewhere if j < i):
-            raise ValueError(f"variable {names[i]!r} is given twice; expected every array once")
-    decayed = [name not in excluded for name in names]
-    plan, devices = None, []
-    for where in dict.fromkeys(place for place in places if place is not None):
-        here = [v if place == where else None for v, place in zip(variables, places, strict=True)]
-        if where == "cpu":
-            from ..cpu.plan import Plan  # compiled code, imported at first use
-
-            plan = Plan(names, here, slots, decayed)
-        else:
-            from ..gpu.plan import Plan as DevicePlan
-
-            devices.append(DevicePlan(where, names, here, slots, decayed))
-    tensors = [(i, variable) for i, variable in enumerate(variables) if arrays.has_version(variable)]
-    return Built(names, variables, slots, decayed, plan, devices, elsewhere, tensors)
-
-
 def numbers_of(hyper: Any, iteration: int, rates: tuple[float, float], loss_scale: float) -> Numbers:
     """The coefficients and decisions of the step after `iteration` others, before any clip by norm."""
     micro_steps = hyper.gradient_accumulation_steps
@@ -152,7 +96,7 @@ def numbers_of(hyper: Any, iteration: int, rates: tuple[float, float], loss_scal
     return Numbers(c, overwrite, is_update, 1 / micro_steps if micro_steps else 1 / loss_scale)
 
 
-def prepare(hyper: Any, built: Built, gradients: Sequence[Array | None], taken: Step) -> Prepared:
+def prepare(hyper: Any, built: Workspace, gradients: Sequence[Array | None], taken: Step) -> Prepared:
     """Check the gradients and work out the whole step, without writing anything that the user owns.
 
     Parameters
@@ -198,20 +142,19 @@ def take_again(
     loss_scale: float,
     rates: tuple[float, float] | None,
     scalars: dict[str, Array],
-    last: list[Any],
+    record: Any,
 ) -> bool:
     """Take a step at once, if nothing but gradients, rates and the count differs from the last one; False if not.
 
     A few microseconds instead of ten: all checks of arrays are one compiled call, and two numbers are new. `rates` are
-    None where they are numbers; `scalars` holds the counter and the learning rate; the first of `last` is the record of
-    the last step.
+    None where they are numbers; `scalars` holds the counter and the learning rate; `record` is told of the step.
     """
     noted = plan.repeat
     if noted is None or type(grads) is not list:
         return False
     settings, noted_scale, log_beta_1, log_beta_2, takes_norm, prepared = noted
     iteration, own, weight_decay = scalars["iteration"], scalars.get("learning_rate"), hyper.weight_decay
-    if settings is not hyper._settings or noted_scale != loss_scale or not iteration.flags.writeable:
+    if settings is not hyper.token or noted_scale != loss_scale or not iteration.flags.writeable:
         return False
     gradients = list(grads)  # the caller's may change while we work
     number = iteration.item()
@@ -236,7 +179,7 @@ def take_again(
     plan.set_rates(step_size(number, rate, log_beta_1, log_beta_2), rate * weight_decay, scale)
     if prepared.touched:
         arrays.note_writes(prepared.touched)
-    counts = (operator.setitem, last, 0, (norm, True, rate)), (operator.setitem, iteration, (), number + 1)
+    counts = (setattr, record, "last", (norm, True, rate)), (operator.setitem, iteration, (), number + 1)
     _run(starmap(operator.call, (*prepared.calls, *counts)))
     return True
 
@@ -250,7 +193,7 @@ def _clipped(
     return scale, hyper.clipnorm / np.maximum(norms, hyper.clipnorm) if hyper.clipnorm else None
 
 
-def _note(hyper: Any, built: Built, gradients: Sequence[Array | None], taken: Step, prepared: Prepared) -> None:
+def _note(hyper: Any, built: Workspace, gradients: Sequence[Array | None], taken: Step, prepared: Prepared) -> None:
     """Keep a step for `take_again`, if every variable has its part in it."""
     overwrites = hyper.use_ema and hyper.ema_overwrite_frequency
     if built.plan is None or built.devices or built.elsewhere or overwrites:
@@ -260,7 +203,7 @@ def _note(hyper: Any, built: Built, gradients: Sequence[Array | None], taken: St
         built.plan.repeat = Repeat(taken.settings, taken.loss_scale, *logs, prepared.norm is not None, prepared)
 
 
-def _prepare_resident(hyper: Any, built: Built, gradients: Sequence[Array | None], taken: Step) -> Prepared:
+def _prepare_resident(hyper: Any, built: Workspace, gradients: Sequence[Array | None], taken: Step) -> Prepared:
     """A step that the GPU decides and counts by itself: nothing waits."""
     device, scale = built.resident, taken.loss_scale
 
@@ -293,7 +236,7 @@ def _options(hyper: Any) -> tuple[bool | None, ...]:
     return tuple(True if option else None for option in wanted)
 
 
-def _launches(hyper: Any, built: Built, numbers: Numbers, iteration: int, clips: Any) -> list[Call]:
+def _launches(hyper: Any, built: Workspace, numbers: Numbers, iteration: int, clips: Any) -> list[Call]:
     """The launches of a step that the host has decided."""
     result: list[Call] = []
     each = 0.0 if clips is None else hyper.clipnorm
@@ -305,7 +248,7 @@ def _launches(hyper: Any, built: Built, numbers: Numbers, iteration: int, clips:
     return result
 
 
-def prepare_one(hyper: Any, built: Built, gradient: Array, i: int, updates: int, learning_rate: float) -> Prepared:
+def prepare_one(hyper: Any, built: Workspace, gradient: Array, i: int, updates: int, learning_rate: float) -> Prepared:
     """Adam alone, for one variable: no clip, decay, average or accumulator."""
     gradients = [gradient if k == i else None for k in range(len(built.names))]
     _refresh(built, gradients, hyper.threads)
@@ -357,7 +300,7 @@ def _write(prepared: Prepared) -> None:
     arrays.write_all(prepared.writes)
 
 
-def _refresh(built: Built, gradients: Sequence[Array | None], threads: int | None) -> None:
+def _refresh(built: Workspace, gradients: Sequence[Array | None], threads: int | None) -> None:
     for i in built.elsewhere:
         arrays.check_variable(built.names[i], built.variables[i])
         if not arrays.is_mutable(built.variables[i]):
@@ -375,7 +318,7 @@ def _refresh(built: Built, gradients: Sequence[Array | None], threads: int | Non
 
 
 def _norms(
-    hyper: Any, built: Built, gradients: Sequence[Array | None], numbers: Numbers, iteration: int
+    hyper: Any, built: Workspace, gradients: Sequence[Array | None], numbers: Numbers, iteration: int
 ) -> tuple[np.ndarray[Any, Any], float]:
     """The norm of each variable's mean unscaled gradient, and of all together; waits for GPUs."""
     c, factor = numbers.c, numbers.factor
@@ -396,13 +339,15 @@ def _norms(
     return norms * factor, norm * factor
 
 
-def _refuse(built: Built, norms: np.ndarray[Any, Any], nonfinite: str) -> None:
+def _refuse(built: Workspace, norms: np.ndarray[Any, Any], nonfinite: str) -> None:
     if nonfinite == "raise":
         names = [name for name, norm in zip(built.names, norms, strict=True) if not math.isfinite(norm)]
         raise FloatingPointError(f"gradients of {names} hold values that are not finite (nonfinite='raise')")
 
 
-def _accumulations(built: Built, gradients: Sequence[Array | None], c: Coefficients) -> tuple[list[Write], list[Call]]:
+def _accumulations(
+    built: Workspace, gradients: Sequence[Array | None], c: Coefficients
+) -> tuple[list[Write], list[Call]]:
     writes = []
     for i in built.elsewhere:
         if gradients[i] is not None:
@@ -413,7 +358,7 @@ def _accumulations(built: Built, gradients: Sequence[Array | None], c: Coefficie
 
 def _updates(
     hyper: Any,
-    built: Built,
+    built: Workspace,
     gradients: Sequence[Array | None],
     c: Coefficients,
     clips: np.ndarray[Any, Any] | None,

@@ -305,7 +305,7 @@ def test_pending_until_the_first_build(tmp_path):
     copies = {k: variables[k].copy() for k in reversed(variables)}
     loaded.build(copies)
     assert image(loaded, copies) == image(optimizer, variables)
-    assert list(loaded._built.decayed) == list(reversed(optimizer._built.decayed))
+    assert list(loaded.engine.workspace.decayed) == list(reversed(optimizer.engine.workspace.decayed))
 
 
 def build(variables, **options):
@@ -674,7 +674,7 @@ def test_files_of_schema_version_1_load_for_ever(path):
     variables = {"w": np.zeros((2, 3), np.float32), "b": np.zeros(3, ml_dtypes.bfloat16)}
     optimizer = LossScaleOptimizer.load(path, variables)
     assert image(optimizer, variables) == expected["image"]
-    assert (optimizer.extra, optimizer.inner_optimizer._built.decayed) == (expected["extra"], [True, False])
+    assert (optimizer.extra, optimizer.inner_optimizer.engine.workspace.decayed) == (expected["extra"], [True, False])
 
 
 def test_golden_files_are_there():

@@ -309,7 +309,7 @@ def test_other_containers_are_refused(case):
         optimizer.apply(given)
     before = variables["a"].copy()
     for chosen in (optimizer, copy.deepcopy(optimizer)):
-        chosen._form = optimizer._form if chosen is optimizer else None
+        chosen.engine.form = optimizer.engine.form if chosen is optimizer else None
         with pytest.raises((ValueError, TypeError), match=message):
             chosen.apply(change(given))
     np.testing.assert_array_equal(variables["a"], before)
