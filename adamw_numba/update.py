@@ -37,6 +37,25 @@ class Coefficients(NamedTuple):
     average_c: Any  # 1 - ema_momentum, 1 at the first update
 
 
+class Variant(NamedTuple):
+    """Which of a kernel's options are compiled in. On a GPU a clip by value is a number, so `clip` is False there."""
+
+    amsgrad: bool
+    average: bool
+    accumulate: bool
+    clip: bool
+
+
+class Storage(NamedTuple):
+    """How a kernel's arrays are stored. On a GPU strides are numbers, so `strided` is False there."""
+
+    p: str  # dtype of the variable
+    g: str  # dtype of its gradient
+    compute: str  # dtype of the arithmetic and of the slots
+    strided: bool
+    master: bool  # whether a 16-bit variable has a float32 master copy
+
+
 def make_update(sqrt: Callable[..., Any], maximum: Callable[..., Any], minimum: Callable[..., Any]) -> Any:
     """AdamW with the "epsilon hat" of Adam (Kingma & Ba 2015, end of section 2), as in Keras.
 
