@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from .update import Coefficients
+from .update import Coefficients, Variant
+
+MOST_STEPS = 2**62  # of a counter in int64, with room
 
 
 def coefficients(
@@ -62,3 +64,134 @@ def whole_norm(norms: np.ndarray[Any, Any]) -> float:
 def log(beta: float) -> float:
     """The logarithm of a decay rate, which may be 0."""
     return math.log(beta) if beta else -math.inf
+
+
+class Recipe:
+    """A kind of step: what stays the same while no hyperparameter changes, and the numbers that each step fills in.
+
+    Attributes
+    ----------
+    c : Coefficients
+        All but ``alpha`` and ``decay`` hold for every step of this kind; so does ``scale``, unless a norm is clipped.
+    variant : Variant
+    is_update, overwrite : bool
+        Whether the variables change (otherwise gradients are accumulated), and become their averages.
+    alone : bool
+        Whether this is Adam alone for one variable, which no counter counts.
+    factor : float
+        What the norms that kernels take are multiplied with to be those of the mean unscaled gradients.
+    takes_norm : bool
+    nonfinite : {"propagate", "skip", "raise"}
+    clipnorm, global_clipnorm : float or None
+    threads : int or None
+        The most threads to use; None for Numba's own number.
+    number : int
+        Calls of `apply` before this step.
+    alpha, decay, scale : float
+    clips : array of float64, or None
+        What each variable's gradient is multiplied with besides.
+    """
+
+    __slots__ = (
+        *(
+            "c",
+            "variant",
+            "is_update",
+            "overwrite",
+            "alone",
+            "factor",
+            "takes_norm",
+            "nonfinite",
+            "clipnorm",
+            "global_clipnorm",
+        ),
+        *("threads", "number", "alpha", "decay", "scale", "clips"),
+    )
+
+    def __init__(
+        self, c: Coefficients, variant: Variant, is_update: bool, overwrite: bool, alone: bool = False
+    ) -> None:
+        self.c, self.variant, self.is_update, self.overwrite, self.alone = c, variant, is_update, overwrite, alone
+        self.factor, self.takes_norm, self.nonfinite = 1.0, False, "propagate"
+        self.clipnorm: float | None = None
+        self.global_clipnorm: float | None = None
+        self.threads: int | None = None
+        self.number, self.alpha, self.decay, self.scale = 0, c.alpha, c.decay, c.scale
+        self.clips: np.ndarray[Any, Any] | None = None
+
+    def clip(self, norms: np.ndarray[Any, Any], norm: float) -> None:
+        """Fill in what clipping by norm comes to."""
+        if self.global_clipnorm:
+            self.scale = self.c.scale * clip_factor(norm, self.global_clipnorm)
+        if self.clipnorm:
+            self.clips = self.clipnorm / np.maximum(norms, self.clipnorm)
+
+    def coefficients(self) -> Coefficients:
+        """The coefficients of the step that was filled in."""
+        return self.c._replace(alpha=self.alpha, decay=self.decay, scale=self.scale)
+
+
+class Recipes:
+    """The recipes of all kinds of step, for as long as the hyperparameters stay as they are.
+
+    Parameters
+    ----------
+    hyper : Hyperparameters
+    given : float, optional
+        A dynamic loss scale, with which steps are skipped that are not finite; the hyperparameters' own otherwise.
+    """
+
+    def __init__(self, hyper: Any, given: float | None = None) -> None:
+        self.token = hyper.token  # before any of the values, so that one that changes meanwhile is noticed
+        self.hyper, self.given = hyper, given
+        self.loss_scale: float = given or hyper.loss_scale_factor or 1.0
+        self.nonfinite: str = hyper.nonfinite if given is None else "skip"
+        self.window: int = hyper.gradient_accumulation_steps or 1
+        self.every: int = (hyper.ema_overwrite_frequency or 0) if hyper.use_ema else 0
+        self.log_beta_1, self.log_beta_2 = log(hyper.beta_1), log(hyper.beta_2)
+        self._usual: Recipe | None = None  # of every step but the first, where all of them are of one kind
+        self._made: dict[tuple[bool, bool, bool], Recipe] = {}
+
+    def at(self, number: int, rate: float, weight_decay: float) -> Recipe:
+        """The recipe of the step after `number` others, filled in."""
+        recipe, updates = self._usual, number
+        if recipe is None or not 0 < number < MOST_STEPS:
+            updates = number // self.window
+            recipe = self._of(number, updates)
+        recipe.number = number
+        recipe.alpha = step_size(updates, rate, self.log_beta_1, self.log_beta_2)
+        recipe.decay = rate * weight_decay
+        return recipe
+
+    def _of(self, number: int, updates: int) -> Recipe:
+        if not 0 <= number < MOST_STEPS:
+            raise ValueError(f"the iteration is {number}; expected a counter that can go on")
+        is_update = (number + 1) % self.window == 0
+        overwrite = bool(self.every) and is_update and (updates + 1) % self.every == 0
+        kind = updates == 0, is_update, overwrite
+        recipe = self._made.get(kind) or self._make(*kind)
+        if updates and self.window == 1 and not self.every:
+            self._usual = recipe
+        return recipe
+
+    def _make(self, is_first: bool, is_update: bool, overwrite: bool) -> Recipe:
+        hyper = self.hyper
+        c = coefficients(hyper, 0 if is_first else 1, 0.0, 0.0, 1 / self.loss_scale, 1.0)
+        accumulate = hyper.gradient_accumulation_steps is not None
+        variant = Variant(hyper.amsgrad, hyper.use_ema, accumulate, hyper.clipvalue is not None)
+        recipe = self._made[is_first, is_update, overwrite] = Recipe(c, variant, is_update, overwrite)
+        recipe.factor = 1 / self.window if accumulate else 1 / self.loss_scale
+        recipe.threads = hyper.threads
+        recipe.clipnorm, recipe.global_clipnorm = hyper.clipnorm, hyper.global_clipnorm
+        clips = is_update and (hyper.clipnorm or hyper.global_clipnorm)
+        recipe.nonfinite = self.nonfinite
+        recipe.takes_norm = self.nonfinite != "propagate" or bool(clips)
+        return recipe
+
+
+def adam_alone(hyper: Any, updates: int, learning_rate: float) -> Recipe:
+    """The recipe of Adam for one variable: no clip, decay, average or accumulator."""
+    c = coefficients(hyper, updates, learning_rate, 0.0, 1.0, 1.0)._replace(scale=1.0, limit=math.inf)
+    recipe = Recipe(c, Variant(hyper.amsgrad, False, False, False), True, False, alone=True)
+    recipe.threads = hyper.threads
+    return recipe

@@ -14,7 +14,7 @@ from .optimizer import AdamW
 from .saving import own_variables, snapshot
 from .state import Place, State
 from .step import gradients as matching
-from .step.prepare import Call
+from .step.commit import Call
 
 _INNER_ONLY = {
     "weight_decay": None,
@@ -188,12 +188,9 @@ class LossScaleOptimizer:
 
         The inner optimizer, the counter and the scale change together or not at all; see `AdamW.apply`.
         """
-        inner = self.inner_optimizer
-        with inner.engine.lock:
-            built, gradients = inner.engine.match(grads, trainable_variables)
-            if gradients:
-                scale = hp.scale("dynamic_scale", self.dynamic_scale)
-                inner.engine.step(built, gradients, scale, "skip", self._after)
+        engine = self.inner_optimizer.engine
+        with engine.lock:
+            engine.apply(grads, trainable_variables, hp.scale("dynamic_scale", self.dynamic_scale), self._after)
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Array | None, Array]]) -> int:
         """Take one step with ``(gradient, variable)`` pairs: see `AdamW.apply_gradients`."""

@@ -487,14 +487,14 @@ class AdamW:
                 arrays.check_variable(name, variable)
             kept = [(variable, arrays.like(variable, variable)) for variable in built.variables]
             try:
-                engine.swapped = True
+                engine.swapped, engine.host = True, None
                 self.finalize_variable_values(built.variables)
                 yield
             finally:
                 try:
                     arrays.write_all(kept)
                 finally:
-                    engine.swapped = False
+                    engine.swapped, engine.host = False, built.host
 
     def finalize_variable_values(self, var_list: Container) -> None:
         """Put the averages into variables for good; without ``use_ema``, or before the first update, nothing happens.

@@ -288,10 +288,17 @@ def _square_share(address, part, parts, g_like, like, total, strided, scaled):
             partials[w] = sum_squares(g, totals, c, scale, sums, far)
 
 
+def _flag(wanted):
+    """What Numba compiles in, or compiles away."""
+    return True if wanted else None
+
+
 @cache
-def update_kernel(p_type, g_type, compute, top, average, total, master, limit, strided):
-    """The kernel that updates variables stored as `p_type`; each option is None or True."""
-    p_like, g_like, like = LIKE[p_type], LIKE[g_type], LIKE[compute]
+def update_kernel(storage, variant):
+    """The kernel that updates variables: see `update.Storage` and `update.Variant`."""
+    p_like, g_like, like = LIKE[storage.p], LIKE[storage.g], LIKE[storage.compute]
+    top, average, total, limit = map(_flag, variant)
+    strided, master = _flag(storage.strided), _flag(storage.master)
 
     @c_kernel
     def update_kernel(block, part, parts):
@@ -303,9 +310,9 @@ def update_kernel(p_type, g_type, compute, top, average, total, master, limit, s
 
 
 @cache
-def accumulate_kernel(g_type, compute, strided):
+def accumulate_kernel(storage):
     """The kernel that adds gradients to their accumulators."""
-    g_like, like = LIKE[g_type], LIKE[compute]
+    g_like, like, strided = LIKE[storage.g], LIKE[storage.compute], _flag(storage.strided)
 
     @c_kernel
     def accumulate_kernel(block, part, parts):
@@ -317,10 +324,10 @@ def accumulate_kernel(g_type, compute, strided):
 
 
 @cache
-def square_kernel(g_type, compute, total, strided):
+def square_kernel(storage, accumulate):
     """The kernel that writes each chunk's sum of squared gradients."""
-    g_like, like = LIKE[g_type], LIKE[compute]
-    scaled = True if compute == "float64" else None  # no square of a float32 is out of range
+    g_like, like, strided = LIKE[storage.g], LIKE[storage.compute], _flag(storage.strided)
+    total, scaled = _flag(accumulate), _flag(storage.compute == "float64")  # no square of a float32 is out of range
 
     @c_kernel
     def square_kernel(block, part, parts):

@@ -12,29 +12,27 @@ from .. import arrays
 from ..arrays import Array
 from ..arrays.runs import ARRAY, COUNT, P_STEP, START, chunks_of
 from ..arrays.table import AddressTable
-from ..update import Coefficients
+from ..coefficients import Recipe
+from ..update import Storage
 from . import kernels as cpu
 from .pool import MOST_PARTS, call_helpers, helpers_of, job_call
 
 FAR = 2**23  # elements, from which on arrays are taken to lie in memory, not in a cache
 _LARGEST = sys.float_info.max
-_NUMBERS = struct.Struct(f"={cpu.HOW_MANY}d")  # packing takes a third of what assigning a tuple does
-_RATES = struct.Struct("=2d")  # the first two
+# Packing takes a third of what assigning a tuple to an array does.
+_pack_numbers = struct.Struct(f"={cpu.HOW_MANY}d").pack_into
+_pack_rates = struct.Struct("=2d").pack_into  # the first two
 RESCUE = 2.0**-600  # brings the square of any finite float64 into range
 
 Call = tuple[Any, ...]
-Flag = bool | None  # True or None: None is what Numba compiles away
+Ready = tuple[list[Call], tuple[int, int]]  # calls; how many helpers they can do with, for how many elements
 Matrix = np.ndarray[Any, Any]
 
 
 class Group(NamedTuple):
     """The chunks that one kernel walks: variables and gradients stored alike."""
 
-    p_type: str
-    g_type: str
-    compute: str
-    strided: bool | None
-    master: bool | None
+    storage: Storage
     work: Matrix
     partials: Matrix
     block: Matrix
@@ -47,14 +45,13 @@ class Plan:
 
     Attributes
     ----------
+    count : int
+        How many variables there are, those of other places included.
     factors : array of float64, shape (2, n)
         What each variable multiplies the decay and the scale of its gradient with.
-    threads : int or None
-        The most threads to use; None for Numba's own number.
-    helpers : pair of int
-        How many the calls made last can do with, and for how many elements.
-    repeat : object
-        What the owner notes about the last step, gone as soon as other numbers are set or the work is laid out anew.
+    numbers : array of float64
+        Those of the step that is taken, as the kernels read them.
+    groups : list of Group
     """
 
     def __init__(
@@ -64,18 +61,19 @@ class Plan:
         slots: Sequence[dict[str, Array]],
         decayed: Sequence[bool],
     ) -> None:
-        self.threads: int | None = None
+        self._threads: int | None = None
+        self.count = len(names)
         self.factors = np.ones((2, len(names)))
         self.factors[cpu.DECAY] = decayed
         self.numbers = np.zeros(cpu.HOW_MANY)
         self._packed = memoryview(self.numbers)  # type: ignore[arg-type]
         self._clipped = False
-        # By options and threads: the calls, one for each group, and `helpers`.
-        self._made: dict[tuple[Any, ...], tuple[list[Call], tuple[int, int]]] = {}
-        self.repeat: Any = None
+        self._made: dict[object, Ready] = {}
+        self._loaded: Recipe | None = None  # whose numbers and calls are ready
+        self._loaded_calls: Ready = [], (0, 0)
+        self._is_single = True  # float32 arithmetic alone, in which no square of a finite number is out of range
         self.groups: list[Group] = []
         self._sums = np.zeros((MOST_PARTS, cpu.LANES))
-        self.helpers = 0, 0
         self.table = AddressTable("cpu", names, variables, slots)
         self._laid_out: object = None  # the arrangement that `groups` are made for
         self.begin([None] * len(names))
@@ -87,75 +85,72 @@ class Plan:
             self._arrange()
             self._laid_out = self.table.arrangement
 
-    def update_calls(
-        self, c: Coefficients, top: Flag, average: Flag, total: Flag, limit: Flag, overwrite: bool
-    ) -> list[Call]:
-        """The calls that update every variable which has a gradient, and move the averages of the others."""
-        self.set_numbers(c, overwrite)
-        return self._calls(
-            ("update", top, average, total, limit),
-            lambda g: cpu.update_kernel(g.p_type, g.g_type, g.compute, top, average, total, g.master, limit, g.strided),
-        )
+    def norms(self, recipe: Recipe, gradients: Sequence[Array | None]) -> tuple[Matrix, float]:
+        """The norm of each variable's gradient (with what it has accumulated), 0 elsewhere, and of all together.
 
-    def accumulate_calls(self, c: Coefficients) -> list[Call]:
-        """The calls that add every gradient to its accumulator."""
-        self.set_numbers(c, False)
-        return self._calls(("accumulate",), lambda g: cpu.accumulate_kernel(g.g_type, g.compute, g.strided))
-
-    def set_numbers(self, c: Coefficients, overwrite: bool) -> None:
-        """Put the numbers of this step where the kernels read them."""
-        self.repeat = None
-        _NUMBERS.pack_into(self._packed, 0, *c, overwrite, 1.0)
-
-    def set_rates(self, alpha: float, decay: float, scale: float | None = None) -> None:
-        """The same, where all other numbers are those of the last step; so is the scale, if it is not given."""
-        _RATES.pack_into(self._packed, 0, alpha, decay)
-        if scale is not None:
-            self.numbers[cpu.SCALE] = scale
-
-    def set_clips(self, clips: Matrix | None) -> None:
-        """What each variable's gradient is multiplied with; None where nothing is clipped by norm."""
-        if clips is not None or self._clipped:
-            self.factors[cpu.CLIP] = 1.0 if clips is None else clips
-            self._clipped = clips is not None
-
-    def _calls(self, key: tuple[Any, ...], kernel: Callable[[Group], Any]) -> list[Call]:
-        """What to call, with no Python in between, to run a kernel over every group; what is new is compiled here."""
-        made = self._made.get((key, self.threads))
-        if made is None:
-            calls = [job_call(kernel(g).address, g.block_address, g.elements, self.threads) for g in self.groups]
-            helpers = max(map(helpers_of, calls), default=0), max((g.elements for g in self.groups), default=0)
-            made = self._made[key, self.threads] = calls, helpers
-        calls, self.helpers = made
-        self.call_helpers()
-        return calls
-
-    def call_helpers(self) -> None:
-        """Have helpers stand by for the calls made last."""
-        if self.helpers[0]:
-            call_helpers(*self.helpers)
-
-    def norms(self, total: Flag, elsewhere: dict[int, float]) -> tuple[Matrix, float]:
-        """The norm of each variable's gradient (with what it has accumulated, if `total`), and of all together.
-
-        float64 sums of chunks, added in order. `elsewhere` holds the norms of variables that are not on the host.
-        Where the sum of float64 squares over- or underflows, it is taken again at another scale, so that a norm is not
-        finite only if an element is not. Beside others that are larger, one below 1e-154 may count as 0.
+        float64 sums of chunks, added in order. Where the sum of float64 squares over- or underflows, it is taken again
+        at another scale, so that a norm is not finite only if an element is not. Beside others that are larger, one
+        below 1e-154 may count as 0.
         """
-        if not elsewhere and all(group.compute == "float32" for group in self.groups):
-            squares = self._squares(total, 1.0, elsewhere)
+        if recipe is not self._loaded:
+            self._load(recipe)
+        if self._is_single:
+            squares = self._squares(recipe, 1.0)
             return np.sqrt(squares), math.sqrt(cpu.add_in_order(squares))
         with np.errstate(all="ignore"):
-            return self._norms_in_range(total, elsewhere)
+            return self._norms_in_range(recipe)
 
-    def _norms_in_range(self, total: Flag, elsewhere: dict[int, float]) -> tuple[Matrix, float]:
-        squares = self._squares(total, 1.0, elsewhere)
+    def work(self, recipe: Recipe, gradients: Sequence[Array | None]) -> tuple[Sequence[Call], list[Call]]:
+        """What is to be done that may be repeated: nothing; and what may not: compiled calls, once."""
+        if recipe is not self._loaded:
+            self._load(recipe)
+        if recipe.takes_norm:
+            self.numbers[cpu.SCALE] = recipe.scale
+            if recipe.clips is not None or self._clipped:
+                self._set_clips(recipe.clips)
+        calls, helpers = self._loaded_calls
+        if helpers[0]:
+            call_helpers(*helpers)
+        return (), [(_pack_rates, self._packed, 0, recipe.alpha, recipe.decay), *calls]
+
+    def _load(self, recipe: Recipe) -> None:
+        """Make ready for steps of another kind than the last one: all their numbers, and what they call."""
+        self._loaded = None
+        if recipe.threads != self._threads:
+            self._made, self._threads = {}, recipe.threads
+        _pack_numbers(self._packed, 0, *recipe.c, recipe.overwrite, 1.0)
+        if self._clipped:
+            self._set_clips(None)
+        kernel = (cpu.update_kernel, recipe.variant) if recipe.is_update else (cpu.accumulate_kernel,)
+        self._loaded_calls = self._calls(*kernel)
+        self._loaded = recipe
+
+    def _set_clips(self, clips: Matrix | None) -> None:
+        """What each variable's gradient is multiplied with; None where nothing is clipped by norm."""
+        self.factors[cpu.CLIP] = 1.0 if clips is None else clips
+        self._clipped = clips is not None
+
+    def _calls(self, kernel: Callable[..., Any], *options: Any) -> Ready:
+        """What to call, with no Python in between, to run a kernel over every group; what is new is compiled here."""
+        made = self._made.get((kernel, *options))
+        if made is None:
+            compiled = [kernel(group.storage, *options).address for group in self.groups]
+            calls = [
+                job_call(address, group.block_address, group.elements, self._threads)
+                for address, group in zip(compiled, self.groups, strict=True)
+            ]
+            most = max((group.elements for group in self.groups), default=0)
+            made = self._made[kernel, *options] = calls, (max(map(helpers_of, calls), default=0), most)
+        return made
+
+    def _norms_in_range(self, recipe: Recipe) -> tuple[Matrix, float]:
+        squares = self._squares(recipe, 1.0)
         norms, whole = np.sqrt(squares), cpu.add_in_order(squares)
         if 1e-280 < whole < np.inf:
             return norms, float(np.sqrt(whole))
         for scale, odd in ((RESCUE, ~np.isfinite(squares)), (1 / RESCUE, squares < 1e-280)):
             if odd.any():
-                scaled = np.sqrt(self._squares(total, scale, elsewhere))
+                scaled = np.sqrt(self._squares(recipe, scale))
                 rescued = np.where(np.isfinite(scaled), np.minimum(scaled / scale, _LARGEST), scaled)
                 norms = np.where(odd, rescued, norms)
         peak = float(norms.max())
@@ -163,34 +158,35 @@ class Plan:
             return norms, peak
         return norms, min(peak * float(np.sqrt(cpu.add_in_order((norms / peak) ** 2))), _LARGEST)
 
-    def _squares(self, total: bool | None, scale: float, elsewhere: dict[int, float]) -> Matrix:
+    def _squares(self, recipe: Recipe, scale: float) -> Matrix:
         squares = np.zeros(len(self.table.names))
         self.numbers[cpu.SQUARE_SCALE] = scale
-        for function, *arguments in self._calls(
-            ("square", total), lambda g: cpu.square_kernel(g.g_type, g.compute, total, g.strided)
-        ):
+        calls, helpers = self._calls(cpu.square_kernel, recipe.variant.accumulate)
+        if helpers[0]:
+            call_helpers(*helpers)
+        for function, *arguments in calls:
             function(*arguments)
         for group in self.groups:
-            if scale != 1 and group.compute == "float32":  # there the kernel knows no scale: no square overflows
+            if (
+                scale != 1 and group.storage.compute == "float32"
+            ):  # there the kernel knows no scale: no square overflows
                 for _ in range(2):
                     np.multiply(group.partials, scale, out=group.partials)
             cpu.gather_squares(group.work, group.partials, squares)
-        for i, norm in elsewhere.items():
-            squares[i] = np.square(np.float64(norm) * scale)
         return squares
 
     def _arrange(self) -> None:
-        self.repeat = None  # whose calls are those of the blocks that go
-        rows: dict[tuple[str, str, bool | None], list[Matrix]] = {}
+        rows: dict[tuple[str, str, bool], list[Matrix]] = {}
         for types, runs in self.table.runs():
             work = chunks_of(runs)
             sizes = [arrays.ITEMSIZE[types[0]], arrays.ITEMSIZE[types[1]], arrays.ITEMSIZE[arrays.COMPUTE[types[0]]]]
-            strided = None if (work[0, P_STEP:] == sizes).all() else True
+            strided = bool((work[0, P_STEP:] != sizes).any())
             rows.setdefault((*types, strided), []).append(work)
-        self._made = {}
+        self._made, self._loaded = {}, None
         self.groups = [self._group(*kind, np.concatenate(works)) for kind, works in rows.items()]
+        self._is_single = all(group.storage.compute == "float32" for group in self.groups)
 
-    def _group(self, p_type: str, g_type: str, strided: bool | None, work: Matrix) -> Group:
+    def _group(self, p_type: str, g_type: str, strided: bool, work: Matrix) -> Group:
         ends = np.cumsum(work[:, COUNT])
         work[1:, START] = ends[:-1]
         partials, block = np.zeros(len(work)), np.zeros(cpu.BLOCK_WORDS, np.int64)
@@ -206,6 +202,5 @@ class Plan:
             block[entry] = array.ctypes.data
         block[cpu.CHUNKS], block[cpu.ARRAYS] = len(work), len(self.table.names)
         block[cpu.IS_FAR] = ends[-1] >= FAR
-        master = True if "master" in self.table.slots[work[0, ARRAY]] else None
-        compute = arrays.COMPUTE[p_type]
-        return Group(p_type, g_type, compute, strided, master, work, partials, block, block.ctypes.data, int(ends[-1]))
+        storage = Storage(p_type, g_type, arrays.COMPUTE[p_type], strided, "master" in self.table.slots[work[0, ARRAY]])
+        return Group(storage, work, partials, block, block.ctypes.data, int(ends[-1]))

@@ -20,11 +20,13 @@ from ..arrays import Array
 from ..arrays import gpu as gpu_arrays
 from ..arrays.runs import Matrix
 from ..arrays.table import AddressTable
-from ..cpu.plan import Flag
+from ..coefficients import Recipe, Recipes, whole_norm
 from ..update import LEAST_EPSILON
 from . import kernels
 from .memory import SIMULATED
 
+Flag = bool | None  # True or None: None is what Numba compiles away
+Call = tuple[Any, ...]
 _cuda: Any = cuda  # without stubs
 AHEAD = 64  # rows that are sent at once
 _MOST_PINNED = 32  # buffers, so that sending need not wait for what was sent before
@@ -508,13 +510,67 @@ class Plan:
         applied = bool(words[kernels.GO]) or not self.is_guarded
         return Report(self.iteration, norm if self.has_norm else None, applied)
 
-    def norms(self, total: Flag) -> dict[int, float]:
+    def norms_of(self, total: Flag) -> dict[int, float]:
         """The norm of each variable's gradient, as the row that was sent says; waits for the GPU."""
         with self.current():
             self._run(self.norm_launches(total, kernels.STILL, decide=False))
             self._stream.synchronize()
             norms = self._norms.copy_to_host()
         return {i: float(norms[i]) for i in self.table.own}
+
+    # A step, as every plan takes it
+
+    def norms(self, recipe: Recipe, gradients: Sequence[Array | None]) -> tuple[Matrix, float]:
+        """The norm of each variable's gradient, 0 elsewhere, and of all together; waits for the GPU."""
+        self._check_not_captured()
+        self.send_rows(recipe.number, 1, lambda _: row(recipe), None)
+        norms = np.zeros(len(self.table.names))
+        for i, norm in self.norms_of(True if recipe.variant.accumulate else None).items():
+            norms[i] = norm
+        return norms, whole_norm(norms)
+
+    def work(self, recipe: Recipe, gradients: Sequence[Array | None]) -> tuple[list[Call], list[Call]]:
+        """The launches of a step that the host has decided, which may be repeated."""
+        self._check_not_captured()
+        if recipe.alone:
+            return self._work_alone(recipe, gradients), []
+        self.expect(recipe.number)
+        each = recipe.clipnorm if recipe.clips is not None and recipe.clipnorm else 0.0
+        self.send_rows(recipe.number, 1, lambda _: row(recipe, each), None)
+        return [(self.run, self.launches(*_options(recipe), bool(each), bool(each), False))], []
+
+    def _work_alone(self, recipe: Recipe, gradients: Sequence[Array | None]) -> list[Call]:
+        if all(gradients[i] is None for i in self.table.own):
+            return []
+        if self.has_captures:
+            raise RuntimeError("`update_step` would take the rows of a captured graph; expected no capture before it")
+        self.send_rows(0, 1, lambda _: row(recipe, 0.0), None)
+        return [(self.run, self.launches(*_options(recipe), False, False, False, still=True), False)]
+
+    def _check_not_captured(self) -> None:
+        if self.is_capturing:
+            raise RuntimeError(
+                "a graph is captured of a step for which the host waits (nonfinite='raise', a LossScaleOptimizer, "
+                "arrays at several places); expected nonfinite='propagate' or 'skip', and all arrays on one GPU"
+            )
+
+    def decide(
+        self, recipe: Recipe, recipes: Recipes, rates_at: Callable[[int], tuple[float, float]], key: object
+    ) -> tuple[list[Call], bool]:
+        """The launches of a step that the GPU decides and counts by itself, and whether the host can count along."""
+        number, here = recipe.number, row(recipe)
+        clips, is_update = bool(recipe.clipnorm or recipe.global_clipnorm), recipe.is_update
+        options, guarded = _options(recipe), recipe.nonfinite == "skip"
+        self.expect(number)
+        self.send_ahead(lambda k: here if k == number else row(recipes.at(k, *rates_at(k))), key)
+        knows = self.is_certain and not guarded and not self.is_capturing
+        clipped = clips and (is_update or not knows)
+        launches = self.launches(*options, guarded or clipped, clipped, guarded, loads_norm=clips)
+        return [(self.run, launches, True, not knows, guarded or clipped)], knows
+
+    def send_ahead_now(self, first: int, steps: int, recipe_at: Callable[[int], Recipe], key: object) -> None:
+        """Send the rows of so many steps, between steps; waits for the GPU."""
+        self.send_rows_now(first, steps, lambda k: row(recipe_at(k)), key)
 
     # Laying out
 
@@ -611,6 +667,18 @@ class Plan:
                 words[entry] = address
             group.block.copy_to_device(words)
         _wait_for_all()  # a copy from ordinary memory may still be under way, in no other stream's order
+
+
+def row(recipe: Recipe, clipnorm: float | None = None) -> list[float]:
+    """The numbers of a step in the columns that the kernels read."""
+    limits = [recipe.clipnorm or 0.0, recipe.global_clipnorm or 0.0] if clipnorm is None else [clipnorm, 0.0]
+    decisions = float(recipe.overwrite), float(recipe.is_update), recipe.factor
+    return [*map(float, recipe.coefficients()), *decisions, *limits]
+
+
+def _options(recipe: Recipe) -> tuple[Flag, Flag, Flag]:
+    amsgrad, average, accumulate, _ = (True if wanted else None for wanted in recipe.variant)
+    return amsgrad, average, accumulate
 
 
 def chunk_of(elements: int, processors: int) -> int:

@@ -2,12 +2,13 @@
 
 import copy
 import math
-import operator
 import os
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from itertools import starmap
+from operator import call, setitem
 from typing import Any, Self
 
 import numpy as np
@@ -18,11 +19,12 @@ from ..array_api import stateless
 from ..arrays import Array
 from ..arrays.brief import brief_names
 from ..arrays.tree import Container, Form, flatten, form_of, materialized, order, rebuild
+from ..coefficients import MOST_STEPS, Recipe, Recipes, adam_alone
 from ..state import Place, State, new_slots
 from . import gradients as matching
-from . import prepare as step
 from . import workspace as building
-from .prepare import Call
+from .commit import Call, commit, exhaust
+from .prepare import judge
 from .workspace import Workspace
 
 
@@ -67,11 +69,13 @@ class Engine:
         self.lock = threading.RLock()
         self.state = State()
         self.workspace: Workspace | None = None
+        self.host: Any = None  # the plan of the host, where it is the only one and the variables are themselves
         self.record = Record()
         self.exclusions = hp.Exclusions([], [])
         self.swapped = False
         self.loaded: Any = None
         self.extra: Any = None
+        self.recipes: Recipes | None = None  # of the hyperparameters as they were at the last step
         self.form: Form | None = None  # of the gradients last given in a container other than a list
         _ENGINES.add(self)
 
@@ -108,21 +112,24 @@ class Engine:
 
     def rates_now(self) -> tuple[Any, Any]:
         """Learning rate and weight decay at the present iteration."""
-        iteration = self.state.scalars["iteration"]
+        hyper, scalars = self.hyper, self.state.scalars
+        own = scalars.get("learning_rate")
+        if own is not None and hyper.learning_rate_function is None and hyper.weight_decay_function is None:
+            return own.item(), hyper.weight_decay
+        iteration = scalars["iteration"]
         number = iteration.item()
         rates = self.rates_at(number)
-        called = self.hyper.learning_rate_function or self.hyper.weight_decay_function
-        if called and iteration.item() != number:
+        if iteration.item() != number:
             raise RuntimeError("a callable rate has itself taken a step; expected it to return a number only")
         return rates
 
-    def key(self, loss_scale: float) -> object:
+    def key(self) -> object:
         """Equal for steps whose coefficients follow from the iteration alone, in the same way; None if they may not."""
         own = self.rate()
         rates = [None if isinstance(own, float) else own.function, self.hyper.weight_decay]
         if any(callable(rate) and type(rate).__module__ != schedules.__name__ for rate in rates):
             return None
-        return own if rates[0] is None else rates[0], loss_scale, self.hyper.token
+        return own if rates[0] is None else rates[0], self.hyper.token
 
     # Building
 
@@ -149,15 +156,14 @@ class Engine:
         workspace = building.build(names, variables, slots, excluded)
         if unmatched:
             warnings.warn(
-                f"exclude_from_weight_decay: {', '.join(unmatched)} matches none of the variables "
-                f"{brief_names(names)}, which are decayed",
+                f"exclude_from_weight_decay: {', '.join(unmatched)} matches none of the variables {brief_names(names)}",
                 stacklevel=4,
             )
         if self.loaded is not None:
             self.loaded.fill(names, variables, slots)
             self.loaded = None
         self.state.names, self.state.slots = names, slots
-        self.workspace, hyper.is_fixed = workspace, True
+        self.workspace, self.host, hyper.is_fixed = workspace, workspace.host, True
         return workspace
 
     def require_built(self, what: str) -> Workspace:
@@ -173,65 +179,106 @@ class Engine:
 
     # Stepping
 
-    def apply(self, grads: Container, trainable_variables: Container | None = None) -> None:
-        """Take one step: see `AdamW.apply`."""
-        with self.lock:
-            hyper = self.hyper
-            token = hyper.token  # before any hyperparameter, so that one that changes meanwhile is noticed
-            scale = hyper.loss_scale_factor or 1.0
-            plan = self.workspace.plan if self.workspace and trainable_variables is None and not self.swapped else None
-            rates = None
-            if plan is not None and plan.repeat is not None:
-                if hyper.learning_rate_function is not None or hyper.weight_decay_function is not None:
-                    rates = self.rates_now()  # called once, whichever way the step is taken
-                if self.form is not None:
-                    grads = self.form.flat(grads)
-                if step.take_again(hyper, plan, grads, scale, rates, self.state.scalars, self.record):
-                    return
-            built, gradients = self.match(grads, trainable_variables)
-            if gradients:
-                self.step(built, gradients, scale, hyper.nonfinite, rates=rates, token=token)
-
-    def step(
+    def apply(
         self,
-        built: Workspace,
-        gradients: Sequence[Array | None],
-        loss_scale: float,
-        nonfinite: str,
+        grads: Container,
+        trainable_variables: Container | None = None,
+        loss_scale: float | None = None,
         more: Callable[[bool], list[Call]] | None = None,
-        rates: tuple[float, float] | None = None,
-        token: object = None,
     ) -> None:
-        """Prepare a step and commit it, together with the calls that `more` makes of whether it is applied."""
-        iteration = self.state.scalars["iteration"]
-        key = self.key(loss_scale) if built.devices else None
-        for device in built.devices:
-            asks = device.has_captures or key is None or more or nonfinite == "raise"
-            if not device.is_certain and asks and not device.looks_captured():
+        """Take one step: see `AdamW.apply`.
+
+        A dynamic loss scale gives its `loss_scale`, with which steps that are not finite are skipped, and `more`, which
+        makes calls of whether the step is applied: they are committed with it.
+        """
+        with self.lock:
+            host = self.host if trainable_variables is None else None
+            if host is not None:  # most steps: a list like the last one, which one compiled call looks through
+                gradients: Any = grads if self.form is None else self.form.flat(grads)
+                gradients = list(gradients) if type(gradients) is list else ()  # the caller's may change meanwhile
+            else:
+                gradients = self.match(grads, trainable_variables)
+                if not gradients:
+                    return
+                self._ask_gpus(loss_scale)
+            hyper, scalars, iteration = self.hyper, self.state.scalars, self.state.scalars["iteration"]
+            # What `rates_now` calls may take a step: no address has been read yet.
+            is_plain = hyper.learning_rate_function is None and hyper.weight_decay_function is None
+            own = scalars.get("learning_rate") if is_plain else None
+            rate, weight_decay = self.rates_now() if own is None else (own.item(), hyper.weight_decay)
+            is_complete = host is not None and host.table.reads(gradients) == host.count
+            if not is_complete:
+                gradients = gradients if host is None else self.match(grads, None)
+                if not gradients:
+                    return
+                _check_counter(iteration)
+                self.workspace.begin(gradients)  # type: ignore[union-attr]
+            recipes = self.recipes
+            if recipes is None or recipes.token is not hyper.token or recipes.given != loss_scale:
+                recipes = self.recipes = Recipes(hyper, loss_scale)
+            recipe = recipes.at(iteration.item(), rate, weight_decay)
+            workspace: Any = self.workspace
+            if host is None and self._leaves_to_gpu(recipe, recipes, gradients, rate, more):
+                return
+            if recipe.takes_norm:
+                norm, applied = judge(workspace, recipe, gradients)
+                if not applied:
+                    self._skip(norm, rate, more)
+                    return
+            else:
+                norm = None
+            if workspace.tensors:
+                arrays.note_writes(workspace.touched(gradients, recipe, is_complete))
+            repeatable, calls = (host or workspace).work(recipe, gradients)
+            # The counter first: where it has become read-only, nothing else has happened yet.
+            told = setattr, self.record, "last", (norm, True, rate)
+            calls = [(setitem, iteration, (), recipe.number + 1), *calls, told]
+            if more is not None:
+                calls += more(True)
+            commit(repeatable, calls) if repeatable else exhaust(starmap(call, calls))
+
+    def _skip(self, norm: float, rate: float, more: Callable[[bool], list[Call]] | None) -> None:
+        """Count a step that is left out, since a gradient is not finite."""
+        record = self.record
+        calls = [(setattr, record, "last", (norm, False, rate)), (setattr, record, "skipped", record.skipped + 1)]
+        commit((), calls if more is None else calls + more(False))
+
+    def _leaves_to_gpu(
+        self, recipe: Recipe, recipes: Recipes, gradients: Any, rate: float, more: Callable[..., Any] | None
+    ) -> bool:
+        """Take a step that a GPU decides and counts by itself, if it is one."""
+        workspace: Workspace = self.workspace  # type: ignore[assignment]
+        if workspace.resident is None or more is not None or recipe.nonfinite == "raise":
+            return False
+        launches, counted = workspace.resident.decide(recipe, recipes, self.rates_at, self.key())
+        arrays.note_writes(workspace.touched(gradients, recipe, counted=counted))
+        calls: list[Call] = [(setattr, self.record, "last", (None, True, rate))]
+        if counted:
+            calls.append((setitem, self.state.scalars["iteration"], (), recipe.number + 1))
+        commit(launches, calls, counted)
+        return True
+
+    def _ask_gpus(self, loss_scale: float | None) -> None:
+        """Catch up with a GPU that counts by itself, where this step needs its count."""
+        for gpu in self.workspace.gpus:  # type: ignore[union-attr]
+            asks = gpu.has_captures or loss_scale is not None or self.hyper.nonfinite == "raise" or self.key() is None
+            if not gpu.is_certain and asks and not gpu.looks_captured():
                 self.catch_up()
-        rates = rates or self.rates_now()
-        number = iteration.item()
-        if not 0 <= number < 2**62 or not iteration.flags.writeable:
-            raise ValueError(f"the iteration is {number} or read-only; expected a counter that can go on")
-        taken = step.Step(number, self.rates_at, rates, key, loss_scale, nonfinite, more is not None, token)
-        prepared = step.prepare(self.hyper, built, gradients, taken)
-        calls: list[Call] = [(setattr, self.record, "last", (prepared.norm, prepared.applied, rates[0]))]
-        if not prepared.applied:
-            calls.append((setattr, self.record, "skipped", self.record.skipped + 1))
-        elif prepared.counted:
-            calls.append((operator.setitem, iteration, (), number + 1))
-        step.commit(prepared, calls + more(prepared.applied) if more else calls)
 
     def update_one(self, gradient: Array, variable: Array, learning_rate: float) -> None:
         """Adam alone for one variable: see `AdamW.update_step`."""
         with self.lock:
-            built = self.require_built("update_step")
+            workspace = self.require_built("update_step")
             self.check_not_swapped()
             if gradient is None:
                 raise TypeError("`gradient` is None; expected an array of the variable's shape")
             rate = hp.Rate("learning_rate", lambda: learning_rate)(0)
-            (index,) = matching.indices(built, [variable])
-            step.commit(step.prepare_one(self.hyper, built, gradient, index, self.updates(), rate), [])
+            (index,) = matching.indices(workspace, [variable])
+            recipe = adam_alone(self.hyper, self.updates(), rate)
+            gradients = [gradient if k == index else None for k in range(len(workspace.names))]
+            workspace.begin(gradients)
+            arrays.note_writes(workspace.touched(gradients, recipe))
+            commit(*workspace.work(recipe, gradients))
 
     def stateless(
         self, state: Sequence[Array], grads: Container, variables: Container, loss_scale: Any, nonfinite: str
@@ -250,31 +297,30 @@ class Engine:
             leaves[i] = leaf
         return rebuild(container, leaves), new_state
 
-    def match(self, grads: Container, variables: Container | None) -> tuple[Any, Sequence[Array | None]]:
-        """What is built, here if need be, and the gradients in its order; no gradients at all are an empty list."""
-        if self.swapped:
-            self.check_not_swapped()
-        if variables is None:
-            if self.workspace is None:
-                raise ValueError(
-                    "When passing `grads` without `variables`, the optimizer must already be built on a list of "
-                    "variables. Call `optimizer.build(trainable_variables)` first."
-                )
-            if self.form is not None:
-                grads = self.form.flat(grads)
-            flat = matching.as_flat(self.workspace, grads)
-            if flat is not None:
-                return self.workspace, flat
-            found = matching.gradients(self.workspace, grads)
-            if found:
-                self.form = form_of(grads, self.workspace.names) or self.form
-            return self.workspace, found
-        names, given = flatten(variables)
-        grads = materialized(grads, "grads")
-        if not flatten(grads, "grads")[1]:
-            return self.workspace, []
-        built = self.workspace or self.build(names, given)
-        return built, matching.gradients_of(built, grads, names, given)
+    def match(self, grads: Container, variables: Container | None) -> Sequence[Array | None]:
+        """The gradients in the order of the variables, which are built if need be; an empty list if there are none."""
+        self.check_not_swapped()
+        if variables is not None:
+            names, given = flatten(variables)
+            grads = materialized(grads, "grads")
+            if not flatten(grads, "grads")[1]:
+                return []
+            workspace = self.workspace or self.build(names, given)
+            return matching.gradients_of(workspace, grads, names, given)
+        if self.workspace is None:
+            raise ValueError(
+                "When passing `grads` without `variables`, the optimizer must already be built on a list of variables. "
+                "Call `optimizer.build(trainable_variables)` first."
+            )
+        if self.form is not None:
+            grads = self.form.flat(grads)
+        flat = matching.as_flat(self.workspace, grads)
+        if flat is not None:
+            return flat
+        found = matching.gradients(self.workspace, grads)
+        if found:
+            self.form = form_of(grads, self.workspace.names) or self.form
+        return found
 
     # What a GPU has counted
 
@@ -297,7 +343,7 @@ class Engine:
             device.skipped = 0
             last = self.record.last
             if last is not None or report.iteration:
-                rate = self.rates_at(report.iteration - report.applied)[0] if last is None or self.key(1.0) else last[2]
+                rate = self.rates_at(report.iteration - report.applied)[0] if last is None or self.key() else last[2]
                 self.record.last = report.norm, report.applied, rate
 
     def places(self) -> list[Place]:
@@ -314,21 +360,18 @@ class Engine:
             self.catch_up()
             hyper = self.hyper
             resident.check_captured(bool(hyper.clipnorm or hyper.global_clipnorm), hyper.nonfinite == "skip")
-            first, scale = self.state.scalars["iteration"].item(), hyper.loss_scale_factor or 1.0
-            resident.send_rows_now(
-                first,
-                steps,
-                lambda k: step.row(hyper, step.numbers_of(hyper, k, self.rates_at(k), scale)),
-                self.key(scale),
-            )
+            first, recipes = self.state.scalars["iteration"].item(), Recipes(hyper)
+            resident.send_ahead_now(first, steps, lambda k: recipes.at(k, *self.rates_at(k)), self.key())
 
     # Copies
 
     def __getstate__(self) -> dict[str, Any]:
         self.check_not_swapped()
         self.catch_up()
-        workspace = self.workspace and self.workspace._replace(plan=None, devices=[], tensors=[])
-        return {k: v for k, v in vars(self).items() if k != "lock"} | {"workspace": workspace, "form": None}
+        # Plans hold addresses, and recipes a token: both are made again from these.
+        workspace = self.workspace and self.workspace[:4]
+        state = {key: value for key, value in vars(self).items() if key != "lock"}
+        return state | {"workspace": workspace, "host": None, "form": None, "recipes": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, lock=threading.RLock())
@@ -336,11 +379,12 @@ class Engine:
         # What was pickled out of band may be read-only.
         for own in (self.state.scalars, *self.state.added, *self.state.slots):
             own.update({key: arrays.writeable_copy(array) for key, array in own.items()})
-        if self.workspace is not None:
-            names, decayed = self.workspace.names, self.workspace.decayed
+        if state["workspace"] is not None:
+            names, variables, _, decayed = state["workspace"]
             excluded = frozenset(name for name, wanted in zip(names, decayed, strict=True) if not wanted)
-            variables = [arrays.writeable_copy(variable) for variable in self.workspace.variables]
+            variables = [arrays.writeable_copy(variable) for variable in variables]
             self.workspace = building.build(names, variables, self.state.slots, excluded)
+            self.host = self.workspace.host
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         with self.lock:
@@ -361,6 +405,11 @@ class Engine:
             f"arrays={len(variables)}, parameters={sum(math.prod(v.shape) for v in variables)}, dtypes={dtypes!r}, "
             f"devices={devices!r}, step={self.updates()}, state_bytes={sum(map(arrays.byte_count, state))}"
         )
+
+
+def _check_counter(iteration: Array) -> None:
+    if not 0 <= iteration.item() < MOST_STEPS or not iteration.flags.writeable:
+        raise ValueError(f"the iteration is {iteration} or read-only; expected a counter that can go on")
 
 
 _ENGINES: "weakref.WeakSet[Engine]" = weakref.WeakSet()

@@ -1,27 +1,62 @@
-"""What an optimizer is built on: its variables in order, the arrays of their state, and one plan for each place."""
+"""What an optimizer is built on: its variables in order, the arrays of their state, and a plan for each place."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from .. import arrays
 from ..arrays import Array
+from ..coefficients import Recipe
+from .commit import Call
 
 
 class Workspace(NamedTuple):
-    """What an optimizer has been built on: its variables in order, and their state."""
+    """What an optimizer has been built on.
+
+    Each plan takes its own variables through a step by the same methods: ``begin(gradients)`` checks them and finds out
+    where they lie, ``norms(recipe, gradients)`` gives the norm of each gradient and of all together, and
+    ``work(recipe, gradients)`` gives what is to be done, as two lists of calls: those that may be repeated, and those
+    that may not.
+    """
 
     names: list[str]
     variables: list[Array]
     slots: list[dict[str, Array]]
     decayed: list[bool]
-    plan: Any  # of the variables on the host; None if there are none
-    devices: list[Any]  # the plans of GPUs
-    elsewhere: list[int]  # the variables without compiled kernels
-    tensors: list[tuple[int, Array]]  # the variables whose versions torch counts
+    plans: list[Any]
+    host: Any  # the plan of the host if there is no other, else None
+    resident: Any  # the plan of the one GPU that everything lies on, which can then decide by itself, else None
+    gpus: list[Any]  # the plans of GPUs
+    versioned: list[tuple[int, Array]]  # the variables whose versions torch counts, by number
+    tensors: list[Array]  # the same without their numbers
 
-    @property
-    def resident(self) -> Any:
-        """The plan of the one GPU that everything lies on, which can then decide by itself; None otherwise."""
-        return self.devices[0] if len(self.devices) == 1 and self.plan is None and not self.elsewhere else None
+    def begin(self, gradients: Sequence[Array | None]) -> None:
+        """Check everything that has changed since the last step.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Nothing that the user owns has been written.
+        """
+        for plan in self.plans:
+            plan.begin(gradients)
+
+    def work(self, recipe: Recipe, gradients: Sequence[Array | None]) -> tuple[list[Call], list[Call]]:
+        """The work of all plans: calls that may be repeated, and calls that may not."""
+        if len(self.plans) == 1:
+            return self.plans[0].work(recipe, gradients)  # type: ignore[no-any-return]
+        works = [plan.work(recipe, gradients) for plan in self.plans]
+        return [call for repeatable, _ in works for call in repeatable], [call for _, calls in works for call in calls]
+
+    def touched(
+        self, gradients: Sequence[Array | None], recipe: Recipe, is_complete: bool = False, counted: bool = True
+    ) -> list[Array]:
+        """The variables that a step changes, as far as torch counts their versions.
+
+        All of them may change where a GPU decides what the step is: `counted` is false.
+        """
+        if recipe.overwrite or not counted or (is_complete and recipe.is_update):
+            return self.tensors
+        return [v for i, v in self.versioned if gradients[i] is not None] if recipe.is_update else []
 
 
 def build(
@@ -35,31 +70,29 @@ def build(
         If two variables share memory.
     """
     places = [arrays.place(variable) for variable in variables]
-    elsewhere = [i for i, place in enumerate(places) if place is None]
-    for i in elsewhere:
-        if arrays.is_mutable(variables[i]):
-            _check_writable(names[i], variables[i])
-    for i in elsewhere:
-        if any(variables[j] is variables[i] for j in elsewhere if j < i):
-            raise ValueError(f"variable {names[i]!r} is given twice; expected every array once")
     decayed = [name not in excluded for name in names]
-    plan, devices = None, []
-    for where in dict.fromkeys(place for place in places if place is not None):
+    plans = []
+    for where in dict.fromkeys(places):
         here = [v if place == where else None for v, place in zip(variables, places, strict=True)]
-        if where == "cpu":
-            from ..cpu.plan import Plan  # compiled code, imported at first use
-
-            plan = Plan(names, here, slots, decayed)
-        else:
-            from ..gpu.plan import Plan as DevicePlan
-
-            devices.append(DevicePlan(where, names, here, slots, decayed))
-    tensors = [(i, variable) for i, variable in enumerate(variables) if arrays.has_version(variable)]
-    return Workspace(names, variables, slots, decayed, plan, devices, elsewhere, tensors)
+        plans.append(_plan(where, names, here, slots, decayed))
+    gpus = [plan for plan, where in zip(plans, dict.fromkeys(places), strict=True) if where not in ("cpu", None)]
+    alone = plans[0] if len(plans) == 1 else None
+    host, resident = (alone, None) if places[0] == "cpu" else (None, alone if gpus else None)
+    versioned = [(i, variable) for i, variable in enumerate(variables) if arrays.has_version(variable)]
+    tensors = [variable for _, variable in versioned]
+    return Workspace(names, variables, slots, decayed, plans, host, resident, gpus, versioned, tensors)
 
 
-def _check_writable(name: str, array: Array) -> None:
-    try:
-        array[...] = array[...]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"variable {name!r} cannot be written ({error}); expected an array that can") from None
+def _plan(where: str | None, *described: Any) -> Any:
+    """The plan of one place; compiled code is imported where the first array needs it."""
+    if where is None:
+        from ..array_api.plan import Plan as ArrayPlan
+
+        return ArrayPlan(*described)
+    if where == "cpu":
+        from ..cpu.plan import Plan
+
+        return Plan(*described)
+    from ..gpu.plan import Plan as GpuPlan
+
+    return GpuPlan(where, *described)

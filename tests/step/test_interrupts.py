@@ -14,7 +14,7 @@ from helpers import libraries
 
 import adamw_numba
 from adamw_numba import AdamW, LossScaleOptimizer
-from adamw_numba.step import prepare as step
+from adamw_numba.step import commit
 
 HOME = str(Path(adamw_numba.__file__).parent)
 
@@ -104,7 +104,7 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "wrap", "elsewhere", "opcodes"), CASES)
 def test_at_every_line(name, wrap, elsewhere, opcodes):
-    """Or, in step.py, where the commit is, at every opcode."""
+    """Or, in commit.py, at every opcode."""
     options = OPTIONS[name]
     arrays, optimizer = build(options, wrap, elsewhere)
     before = snapshot(arrays, optimizer)
@@ -112,7 +112,7 @@ def test_at_every_line(name, wrap, elsewhere, opcodes):
     after = snapshot(arrays, optimizer)
     optimizer.apply(gradients(3, elsewhere))
     end = snapshot(arrays, optimizer)
-    where = step.__file__ if opcodes else HOME
+    where = commit.__file__ if opcodes else HOME
 
     seen, n = set(), 0
     while True:

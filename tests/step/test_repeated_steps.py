@@ -8,10 +8,10 @@ import pytest
 import torch
 from helpers import libraries
 
-from adamw_numba import AdamW, schedules
+from adamw_numba import AdamW, coefficients, schedules
 from adamw_numba.arrays import table
 from adamw_numba.arrays.tree import flatten
-from adamw_numba.step import prepare as step
+from adamw_numba.step import workspace
 
 OPTIONS = {
     "plain": {},
@@ -48,7 +48,7 @@ def refused(optimizer, gradients):
 def interrupted(optimizer, gradients):
     """A step stops after the work has been laid out for other strides, which the next step finds."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(step, "numbers_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(coefficients.Recipes, "at", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         optimizer.apply([strided(gradients[0]), gradients[1]])
     gradients[0] = strided(gradients[0])
 
@@ -143,12 +143,13 @@ def test_a_rate_with_a_side_effect(effect, when):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("name", ["coefficients", "_updates", "log"])
+@pytest.mark.parametrize("name", ["coefficients", "step_size", "log"])
 def test_a_hyperparameter_that_changes_while_a_step_is_prepared(name, monkeypatch):
     """By a signal's handler, say: it holds from the next step on, at the latest."""
-    optimizer, original = AdamW(0.1), getattr(step, name)
+    optimizer, original = AdamW(0.1), getattr(coefficients, name)
     optimizer.build([np.ones(3)])
     optimizer.apply([np.ones(3)])
+    optimizer.beta_2 = 0.9  # so that the next step is worked out from the beginning
 
     def changing(*arguments):
         result = original(*arguments)
@@ -156,10 +157,11 @@ def test_a_hyperparameter_that_changes_while_a_step_is_prepared(name, monkeypatc
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(step, name, changing)
+        patch.setattr(coefficients, name, changing)
         optimizer.apply([np.ones(3)])
+    assert optimizer.epsilon == 1e6
     moments = [np.array(a) for a in optimizer.trainable_variables + optimizer.variables]
-    twin = AdamW(0.1, epsilon=1e6, beta_1=0.5)
+    twin = AdamW(0.1, epsilon=1e6, beta_1=0.5, beta_2=0.9)
     twin.build([moments[0]])
     twin.set_weights(moments[1:])
     for chosen in (optimizer, twin):
@@ -319,21 +321,21 @@ def test_other_containers_are_refused(case):
 
 @pytest.mark.parametrize("options", ["plain", "clip", "global clip", "skip"])
 @pytest.mark.parametrize("make", [libraries.numpy, libraries.parameter])
-def test_which_steps_are_prepared(make, options, monkeypatch):
-    """Of steady steps the first two alone; copies begin anew; a torch graph notices every step."""
+def test_which_steps_are_looked_through(make, options, monkeypatch):
+    """Of steady steps the first alone; copies begin anew; a torch graph notices every step."""
     counted = []
-    prepare = step.prepare
-    monkeypatch.setattr(step, "prepare", lambda *a: counted.append(1) or prepare(*a))
+    begin = workspace.Workspace.begin
+    monkeypatch.setattr(workspace.Workspace, "begin", lambda *a: counted.append(1) or begin(*a))
     variable, gradient = make(np.ones(3), "float32"), make(np.ones(3), "float32")
     optimizer = AdamW(0.1, **OPTIONS[options])
     optimizer.build([variable])
     for _ in range(5):
         optimizer.apply([gradient])
-    assert len(counted) == 2
+    assert len(counted) == 1
     nested = {"0": gradient}
     for _ in range(3):
         optimizer.apply(nested)
-    assert len(counted) == 3
+    assert len(counted) == 2
     if isinstance(variable, torch.Tensor):
         stale = (variable**2).sum()
         optimizer.apply([gradient])
@@ -341,5 +343,5 @@ def test_which_steps_are_prepared(make, options, monkeypatch):
             stale.backward()
     copied = copy.deepcopy(optimizer)
     copied.apply([gradient])
-    assert len(counted) == 4
+    assert len(counted) == 3
     assert not np.array_equal(*(libraries.look(o.trainable_variables[0]) for o in (optimizer, copied)))

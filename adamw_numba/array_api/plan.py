@@ -1,0 +1,98 @@
+"""The variables of one optimizer that have no compiled kernels: a step of theirs is whole-array functions."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .. import arrays
+from ..arrays import Array
+from ..coefficients import Recipe, whole_norm
+from ..update import Coefficients
+from . import functions
+
+Call = tuple[Any, ...]
+Slots = dict[str, Array]
+
+
+class Plan:
+    """What cpu.plan.Plan is for compiled kernels. New arrays are computed first, and written in the commit.
+
+    Attributes
+    ----------
+    own : list of int
+        Which variables these are.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        variables: Sequence[Array | None],
+        slots: Sequence[Slots],
+        decayed: Sequence[bool],
+    ) -> None:
+        self.names, self.slots, self.decayed = names, slots, decayed
+        self.variables = {i: variable for i, variable in enumerate(variables) if variable is not None}
+        self.own = list(self.variables)
+        seen: set[int] = set()
+        for i, variable in self.variables.items():
+            if arrays.is_mutable(variable):
+                _check_writable(names[i], variable)
+            if id(variable) in seen:
+                raise ValueError(f"variable {names[i]!r} is given twice; expected every array once")
+            seen.add(id(variable))
+
+    def begin(self, gradients: Sequence[Array | None]) -> None:
+        """Check the variables and their gradients."""
+        for i, variable in self.variables.items():
+            arrays.check_variable(self.names[i], variable)
+            if not arrays.is_mutable(variable):
+                raise TypeError(
+                    f"variable {self.names[i]!r} is an immutable array of {arrays.library_name(variable)}; "
+                    "expected one that can be updated in place: use `stateless_apply`"
+                )
+            if gradients[i] is not None:
+                arrays.check_gradient(self.names[i], gradients[i], variable)
+
+    def norms(self, recipe: Recipe, gradients: Sequence[Array | None]) -> tuple[Any, float]:
+        """The norm of each variable's gradient (with what it has accumulated), 0 elsewhere, and of all together."""
+        norms, c = np.zeros(len(self.names)), recipe.coefficients()
+        for i in self.own:
+            if gradients[i] is not None:
+                norms[i] = float(functions.norm(gradients[i], self.slots[i].get("gradient_accumulator"), c))
+        return norms, whole_norm(norms)
+
+    def work(self, recipe: Recipe, gradients: Sequence[Array | None]) -> tuple[list[Call], list[Call]]:
+        """What is to be done that may be repeated, writing included, and what may not: nothing."""
+        made = self._updates if recipe.is_update else self._accumulations
+        return [(arrays.write_all, made(recipe, recipe.coefficients(), gradients))], []
+
+    def _accumulations(
+        self, recipe: Recipe, c: Coefficients, gradients: Sequence[Array | None]
+    ) -> list[tuple[Array, Array]]:
+        totals = {i: self.slots[i]["gradient_accumulator"] for i in self.own if gradients[i] is not None}
+        return [(total, functions.accumulated(total, gradients[i], c)) for i, total in totals.items()]
+
+    def _updates(self, recipe: Recipe, c: Coefficients, gradients: Sequence[Array | None]) -> list[tuple[Array, Array]]:
+        unused = ("average", "gradient_accumulator") if recipe.alone else ()
+        limit = c.limit if recipe.variant.clip else None
+        writes: list[tuple[Array, Array]] = []
+        for i, p in self.variables.items():
+            slots = {key: slot for key, slot in self.slots[i].items() if key not in unused}
+            if gradients[i] is None and "average" not in slots:
+                continue
+            clip = 1.0 if recipe.clips is None else float(recipe.clips[i])
+            own = c._replace(decay=c.decay * self.decayed[i], scale=c.scale * clip)
+            if gradients[i] is None:
+                new, changed = functions.blended(p, slots, own, recipe.overwrite)
+            else:
+                new, changed = functions.updated(p, gradients[i], slots, own, limit, recipe.overwrite)
+            writes += [(p, new), *((slots[key], changed[key]) for key in slots)]
+        return writes
+
+
+def _check_writable(name: str, array: Array) -> None:
+    try:
+        array[...] = array[...]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"variable {name!r} cannot be written ({error}); expected an array that can") from None
