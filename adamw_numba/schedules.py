@@ -72,6 +72,7 @@ class Schedule(LearningRateSchedule):
         return self.formula(xp, xp.astype(step, default))
 
     def formula(self, xp: Any, step: Any) -> Any:
+        """The rate at a step, computed with the functions of a namespace."""
         raise NotImplementedError
 
     def get_config(self) -> dict[str, Any]:
