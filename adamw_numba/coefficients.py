@@ -1,4 +1,4 @@
-"""Hyperparameters and the step number become the few numbers a kernel needs: in float64, cast once, where used."""
+"""Hyperparameters and the step number become the few numbers a kernel needs: in float64, cast once by their user."""
 
 import math
 from typing import Any
@@ -13,18 +13,18 @@ MOST_STEPS = 2**62  # of a counter in int64, with room
 def coefficients(
     hyper: Any, updates: Any, learning_rate: Any, weight_decay: Any, unscale: Any, clip: Any, xp: Any = math
 ) -> Coefficients:
-    """The coefficients of the update after `updates` others, before anything that differs from array to array.
+    """The coefficients of one update, without anything that differs from array to array.
 
     Parameters
     ----------
     hyper : AdamW
         Anything with its hyperparameters as attributes.
     updates : int or scalar array
-        Updates so far; micro-steps are not counted.
+        The number of updates before this one; micro-steps are not counted.
     learning_rate, weight_decay, unscale, clip : float or scalar array
         This step's rates, the inverse of the loss scale, and the factor of a global clip (1 when off).
     xp : namespace
-        Where ``sqrt``, ``expm1`` and ``where`` come from: `math`, or the namespace of a traced `updates`.
+        Has ``sqrt``, ``expm1`` and ``where``: `math`, or the namespace of a traced `updates`.
     """
     micro_steps = hyper.gradient_accumulation_steps
     rate = 1 - hyper.ema_momentum
@@ -44,19 +44,19 @@ def coefficients(
 
 
 def step_size(updates: Any, learning_rate: Any, log_beta_1: float, log_beta_2: float, xp: Any = math) -> Any:
-    """The learning rate with both bias corrections in it (Kingma & Ba 2015, end of section 2)."""
+    """The learning rate, including both bias corrections (Kingma & Ba 2015, end of section 2)."""
     correction_1 = -xp.expm1((updates + 1) * log_beta_1)
     correction_2 = -xp.expm1((updates + 1) * log_beta_2)
     return learning_rate * xp.sqrt(correction_2) / correction_1
 
 
 def clip_factor(norm: Any, limit: float, maximum: Any = max) -> Any:
-    """What a global clip multiplies every gradient with; NaN where the norm is not finite, as in Keras."""
+    """The factor of a global clip, for every gradient; NaN if the norm is not finite, as in Keras."""
     return limit / maximum(norm, limit) + (norm - norm)
 
 
 def whole_norm(norms: np.ndarray[Any, Any]) -> float:
-    """The norm of norms, safe from overflow."""
+    """The norm of several norms, without overflow."""
     peak = float(np.max(norms, initial=0.0))
     return peak * float(np.linalg.norm(norms / peak)) if 0 < peak < math.inf else peak
 

@@ -15,26 +15,26 @@ def _new_axes() -> Any:
 
 
 def convergence(results: Any, ax: Any = None) -> Any:
-    """Plot the loss over the iterations; for one result, also the gradient norm and the learning rate.
+    """Plot the loss over the iterations; for a single result, also the gradient norm and the learning rate.
 
     Parameters
     ----------
-    results : result of `minimize`, list of them, or dict of them by label
+    results : result of `minimize`, list of results, or dict of results by label
     ax : `matplotlib.axes.Axes`, optional
-        Where to draw; by default a new figure.
+        Where to draw; by default in a new figure.
 
     Returns
     -------
     `matplotlib.axes.Axes`
-        That of the loss, logarithmic; where a loss is not positive, of how far it is above the lowest one. The learning
-        rate has an axis of its own, on the right.
+        The axes of the loss, with a logarithmic scale. If a loss is not positive, they show by how much the loss
+        exceeds the lowest one. The learning rate has its own axis on the right.
 
     Raises
     ------
     ValueError
         If a result has no history.
     ImportError
-        Without matplotlib.
+        If matplotlib is not installed.
 
     Examples
     --------
@@ -64,7 +64,7 @@ def convergence(results: Any, ax: Any = None) -> Any:
 
 
 def waterfall(result: Any, ax: Any = None) -> Any:
-    """Plot the final losses of `multistart`, in order: steps are minima found more than once.
+    """Plot the final losses of `multistart` in order; a flat step is a minimum that was found more than once.
 
     Parameters
     ----------
@@ -74,14 +74,14 @@ def waterfall(result: Any, ax: Any = None) -> Any:
     Returns
     -------
     `matplotlib.axes.Axes`
-        Logarithmic where all losses are positive.
+        With a logarithmic scale if all losses are positive.
 
     Raises
     ------
     ValueError
         If there are no ``results``.
     ImportError
-        Without matplotlib.
+        If matplotlib is not installed.
 
     Examples
     --------
@@ -93,7 +93,7 @@ def waterfall(result: Any, ax: Any = None) -> Any:
     'final loss'
     """
     if not result.get("results"):
-        raise ValueError("`result` holds no `results`; expected what `multistart` returns")
+        raise ValueError("`result` has no `results`; expected what `multistart` returns")
     ax = _new_axes() if ax is None else ax
     losses = np.array([one["fun"] for one in result["results"]])
     success = np.array([one["success"] for one in result["results"]])
@@ -103,7 +103,7 @@ def waterfall(result: Any, ax: Any = None) -> Any:
         if chosen.any():
             ax.scatter(ranks[chosen], losses[chosen], s=28, facecolor=face, edgecolor="C0", label=label, zorder=2)
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.set_xlabel("start, the best first")
+    ax.set_xlabel("starts, best first")
     ax.set_ylabel("final loss")
     if np.nanmin(losses) > 0:
         ax.set_yscale("log")
@@ -113,7 +113,7 @@ def waterfall(result: Any, ax: Any = None) -> Any:
 
 
 def _labelled(results: Any) -> dict[str, Any]:
-    """Histories by label, of one result or of several."""
+    """The histories of one or several results, by label."""
     if isinstance(results, Mapping) and "history" in results:
         results = {"loss": results}
     elif not isinstance(results, Mapping):
@@ -128,7 +128,7 @@ def _labelled(results: Any) -> dict[str, Any]:
 
 
 def _rest(ax: Any, history: Any) -> list[Any]:
-    """Gradient norm and learning rate."""
+    """Draw the gradient norm and the learning rate."""
     (gradient,) = ax.plot(history["nit"], history["gradient_norm"], label="gradient norm", color="C1", linewidth=0.8)
     ax.set_ylabel(f"{ax.get_ylabel()}, gradient norm")
     right = ax.twinx()

@@ -1,4 +1,4 @@
-"""The six learning-rate schedules of Keras 3, in float64 on the host and in the array's namespace under a trace."""
+"""The six learning-rate schedules of Keras 3: in float64 on the host, in the array's namespace under a trace."""
 
 import dataclasses
 import math
@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .arrays import namespace
+from .arrays.brief import brief, brief_names
 from .hyperparameters import is_real
 
 HOST = SimpleNamespace(
@@ -26,8 +27,8 @@ HOST = SimpleNamespace(
 class LearningRateSchedule:
     """A learning rate (or weight decay) that depends on the step: the base class, as in Keras.
 
-    A subclass defines ``__call__(step)`` and, to be saved in a config, ``get_config()``. The step is the number of
-    calls of ``apply`` so far (micro-steps, where gradients are accumulated).
+    A subclass defines ``__call__(step)`` and, if it is to be saved in a config, ``get_config()``. The step is the
+    number of calls of ``apply`` so far (with accumulation, these are micro-steps).
     """
 
     def __call__(self, step: Any) -> Any:
@@ -46,7 +47,7 @@ class LearningRateSchedule:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule(LearningRateSchedule):
-    """A schedule that is its arguments, checked once, and one formula in a namespace."""
+    """A schedule that consists of its arguments, checked once, and a formula that works in any namespace."""
 
     positive: ClassVar[tuple[str, ...]] = ("decay_steps",)
 
@@ -54,7 +55,9 @@ class Schedule(LearningRateSchedule):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type in ("float", "float | None") and not _is_number(value, field.type == "float | None"):
-                raise ValueError(f"Argument `{field.name}` must be a finite number. Received: {field.name}={value!r}")
+                raise ValueError(
+                    f"Argument `{field.name}` must be a finite number. Received: {field.name}={brief(value)}"
+                )
         for name in self.positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"Argument `{name}` must be > 0. Received: {name}={getattr(self, name)}")
@@ -69,6 +72,7 @@ class Schedule(LearningRateSchedule):
         return self.formula(xp, xp.astype(step, default))
 
     def formula(self, xp: Any, step: Any) -> Any:
+        """The rate at a step, computed with the functions of a namespace."""
         raise NotImplementedError
 
     def get_config(self) -> dict[str, Any]:
@@ -83,7 +87,7 @@ def _is_number(value: Any, optional: bool) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class ExponentialDecay(Schedule):
-    """``initial_learning_rate * decay_rate ** (step / decay_steps)``; whole powers only with ``staircase``.
+    """``initial_learning_rate * decay_rate ** (step / decay_steps)``; with ``staircase``, the power is rounded down.
 
     Parameters
     ----------
@@ -125,13 +129,13 @@ class PiecewiseConstantDecay(Schedule):
     boundaries : list of float
         Strictly increasing steps.
     values : list of float
-        One more than there are boundaries.
+        One more value than there are boundaries.
     name : str
 
     Raises
     ------
     ValueError
-        If the lengths do not fit, the boundaries do not increase, or a number is not finite.
+        If the lengths do not match, the boundaries do not increase, or a number is not finite.
 
     Examples
     --------
@@ -152,14 +156,15 @@ class PiecewiseConstantDecay(Schedule):
         if len(self.boundaries) != len(self.values) - 1:
             raise ValueError(
                 "The length of boundaries should be 1 less than the length of values. "
-                f"Received: boundaries={self.boundaries} of length {len(self.boundaries)}, and values={self.values} "
+                f"Received: boundaries={brief(self.boundaries)} of length {len(self.boundaries)}, "
+                f"and values={brief(self.values)} "
                 f"of length {len(self.values)}."
             )
         for value in (*self.boundaries, *self.values):
             if not _is_number(value, optional=False):
-                raise ValueError(f"Boundaries and values must be finite numbers. Received: {value!r}")
+                raise ValueError(f"Boundaries and values must be finite numbers. Received: {brief(value)}")
         if any(after <= before for before, after in zip(self.boundaries, self.boundaries[1:], strict=False)):
-            raise ValueError(f"Boundaries must increase strictly. Received: boundaries={self.boundaries}")
+            raise ValueError(f"Boundaries must increase strictly. Received: boundaries={brief(self.boundaries)}")
 
     def formula(self, xp: Any, step: Any) -> Any:
         rate = step * 0.0 + self.values[0]
@@ -173,7 +178,7 @@ class PiecewiseConstantDecay(Schedule):
 
 @dataclasses.dataclass(frozen=True)
 class PolynomialDecay(Schedule):
-    """``(initial - end) * (1 - step / decay_steps) ** power + end``, with the step held at ``decay_steps``.
+    """``(initial - end) * (1 - step / decay_steps) ** power + end``, with the step limited to ``decay_steps``.
 
     Parameters
     ----------
@@ -183,7 +188,7 @@ class PolynomialDecay(Schedule):
     end_learning_rate : float
     power : float
     cycle : bool
-        Stretch the decay to the next multiple of ``decay_steps`` instead of holding the step.
+        Stretch the decay to the next multiple of ``decay_steps`` instead of limiting the step.
     name : str
 
     Raises
@@ -216,7 +221,7 @@ class PolynomialDecay(Schedule):
 
 @dataclasses.dataclass(frozen=True)
 class InverseTimeDecay(Schedule):
-    """``initial_learning_rate / (1 + decay_rate * step / decay_steps)``; whole steps only with ``staircase``.
+    """``initial_learning_rate / (1 + decay_rate * step / decay_steps)``; ``staircase`` rounds the quotient down.
 
     Parameters
     ----------
@@ -256,14 +261,14 @@ class CosineDecay(Schedule):
     Parameters
     ----------
     initial_learning_rate : float
-        The peak; with ``warmup_target``, where the warm-up starts.
+        The peak; with ``warmup_target``, the rate at which the warm-up starts.
     decay_steps : float
         Steps of the decay, counted after the warm-up; must be positive.
     alpha : float
         The last learning rate as a fraction of the peak.
     name : str
     warmup_target : float or None
-        The peak that the warm-up leads to; without it there is no warm-up.
+        The peak at the end of the warm-up; None for no warm-up.
     warmup_steps : float
 
     Raises
@@ -306,9 +311,9 @@ class CosineDecayRestarts(Schedule):
     first_decay_steps : float
         Steps of the first decay; must be positive.
     t_mul : float
-        Each period is this many times as long as the one before; must be positive.
+        Each period is this many times as long as the previous one; must be positive.
     m_mul : float
-        Each restart begins at this fraction of the one before.
+        Each restart begins at this fraction of the previous one.
     alpha : float
         The last learning rate of a period as a fraction of ``initial_learning_rate``.
     name : str
@@ -320,7 +325,8 @@ class CosineDecayRestarts(Schedule):
 
     Notes
     -----
-    With ``t_mul`` below 1 the periods have a finite sum; after it the rate stays at its lowest (Keras returns NaN).
+    If ``t_mul`` is below 1, all periods together have a finite length. After that the rate stays at its lowest value
+    (Keras returns NaN).
 
     Examples
     --------
@@ -349,7 +355,7 @@ class CosineDecayRestarts(Schedule):
         return restarts if self.t_mul == 1 else (1 - self.t_mul**restarts) / (1 - self.t_mul)
 
     def _restarts(self, xp: Any, time: Any) -> Any:
-        # What rounding puts just before an exact boundary is at it.
+        # Rounding may put a step that is exactly at a boundary just before it: move it back.
         time = time * (1 + 64 * (xp.finfo(time.dtype).eps if hasattr(time, "dtype") else sys.float_info.epsilon))
         if self.t_mul == 1:
             return xp.floor(time)
@@ -377,7 +383,7 @@ def serialize(learning_rate_schedule: Any) -> dict[str, Any]:
 
     Parameters
     ----------
-    learning_rate_schedule : LearningRateSchedule, a schedule of Keras, or a plain function, which is named
+    learning_rate_schedule : LearningRateSchedule, a schedule of Keras, or a plain function, stored by its name
 
     Returns
     -------
@@ -397,34 +403,35 @@ def serialize(learning_rate_schedule: Any) -> dict[str, Any]:
 
 
 def deserialize(config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Any:
-    """The schedule that a dict of `serialize`, or of Keras, describes.
+    """The schedule described by a dict from `serialize` or from Keras.
 
     Parameters
     ----------
     config : dict
         With ``class_name`` and ``config``.
     custom_objects : dict, optional
-        Classes and functions of your own, by name; nothing else is ever looked up.
+        Your own classes and functions, by name; nothing else is ever looked up.
 
     Raises
     ------
     ValueError
-        If the class is neither one of Keras's six nor in ``custom_objects``, or the function is not there.
+        If the class is neither one of Keras's six nor in ``custom_objects``, or if a function is not in
+        ``custom_objects``.
     """
     name = str(config.get("class_name"))
     if name == "function":
         name = str(config.get("config"))
         if name not in (custom_objects or {}):
             raise ValueError(
-                f"Unknown function {name!r}; expected it among `custom_objects`: {list(custom_objects or {})}"
+                f"Unknown function {brief(name)}; expected one of `custom_objects`: {brief_names(custom_objects or {})}"
             )
         return (custom_objects or {})[name]
     known = _SCHEDULES | dict(custom_objects or {})
     if name not in known:
-        raise ValueError(f"Unknown schedule class_name={name!r}; expected one of {', '.join(known)}")
+        raise ValueError(f"Unknown schedule class_name={brief(name)}; expected one of {brief_names(known, most=20)}")
     if not isinstance(config.get("config"), Mapping):
         raise ValueError(
-            f"The config of schedule {name!r} is {config.get('config')!r}; expected a dict of its arguments"
+            f"The config of schedule {brief(name)} is {brief(config.get('config'))}; expected a dict of its arguments"
         )
     cls: Any = known[name]
     return (getattr(cls, "from_config", None) or (lambda c: cls(**c)))(config["config"])

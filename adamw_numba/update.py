@@ -1,15 +1,15 @@
 """The arithmetic of one element: values in, values out, written once for every target.
 
-`make_update` is bound three times: by `numba.njit` (kernels/cpu.py), by whole-array functions of any Array-API
-namespace (kernels/array_api.py), and by whatever target comes next. An argument that is ``None`` is an array that does
-not exist; a coefficient with a neutral value is an option that is off.
+`make_update` is bound three times: by `numba` (cpu/kernels.py), by `numba.cuda` (gpu/kernels.py), and by whole-array
+functions of any Array-API namespace (array_api/functions.py). An argument that is ``None`` is an array that does not
+exist; a coefficient with a neutral value is an option that is off.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 # The operands, in the order of the rows of every table of addresses: the variable, its gradient, and the slots of its
-# state. A gradient at address 0 does not exist.
+# state. Address 0 means that there is no gradient.
 P, G, M, V, TOP, AVERAGE, TOTAL, MASTER = range(8)
 SLOTS = {
     "momentum": M,
@@ -19,11 +19,11 @@ SLOTS = {
     "gradient_accumulator": TOTAL,
     "master": MASTER,
 }
-LEAST_EPSILON = 2.0**-126  # of compiled kernels: float32's smallest normal number, so that none divides by 0
+LEAST_EPSILON = 2.0**-126  # of compiled kernels: float32's smallest normal number, so that they never divide by 0
 
 
 class Coefficients(NamedTuple):
-    """What the hyperparameters come to at one step, for one array (see coefficients.py)."""
+    """The numbers that one step needs for one array (see coefficients.py)."""
 
     alpha: Any  # lr * sqrt(1 - beta_2^t) / (1 - beta_1^t)
     decay: Any  # lr * weight_decay, 0 for an excluded array

@@ -1,1 +1,1 @@
-"""Side-by-side measurements; `python -m benchmarks.compare` is where to begin."""
+"""Measurements side by side; start with `python -m benchmarks.compare`."""

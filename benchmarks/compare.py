@@ -2,10 +2,10 @@
 
     python -m benchmarks.compare [--quick] [--json FILE] [--plot FILE.svg]
 
-Each contender takes turns with ours in one process, doing the same step, and has first to arrive at the same variables.
-A process holds one workload and the contenders that can share it (with --quick, all workloads). The table holds
-medians, and the ratio of the contender's time to ours, round by round, with its quartiles: larger than 1 where ours is
-faster. The rows of the limit hold the time that the bare streams of memory take, over ours.
+Each contender takes turns with ours in one process, doing the same step, after a check that both arrive at the same
+variables. A process holds one workload and the contenders that can share it (with --quick, all workloads). The table
+shows medians, and the ratio of the contender's time to ours with its quartiles over the rounds: above 1, ours is
+faster. The rows called "limit" show the time of the bare memory traffic, divided by ours.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from .workloads import (
 
 STEPS = 3  # to agree on
 SECONDS, QUICK_SECONDS = 4.0, 0.15  # for each pair
-BUSY = 0.5  # processes that ran in the last minute, on average
+BUSY = 0.5  # average number of processes running in the last minute
 QUICK = {"one-1M": ("plain",), "one-65k": ("plain",), "one-10": ("plain",), "resnet50": ("plain", "full", "16-bit"),
          "mlp": ("plain",), "many-small": ("plain",)}  # fmt: skip
 KERAS_ON_JAX = ("Keras on JAX", "Keras on JAX, jitted")
@@ -54,12 +54,12 @@ Row = dict[str, Any]
 
 
 def agree(one: Contender, other: Contender, given: Arrays, step: Step) -> float:
-    """The largest difference of two contenders' variables after a few steps.
+    """The largest difference between two contenders' variables after a few steps.
 
     Raises
     ------
     AssertionError
-        If they have not done the same work.
+        If they did not do the same work.
     """
     for contender in (one, other):
         contender.give(given)
@@ -77,7 +77,7 @@ def agree(one: Contender, other: Contender, given: Arrays, step: Step) -> float:
 
 
 def timer(contender: Contender, given: Arrays, fresh: bool, count: int) -> Callable[[bool], float]:
-    """A function that takes steps, and returns the seconds of one."""
+    """A function that takes steps and returns the seconds per step."""
 
     def call(counts: bool) -> float:
         total, times = 0.0, count if counts else 1
@@ -94,7 +94,7 @@ def timer(contender: Contender, given: Arrays, fresh: bool, count: int) -> Calla
 def pair(
     name: str, make: contenders.Maker, shapes: Shapes, option: str, kinds: list[str], seconds: float
 ) -> Iterator[Row]:
-    """One contender beside ours: the check that they agree, then rows of times."""
+    """One contender beside ours: check that they agree, then yield rows of times."""
     given, start = gradients(shapes, option), values(shapes)
     step = step_of(option, given)
     other, our = make(start, step), contenders.ours(start, step)
@@ -113,7 +113,7 @@ def pair(
 
 
 def repeats(contender: Contender, given: Arrays, fresh: bool = False) -> int:
-    """How many steps make some milliseconds."""
+    """How many steps take a few milliseconds."""
     call = timer(contender, given, fresh, 1)
     call(False)
     return int(np.clip(4e-3 / call(True), 1, 200))
@@ -129,7 +129,7 @@ def cells(quick: bool, wanted: list[str], options: list[str]) -> Iterator[tuple[
 
 
 def worker(arguments: argparse.Namespace) -> Iterator[Row]:
-    """What one process measures: rows, and what it lacks."""
+    """Everything that one process measures: rows, and which contenders are missing."""
     warnings.simplefilter("ignore")
     if arguments.sweep:
         yield from sweep(arguments.quick, arguments.seconds / 2)
@@ -154,7 +154,7 @@ def worker(arguments: argparse.Namespace) -> Iterator[Row]:
 
 
 def sweep(quick: bool, seconds: float) -> Iterator[Row]:
-    """One array of many sizes, and many arrays of one size: what the plot shows and the model of the cost rests on."""
+    """One array of many sizes, and many arrays of one size: the data of the plot and of the cost model."""
     sizes = [[(n,)] for n in SWEEP if not quick or n <= 2**22]
     for shapes in [*sizes, *([(100,)] * count for count in COUNTS)]:
         for name in ("torch fused",) if quick else ("limit", "NumPy", "torch fused"):
@@ -163,7 +163,7 @@ def sweep(quick: bool, seconds: float) -> Iterator[Row]:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All processes, one after another; what they found, by kind."""
+    """Run all processes, one after another; returns their findings, by kind."""
     found: dict[str, Any] = {"rows": [], "sweep": [], "absent": {}, "unable": []}
     common = ["--seconds", str(arguments.seconds), *["--quick"] * arguments.quick]
     for key in ("option", "contender"):
@@ -194,7 +194,7 @@ def _run_worker(found: dict[str, Any], process: str, options: list[str]) -> None
 
 
 def _take(found: dict[str, Any], line: str) -> None:
-    if not line.startswith("{"):  # what libraries print
+    if not line.startswith("{"):  # printed by a library
         return
     row = json.loads(line)
     if "absent" in row:
@@ -211,7 +211,7 @@ def _take(found: dict[str, Any], line: str) -> None:
 
 
 def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """An earlier run with the rows of a later one of some workloads in their places, and all that it alone has."""
+    """An earlier run, in which the rows of a later, partial run replace the old ones."""
     known = [_key(row) for row in new["rows"]]
     rows = [row for row in old["rows"] if _key(row) not in known] + new["rows"]
     order = [_key(row) for row in old["rows"]]
@@ -230,7 +230,7 @@ def _key(row: Row) -> tuple[str, ...]:
 
 
 def check(options: argparse.Namespace, machine: dict[str, Any]) -> None:
-    """Refuse what could only fail after an hour.
+    """Refuse options that would only fail after an hour.
 
     Raises
     ------
@@ -241,25 +241,23 @@ def check(options: argparse.Namespace, machine: dict[str, Any]) -> None:
         if file and (file.is_dir() or not file.absolute().parent.is_dir()):
             raise SystemExit(f"--{key} {file}: expected a file in a folder that exists")
         if file and not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
-            raise SystemExit(f"--{key} {file}: it cannot be written")
+            raise SystemExit(f"--{key} {file}: this file cannot be written")
     if options.plot and options.plot.suffix != ".svg":
         raise SystemExit(f"--plot {options.plot}: expected a name that ends in .svg")
     if options.plot and not _sweeps(options):
-        raise SystemExit(
-            "--plot shows time against size, which is not measured where some rows are chosen: add --sweep"
-        )
+        raise SystemExit("--plot shows time against size, which is not measured if you select rows: add --sweep")
     if options.json and options.into and options.json.resolve() == options.into.resolve():
-        raise SystemExit(f"--json and --into are both {options.json}; expected two files, or one of them")
+        raise SystemExit(f"--json and --into are both {options.json}; expected two files, or only one of the options")
     if options.into:
         there = report.read(options.into)["machine"]
         if there != machine:
-            raise SystemExit(f"--into {options.into}: a run on another machine or with other versions: {there}")
+            raise SystemExit(f"--into {options.into}: that run was on another machine or with other versions: {there}")
 
 
 def left_out() -> str:
-    """What --quick does not measure."""
+    """A sentence that says what --quick does not measure."""
     whole = [name for name in WORKLOADS if name not in QUICK]
-    options = [f"{name} but {', '.join(QUICK[name])}" for name in QUICK]
+    options = [f"{name} except {', '.join(QUICK[name])}" for name in QUICK]
     slow = [f"{', '.join(names)} on {cell}" for cell, names in SLOW_TO_COMPILE.items()]
     return f"--quick leaves out {', '.join(whole)}; all options of {'; '.join(options)}; and {'; '.join(slow)}"
 
@@ -277,23 +275,23 @@ def _seconds(text: str) -> float:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer workloads and rounds: some two minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer workloads and rounds: about two minutes")
     parser.add_argument("--seconds", type=_seconds, default=SECONDS, help=f"for each pair (default: {SECONDS:g})")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep what was measured")
-    parser.add_argument(
-        "--into", type=Path, metavar="FILE", help="put it into an earlier run's file, in its rows' place"
-    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="save what was measured")
+    parser.add_argument("--into", type=Path, metavar="FILE", help="replace the same rows in the file of an earlier run")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="time against size; needs matplotlib")
     names = [name for makers in PROCESSES.values() for name in makers]
     for key, choices in (("workload", [*WORKLOADS]), ("option", [*OPTIONS]), ("contender", names)):
-        parser.add_argument(f"--{key}", action="append", default=[], choices=choices, help="only this; may be repeated")
-    parser.add_argument("--sweep", action="store_true", help="also arrays of all sizes, where workloads are chosen")
+        parser.add_argument(
+            f"--{key}", action="append", default=[], choices=choices, help="only this one; may be repeated"
+        )
+    parser.add_argument("--sweep", action="store_true", help="also measure arrays of all sizes, if you select rows")
     parser.add_argument("--worker", choices=PROCESSES, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print, and keep."""
+    """Measure, print, and save."""
     options = parse(arguments)
     if options.worker:
         for row in worker(options):
@@ -304,7 +302,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.plot:
         report.need_matplotlib()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    busy = f"in the last minute something else ran here (load {load:.1f}): if it still does, the ratios are worthless"
+    busy = f"something else ran here in the last minute (load {load:.1f}): if it still does, the ratios are worthless"
     if load > BUSY:
         print(busy, file=sys.stderr)
     print(report.HEADING, flush=True)
@@ -320,7 +318,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\nmemory, import, compilation\n{report.costs(found['costs'])}")
     if found["sweep"]:
         found["model"] = model.fit(found["sweep"], found["rows"])
-        fitted = "fitted to arrays of all sizes" + " (roughly: its turns are short)" * options.quick
+        fitted = "fitted to arrays of all sizes" + " (roughly: the turns were short)" * options.quick
         print(f"\nwhat a plain step costs: constants {fitted}\n{report.model(found['model'])}")
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -1,7 +1,7 @@
-"""Every optimizer that is compared, doing the same step on arrays of its own.
+"""Every optimizer that is compared, doing the same step on its own arrays.
 
-Each function makes a `Contender` from the variables' values and a `Step`, or raises `Absent` where a library is not
-installed, or `Unable` where it has no such step. A library is imported where it is used.
+Each function makes a `Contender` from the variables' values and a `Step`. It raises `Absent` if a library is not
+installed, or `Unable` if the library has no such step. Libraries are imported where they are used.
 """
 
 import importlib
@@ -16,11 +16,11 @@ from .workloads import EMA_MOMENTUM, EPSILON, LEARNING_RATE, LOSS_SCALE, WEIGHT_
 
 
 class Absent(Exception):  # noqa: N818 - a finding, not a mistake
-    """A library that is not installed, or does not work here."""
+    """A library is not installed, or does not work here."""
 
 
 class Unable(Exception):  # noqa: N818
-    """A library that has no step like that."""
+    """A library has no such step."""
 
 
 def _library(name: str) -> Any:
@@ -31,7 +31,7 @@ def _library(name: str) -> Any:
 
 
 def _options(step: Step) -> dict[str, Any]:
-    """The step in Keras's words, which are ours."""
+    """The step as arguments of Keras's AdamW, which are also ours."""
     options: dict[str, Any] = {
         "learning_rate": LEARNING_RATE,
         "weight_decay": WEIGHT_DECAY,
@@ -59,7 +59,7 @@ def ours(values: Arrays, step: Step) -> Contender:
 
 
 def ours_on_torch(values: Arrays, step: Step) -> Contender:
-    """On torch tensors, in bfloat16 where 16 bits are asked for."""
+    """On torch tensors, in bfloat16 for a 16-bit step."""
     torch = _library("torch")
     dtype = torch.bfloat16 if step.bits == 16 else torch.float32
     variables = [torch.nn.Parameter(torch.tensor(v).to(dtype)) for v in values]
@@ -83,16 +83,16 @@ def _ours(variables: list[Any], step: Step, convert: Callable[[Arrays], Any], lo
 
 
 def limit(values: Arrays, step: Step) -> Contender:
-    """The streams of plain AdamW, four read and three written, with one addition each, over one array of all."""
+    """The memory traffic of plain AdamW: four arrays read, three written, one addition each, all in one array."""
     if step != Step():
-        raise Unable("the limit is that of the plain step")
+        raise Unable("there is a limit for the plain step only")
     from . import limit_loop
 
     p, m, v = (np.concatenate([a.ravel() for a in values]) for _ in range(3))
     held: list[Any] = [None]
 
     def give(gradients: Arrays) -> None:
-        if held[0] is None:  # the values do not matter, nor does where they lie
+        if held[0] is None:  # neither the values nor their addresses matter
             held[0] = np.concatenate([g.ravel() for g in gradients])
 
     return Contender(give, lambda: limit_loop.run(p, held[0], m, v), list)
@@ -102,7 +102,7 @@ def limit(values: Arrays, step: Step) -> Contender:
 
 
 def plain_numpy(values: Arrays, step: Step) -> Contender:
-    """As one would write it by hand: whole arrays, in place."""
+    """As you would write it by hand: whole arrays, in place."""
     if step.bits == 16:
         raise Unable("NumPy has no bfloat16")
     variables = [v.copy() for v in values]
@@ -143,7 +143,7 @@ def _torch(kind: str) -> Callable[[Arrays, Step], Contender]:
     def make(values: Arrays, step: Step) -> Contender:
         torch = _library("torch")
         if step.bits == 16 and kind != "fused":
-            raise Unable("the fused one stands for torch here")
+            raise Unable("only the fused one is compared here")
         parameters = [torch.nn.Parameter(torch.tensor(v)) for v in values]
         flags = {"fused": kind == "fused", "foreach": kind == "foreach"}
         optimizer = torch.optim.AdamW(
@@ -184,7 +184,7 @@ def _torch_contender(torch: Any, parameters: list[Any], update: Callable[[], obj
 def torch_master(values: Arrays, step: Step) -> Contender:
     """bfloat16 tensors over float32 masters: gradients widened, masters updated by the fused AdamW, and copied back."""
     if step.bits == 32:
-        raise Unable("a master is for 16 bits")
+        raise Unable("a master copy is for 16 bits")
     torch = _library("torch")
     masters = [torch.nn.Parameter(torch.tensor(v).bfloat16().float()) for v in values]
     variables = [m.detach().bfloat16() for m in masters]
@@ -206,7 +206,7 @@ def torch_master(values: Arrays, step: Step) -> Contender:
 
 
 def _cpu_optimizer(library: str, name: str, **options: Any) -> Callable[[Arrays, Step], Contender]:
-    """A torch optimizer of another library that works on the CPU; without what it lacks."""
+    """A torch optimizer from another library that works on the CPU, for the steps that it has."""
 
     def make(values: Arrays, step: Step) -> Contender:
         if step.full or step.bits == 16:
@@ -220,7 +220,7 @@ def _cpu_optimizer(library: str, name: str, **options: Any) -> Callable[[Arrays,
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.zero_grad()
-        except Exception as error:  # compilers that are missing, devices that are
+        except Exception as error:  # a missing compiler or device, for example
             raise Absent(f"{library}: {type(error).__name__}: {str(error).splitlines()[0]}") from None
         return _torch_contender(torch, parameters, optimizer.step, step)
 
@@ -252,7 +252,7 @@ def optax(values: Arrays, step: Step) -> Contender:
 
 
 def _jitted(jax: Any, function: Any, state: list[Any]) -> Contender:
-    """A function of variables, two kinds of state and gradients, compiled; the first three are donated."""
+    """A compiled function of variables, two kinds of state and gradients; the first three are donated."""
     update = jax.jit(function, donate_argnums=(0, 1, 2))
     given: list[Any] = []
 
@@ -276,7 +276,7 @@ def _keras(step: Step, values: Arrays) -> tuple[Any, Any, list[Any]]:
 
 
 def keras_eager(values: Arrays, step: Step) -> Contender:
-    """Keras's own AdamW on the backend of this process."""
+    """Keras's own AdamW on this process's backend."""
     keras, optimizer, variables = _keras(step, values)
     wait = _library("jax").block_until_ready if keras.backend.backend() == "jax" else lambda _: None
     given: list[Any] = []
@@ -306,7 +306,7 @@ def keras_stateless(values: Arrays, step: Step) -> Contender:
 
 Maker = Callable[[Arrays, Step], Contender]
 
-# By the process that can hold them: Keras has one backend per process. Ours is the first of each.
+# By the process that can hold them: Keras has one backend per process.
 PROCESSES: dict[str, dict[str, Maker]] = {
     "torch": {
         "limit": limit,

@@ -1,4 +1,4 @@
-"""What a step costs besides its time: memory, imports, first steps, compilation. Each in a process of its own."""
+"""What a step costs besides time: memory, imports, first steps, compilation. Each is measured in its own process."""
 
 import json
 import os
@@ -75,7 +75,7 @@ MEASURED = ["ours", "NumPy", "torch fused", "torch foreach", "Keras on torch"]
 
 
 def _in_new_process(code: str, **environment: str) -> Any:
-    """What a piece of code leaves in `found`."""
+    """The value of `found` after running a piece of code in a new process."""
     code += "\nimport json\nprint('FOUND' + json.dumps(found))"
     output = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True,
@@ -90,7 +90,7 @@ def _importing(times: int) -> dict[str, float]:
 
 
 def _first_steps() -> dict[str, dict[str, float]]:
-    """`build` compiles what all variants share, `apply` the default one; with a cache both load it."""
+    """`build` compiles what all variants share, `apply` the default variant; with a cache both are loaded instead."""
     with tempfile.TemporaryDirectory() as folder:
         cold, *warm = [_in_new_process(FIRST_STEP, NUMBA_CACHE_DIR=folder) for _ in range(4)]
     return {"cold": cold, "warm": {key: statistics.median(each[key] for each in warm) for key in cold}}
@@ -107,7 +107,7 @@ def _memory(option: str, names: list[str]) -> dict[str, dict[str, int]]:
 
 
 def measure(quick: bool) -> dict[str, Any]:
-    """Seconds and bytes; of memory, what a step of ResNet-50 asks for beyond what was there before it."""
+    """Seconds and bytes; the memory is what a step of ResNet-50 takes in addition."""
     found: dict[str, Any] = {"import": _importing(1 if quick else 5), "first step": _first_steps()}
     found["compile"] = {} if quick else _compiling()
     linux = sys.platform == "linux"

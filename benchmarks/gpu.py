@@ -1,7 +1,7 @@
 """A step on a GPU next to torch's: `python -m benchmarks.gpu` (needs numba-cuda, torch with CUDA; CuPy if installed).
 
-All times are taken with events, in turns of one process; what is printed are ratios of medians, with the middle half of
-the ratios of single turns. `--quick` takes smaller arrays, `--json FILE` keeps all the times.
+All times are measured with events, in one process, with the contenders taking turns. It prints ratios of medians, with
+the quartiles of the ratios of single turns. `--quick` uses smaller arrays; `--json FILE` saves all the times.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def main():
 
 
 def describe():
-    """The device, the versions and the command: what a figure is worth nothing without."""
+    """The device, the versions and the command, without which a figure means nothing."""
     packages = ("adamw-numba", "numba", "numba-cuda", "torch", "cupy-cuda13x", "cupy-cuda12x")
     versions = []
     for package in packages:
@@ -73,7 +73,7 @@ def describe():
 
 
 def interleaved(contenders, turns):
-    """Milliseconds of each contender in each turn, by events around enough calls to fill a millisecond."""
+    """Milliseconds per contender and turn, measured by events around enough calls to fill a millisecond."""
     repeats = {}
     for name, call in contenders.items():
         for _ in range(3):
@@ -110,7 +110,7 @@ def report(name, times, bar):
 
 
 def workloads(sizes):
-    """Name, what makes the contenders, and the bars of their times over ours."""
+    """Name, a function that makes the contenders, and the bars for their times divided by ours."""
     for label, n in sizes.items():
         yield (
             f"{label} float32",
@@ -146,7 +146,7 @@ def fused(parameters, **options):
 
 
 def plain(n, dtype, bytes_per_element):
-    """One large array: as many bytes copied on the device, half of them read and half written; torch's step."""
+    """One large array: our step, a copy of as many bytes on the device (half read, half written), and torch's step."""
     source = torch.empty(n * bytes_per_element // 2, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     contenders = {"adamw_numba": ours(arrays([n], dtype)), "copy of the bytes": lambda: target.copy_(source)}
@@ -191,7 +191,7 @@ def several(sizes):
 
 
 def in_graphs(sizes):
-    """The steps alone, captured: no host time."""
+    """The captured steps alone, without host time."""
     contenders = {}
     for name, step in {
         "adamw_numba": ours(arrays(sizes)),
@@ -210,7 +210,7 @@ def in_graphs(sizes):
 
 
 def host_times(count, turns):
-    """Milliseconds until the call returns, the GPU being idle before."""
+    """Milliseconds until the call returns, starting with an idle GPU."""
     contenders = {"adamw_numba": ours(arrays([100] * count)), "torch fused": fused(arrays([100] * count))}
     for call, _ in itertools.product(contenders.values(), range(5)):
         call()

@@ -2,8 +2,8 @@
 
     python -m benchmarks.guard
 
-A row fails if the best of several tries, each the median of rounds in turn, falls below its bound; the bounds lie at
-about half of what was measured on two cores. The exit status says whether all hold.
+Each try is a median over rounds in which both take turns. A row fails if the best of several tries is below its bound.
+The bounds are about half of what was measured on two cores. The exit status says whether all of them hold.
 """
 
 import statistics
@@ -12,7 +12,7 @@ import sys
 from . import compare, contenders
 from .workloads import WORKLOADS, Shapes, gradients, interleaved, step_of, values
 
-# Workload, option, contender, and how many times as long as ours it takes, at least.
+# Workload, option, contender, and the least ratio of its time to ours.
 BOUNDS = [
     ("one-65k", "plain", "limit", 0.15),
     ("one-1M", "full", "NumPy", 3.0),
@@ -26,7 +26,7 @@ SECONDS = 0.4
 
 
 def measured(shapes: Shapes, option: str, name: str, bound: float) -> float:
-    """The best ratio of a few tries; no more of them than the bound needs."""
+    """The best ratio of a few tries; stops as soon as the bound is reached."""
     given, start = gradients(shapes, option), values(shapes)
     step = step_of(option, given)
     makers = {"ours": contenders.ours, name: contenders.PROCESSES["torch"][name]}
@@ -43,7 +43,7 @@ def measured(shapes: Shapes, option: str, name: str, bound: float) -> float:
 
 
 def main() -> int:
-    """Measure each row, and say which fall short."""
+    """Measure each row, and print which ones are too slow."""
     failed = 0
     for workload, option, name, bound in BOUNDS:
         ratio = measured(WORKLOADS[workload], option, name, bound)

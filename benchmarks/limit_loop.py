@@ -1,4 +1,4 @@
-"""The streams of AdamW without its arithmetic: what memory allows on this machine."""
+"""The memory traffic of AdamW without its arithmetic: the fastest that this machine's memory allows."""
 
 import numpy as np
 from numba import njit, prange
@@ -23,5 +23,5 @@ def _all(p, g, m, v):
 
 
 def run(p: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray) -> None:
-    """Four streams read, three written, one addition each; in parallel where that pays."""
+    """Read four arrays and write three, with one addition each; in parallel if that is faster."""
     (_all if p.size >= PARALLEL_FROM else _chunk)(p, g, m, v)

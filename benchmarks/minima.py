@@ -2,10 +2,10 @@
 
     python -m benchmarks.minima
 
-All get the same float64 functions; `minimize` and L-BFGS-B as Numba functions with exact gradients by complex steps,
+All use the same float64 functions: `minimize` and L-BFGS-B as Numba functions with exact gradients by complex steps,
 optax as JAX functions inside a jitted `jax.lax.scan`. `minimize` and optax follow the recipe of docs/minimize.md.
-Compilation is not timed. Functions with several minima are minimized from 32 starts by all three. "-" means: not within
-1e-6 (of the value, where it is larger than 1).
+Compilation is not timed. All three minimize functions with several minima from 32 starts. "-" means that the minimum
+was not found to 1e-6 (relative to its value, if that is above 1).
 """
 
 import sys
@@ -30,7 +30,7 @@ Outcome = tuple[bool, int, float]  # found, evaluations, seconds
 
 
 def with_gradient(make: Callable[[Any], Callable[[Any], Any]]) -> Callable[[Any], Any]:
-    """A Numba function that returns the value and the gradient, by complex steps."""
+    """A Numba function that returns the value and the gradient, computed by complex steps."""
     function = numba.njit(make(np))
 
     @numba.njit
@@ -53,7 +53,7 @@ def recipe(problem: Problem) -> dict[str, Any]:
 
 
 def starts(problem: Problem) -> np.ndarray:
-    """One start, or many where there are several minima."""
+    """One start, or many if there are several minima."""
     if problem.box is None:
         return np.array([problem.x0], float)
     low, high = problem.box
@@ -61,7 +61,7 @@ def starts(problem: Problem) -> np.ndarray:
 
 
 def is_found(value: float, problem: Problem) -> bool:
-    """Whether a value is the least."""
+    """Whether a value is that of the minimum."""
     return value - problem.minimum <= 1e-6 * max(1.0, abs(problem.minimum))
 
 
@@ -88,7 +88,7 @@ def by_scipy(problem: Problem, function: Any) -> Outcome:
 
 
 def by_optax(problem: Problem) -> Outcome:
-    """The same recipe in `lax.scan`, all starts by `vmap`; optax has no stopping rule of its own."""
+    """The same recipe in `lax.scan`, with all starts by `vmap`; optax has no stopping rule."""
     function = problem.make(jax.numpy)
     rate = optax.cosine_decay_schedule(0.1 * problem.scale, STEPS)
     optimizer = optax.adam(rate, b2=0.99)
@@ -119,7 +119,7 @@ def cell(outcome: Outcome) -> str:
 
 
 def main() -> int:
-    """Print a row per problem."""
+    """Print a row for each problem."""
     jax.config.update("jax_enable_x64", True)
     print("| problem | n | `minimize` | L-BFGS-B | optax |\n|---|---|---|---|---|")
     for name, problem in PROBLEMS.items():

@@ -2,10 +2,10 @@
 
     python -m benchmarks.minimize
 
-The compiled loop, optax's `adamw` inside a jitted `jax.lax.scan` (in float64 as well), and a Python loop around
-`torch.optim.AdamW`, in turn, in one process. `minimize` keeps its history; optax returns the end alone, or the loss of
-every step as well, which takes XLA several times as long. The exit status says whether the compiled loop takes at most
-0.7 of optax's time for the end alone, and a hundredth of torch's.
+The compiled loop, optax's `adamw` inside a jitted `jax.lax.scan` (also in float64), and a Python loop around
+`torch.optim.AdamW` take turns in one process. `minimize` keeps its history. optax returns only the final point, or also
+the loss of every step, which takes XLA several times as long. The exit status says whether the compiled loop takes at
+most 0.7 of optax's time for the final point, and at most a hundredth of torch's.
 """
 
 import platform
@@ -30,7 +30,7 @@ START = np.full(SIZE, -1.2)
 
 @numba.njit
 def rosenbrock(x, gradient):
-    """The value; fills the gradient."""
+    """Return the value and fill the gradient."""
     value = 0.0
     for i in range(x.size - 1):
         a, b = x[i + 1] - x[i] * x[i], 1 - x[i]
@@ -41,7 +41,7 @@ def rosenbrock(x, gradient):
 
 
 def whole_array(x):
-    """The same for arrays that are differentiated."""
+    """The same function as whole-array operations, for automatic differentiation."""
     return (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
 
 
@@ -52,7 +52,7 @@ def with_minimize(steps: int) -> np.ndarray:
 
 
 def scan_of(steps: int, losses: bool) -> Callable[[], np.ndarray]:
-    """optax, compiled for so many steps; with the loss of every step, or with nothing but the end."""
+    """optax, compiled for a number of steps; with the loss of every step, or only with the final point."""
     optimizer = optax.adamw(RATE, weight_decay=0.01)
     differentiate = jax.value_and_grad(whole_array)
 
@@ -106,7 +106,7 @@ def main() -> int:
     medians = {name: statistics.median(each) for name, each in times.items()}
     to_optax, to_losses = (medians["minimize"] / medians[name] for name in ("optax", "optax, losses"))
     to_torch = medians["torch loop"] / medians["minimize"]
-    print(f"minimize takes {to_optax:.2f} of the time of optax, {to_losses:.2f} where optax keeps the losses;", end=" ")
+    print(f"minimize takes {to_optax:.2f} of the time of optax, {to_losses:.2f} if optax keeps the losses;", end=" ")
     print(f"torch takes {to_torch:.0f} times as long as minimize")
     return 0 if to_optax <= 0.7 and to_torch >= 100 and distance < 1e-3 else 1
 

@@ -1,4 +1,4 @@
-"""What a plain step of ours costs: bytes over bandwidth, and a constant for the step, each array and the helpers."""
+"""The cost of our plain step: bytes over bandwidth, plus constants for the step, each array and the helpers."""
 
 from typing import Any
 
@@ -6,24 +6,24 @@ import numpy as np
 
 from .workloads import WORKLOADS, elements
 
-BYTES = 28  # of a float32 parameter, read and written by the plain step
-PARALLEL_FROM = 2**15  # elements: where helpers join in
-SHARED_FROM = 2**18 + 1  # elements, of which four arrays no longer fit the caches of two cores: 4 MiB
-MEMORY_FROM = 2**23  # elements, of which four arrays no longer fit any cache: 128 MiB
-NEAR = 256  # arrays, of which the headers stay in the nearest cache
+BYTES = 28  # per float32 parameter, read and written by the plain step
+PARALLEL_FROM = 2**15  # elements, from which helpers join in
+SHARED_FROM = 2**18 + 1  # elements: four such arrays no longer fit the caches of two cores (4 MiB)
+MEMORY_FROM = 2**23  # elements: four such arrays no longer fit any cache (128 MiB)
+NEAR = 256  # arrays whose headers stay in the nearest cache
 TERMS = ("step", "array", "array beyond 256", "helpers")
 BANDWIDTHS = ("cache, one thread", "caches of all threads", "shared cache", "memory")
 
 
 def _terms(arrays: int, count: int) -> list[float]:
-    """How often each constant of `TERMS`, and one over each of the `BANDWIDTHS`, counts."""
+    """The factor of each constant in `TERMS`, and of the inverse of each of the `BANDWIDTHS`."""
     parallel = count >= PARALLEL_FROM
     tier = sum(count >= start for start in (PARALLEL_FROM, SHARED_FROM, MEMORY_FROM))
     return [1, arrays, max(arrays - NEAR, 0), parallel, *(BYTES * count * (tier == k) for k in range(4))]
 
 
 def _fitted(points: list[tuple[int, int, float]]) -> np.ndarray[Any, Any]:
-    """Constants with the smallest relative errors, none of them negative."""
+    """The constants with the smallest relative errors, none of them negative."""
     seconds = np.array([time for _, _, time in points])
     terms = np.array([_terms(arrays, count) for arrays, count, _ in points]) / seconds[:, None]
     scale = np.abs(terms).max(0)
@@ -38,7 +38,7 @@ def _fitted(points: list[tuple[int, int, float]]) -> np.ndarray[Any, Any]:
 
 
 def fit(sweep: list[dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The constants, from the sweep alone, and what they say about the workloads, which they have not seen."""
+    """The constants, fitted to the sweep alone, and their predictions for the workloads, which were not fitted."""
     times: dict[tuple[int, int], list[float]] = {}
     for row in sweep:
         arrays, size = row["sweep"]
@@ -51,7 +51,7 @@ def fit(sweep: list[dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str, An
     for row in rows:
         if (row["option"], row["gradients"]) == ("plain", "same"):
             measured.setdefault(row["workload"], []).append(row["ours"])
-    seen = np.any([_terms(*key) for key in times], 0)  # a quick run has no array that is as large as memory asks for
+    seen = np.any([_terms(*key) for key in times], 0)  # a quick run has no array that is too large for the caches
     found["workloads"] = {
         name: {
             "measured": float(np.median(seconds)),

@@ -1,8 +1,8 @@
 """Standard test functions: Moré, Garbow & Hillstrom (1981, ACM TOMS 7, 17-41) and the usual global ones.
 
-Each is a function of an array namespace that returns the function to minimize, so that NumPy, Numba and JAX run the
-same text. All are analytic, which gives exact gradients by complex steps; for these, powers are squares and products (a
-complex power goes through a logarithm).
+Each is a function of an array namespace that returns the function to minimize, so NumPy, Numba and JAX run the same
+code. All are analytic, which gives exact gradients by complex steps. To keep these exact, powers are written as squares
+and products (a complex power goes through a logarithm).
 """
 
 from collections.abc import Callable
@@ -12,13 +12,13 @@ import numpy as np
 
 
 class Problem(NamedTuple):
-    """A function, where to start, its least value, and what is known before: the scale of x, and a box for starts."""
+    """A function, a start, its minimum, and what is known beforehand: the scale of x, and a box for starts."""
 
     make: Callable[[Any], Callable[[Any], Any]]
     x0: list[float]
     minimum: float
     scale: float = 1.0
-    box: tuple[float, float] | None = None  # where it has several minima: starts are drawn from here
+    box: tuple[float, float] | None = None  # if it has several minima: starts are drawn from here
 
 
 def rosenbrock(xp):

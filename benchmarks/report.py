@@ -1,9 +1,9 @@
-"""What was measured, as text, as a plot, and as the tables of docs/benchmarks.md.
+"""The results of a run: as text, as a plot, and as the tables of docs/benchmarks.md.
 
     python -m benchmarks.report [--show] FILE.json
 
-puts the tables of a run into docs/benchmarks.md, between its markers, and the plot beside it; with --show, prints those
-tables that the run has, and writes nothing.
+puts the tables of a run into docs/benchmarks.md, between its markers, and the plot beside it. With --show it only
+prints the tables that the run has.
 """
 
 import argparse
@@ -27,7 +27,7 @@ Found = dict[str, Any]
 
 
 def duration(seconds: float) -> str:
-    """Three digits and a unit."""
+    """A time with three digits and a unit."""
     unit, size = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e-3)) if seconds >= s), ("us", 1e-6))
     return f"{seconds / size:.3g} {unit}"
 
@@ -45,7 +45,7 @@ def line(row: Found) -> str:
 
 
 def machine() -> Found:
-    """What the figures belong to."""
+    """The machine and the versions that the figures belong to."""
     model = platform.processor() or platform.machine()
     if sys.platform == "linux":
         names = re.findall(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
@@ -82,7 +82,7 @@ def costs(found: Found) -> str:
 
 
 def model(found: Found) -> str:
-    """The constants of the cost, and what they predict."""
+    """The constants of the cost model, and what they predict."""
     lines = [f"{name}: {duration(seconds) if seconds else '0'}" for name, seconds in found["seconds"].items()]
     lines += [f"{name}: {rate / 1e9:.1f} GB/s" for name, rate in found["bytes per second"].items() if rate]
     for name, times in found["workloads"].items():
@@ -94,7 +94,7 @@ def model(found: Found) -> str:
 
 
 def need_matplotlib() -> Any:
-    """The library that draws; imported here alone."""
+    """Import matplotlib, or say how to install it."""
     try:
         import matplotlib
     except ImportError:
@@ -104,7 +104,7 @@ def need_matplotlib() -> Any:
 
 
 def plot(sweep: list[Found], file: Path) -> None:
-    """Time of a step against the size of one array."""
+    """Plot the time of a step against the size of one array."""
     matplotlib = need_matplotlib()
     matplotlib.rcParams["svg.hashsalt"] = "adamw_numba"
     from matplotlib import pyplot
@@ -132,7 +132,7 @@ def _table(heading: list[str], rows: list[list[str]]) -> str:
 
 
 def ratio_table(found: Found, option: str) -> str:
-    """One option: a column for each workload, a row for each contender; the ratio of the times; ours, the median of all pairs, in the head."""
+    """One option: our times (the median over all pairs) in the first row, then each contender's ratio per workload."""
     rows = [row for row in found["rows"] if row["option"] == option and row["gradients"] == "same"]
     workloads = [name for name in WORKLOADS if any(row["workload"] == name for row in rows)]
     contenders = list(dict.fromkeys(row["contender"] for row in rows))
@@ -146,7 +146,7 @@ def ratio_table(found: Found, option: str) -> str:
 
 
 def fresh_table(found: Found) -> str:
-    """Small workloads: new gradient arrays at each step beside the same ones."""
+    """Small workloads: new gradient arrays at each step, compared with the same arrays."""
     rows = {(r["workload"], r["contender"], r["gradients"]): r for r in found["rows"] if r["option"] == "plain"}
     body = []
     for workload, contender, kind in rows:
@@ -166,12 +166,12 @@ def fresh_table(found: Found) -> str:
 
 
 def read(file: Path) -> Found:
-    """What ``compare --json`` has written.
+    """Read what ``compare --json`` has written.
 
     Raises
     ------
     SystemExit
-        If the file is missing or something else.
+        If the file is missing or is not such a file.
     """
     try:
         found = json.loads(file.read_text())
@@ -186,14 +186,14 @@ def read(file: Path) -> Found:
 
 
 def lacks(found: Found) -> list[str]:
-    """What a page needs and a run of some rows, or a quick one, does not have."""
+    """What the page needs and a partial or quick run does not have."""
     options = {row["option"] for row in found["rows"]}
     missing = [option for option in OPTIONS if option not in options]
     return missing + [key for key in ("sweep", "costs", "model") if not found.get(key)]
 
 
 def sections(found: Found) -> dict[str, str]:
-    """The parts of docs/benchmarks.md that are measured."""
+    """The measured parts of docs/benchmarks.md."""
     machine, versions = found["machine"], found["machine"]["versions"]
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
     absent = "; ".join(found["absent"]) or "nothing"
@@ -230,19 +230,19 @@ def render(text: str, parts: dict[str, str]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Bring docs/benchmarks.md and its plot up to date with a run."""
+    """Update docs/benchmarks.md and its plot with a run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=main.__doc__)
-    parser.add_argument("--show", action="store_true", help="print the tables instead, also of a part of a run")
-    parser.add_argument("file", type=Path, help="what `python -m benchmarks.compare --json` has written")
+    parser.add_argument("--show", action="store_true", help="only print the tables; a partial run is enough")
+    parser.add_argument("file", type=Path, help="a file written by `python -m benchmarks.compare --json`")
     options = parser.parse_args(arguments)
     file, page, picture = options.file, DOCS / "benchmarks.md", DOCS / "benchmarks.svg"
     found = read(file)
     if options.show:
         for option in dict.fromkeys(row["option"] for row in found["rows"]):
-            print(f"{option}: ours, then how many times as long others take\n\n{ratio_table(found, option)}\n")
+            print(f"{option}: ours, then how many times as long the others take\n\n{ratio_table(found, option)}\n")
         return 0
     if missing := lacks(found):
-        raise SystemExit(f"{file} lacks {', '.join(missing)}; expected a run without --quick, of everything")
+        raise SystemExit(f"{file} lacks {', '.join(missing)}; expected a full run, without --quick")
     page.write_text(render(page.read_text(), sections(found)))
     plot(found["sweep"], picture)
     print(f"wrote {page} and {picture}")

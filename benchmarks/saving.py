@@ -1,9 +1,9 @@
-"""Saving 1 GB of state, next to the same bytes in a plain file, `np.savez`, safetensors and `torch.save`.
+"""Saving 1 GB of state, compared with the same bytes in a plain file, `np.savez`, safetensors and `torch.save`.
 
     python -m benchmarks.saving [folder]
 
-None of them waits for the disk (`durable=False`). The contenders take turns; the figure is the speed of `.npz` as a
-fraction of a plain file's, and the memory that the save took beyond the state, measured in a process of its own.
+None of them waits for the disk (`durable=False`). The contenders take turns. The result is the speed of `.npz` as a
+fraction of a plain file's speed, and the memory that the save took in addition, measured in its own process.
 """
 
 import os
@@ -36,7 +36,7 @@ def optimizer_of() -> AdamW:
 
 
 def extra_memory(folder: str) -> None:
-    """Print by how many MB a save raises this process's peak."""
+    """Print by how many MB a save raises the peak memory of this process."""
     optimizer = optimizer_of()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     optimizer.save(Path(folder) / "memory.npz", durable=False)
@@ -44,7 +44,7 @@ def extra_memory(folder: str) -> None:
 
 
 def contenders(optimizer: AdamW, folder: Path) -> dict[str, Callable[[], object]]:
-    """What is compared, by name; those whose package is missing are left out."""
+    """The contenders, by name; those whose package is missing are left out."""
     state = {name.replace("/", "_"): array for name, array in optimizer.state.items()}
 
     def plain() -> None:
@@ -74,7 +74,7 @@ def contenders(optimizer: AdamW, folder: Path) -> dict[str, Callable[[], object]
 
 
 def main() -> int:
-    """Print medians; the exit status says whether `.npz` is fast and small enough."""
+    """Print medians; the exit status says whether `.npz` is fast enough and takes little enough memory."""
     with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as name:
         folder = Path(name)
         code = f"from benchmarks.saving import extra_memory; extra_memory({name!r})"

@@ -1,9 +1,9 @@
-"""What single functions take, to be followed from commit to commit (pytest-benchmark).
+"""The times of single functions, to be followed from commit to commit (pytest-benchmark).
 
     python -m pytest benchmarks/test_functions.py --benchmark-autosave
     python -m pytest benchmarks/test_functions.py --benchmark-compare
 
-Whole steps, beside those of others, are `benchmarks.compare`'s.
+For whole steps, compared with other optimizers, see `benchmarks.compare`.
 """
 
 import numpy as np
@@ -55,13 +55,13 @@ def test_reading_addresses(benchmark, count):
 
 
 def test_coefficients(benchmark):
-    """Hyperparameters and the step number to the kernels' numbers."""
+    """From hyperparameters and the step number to the numbers of a kernel."""
     optimizer, _ = prepared([1])
     benchmark(coefficients.coefficients, optimizer, 5, 1e-3, 0.004, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("options", [{}, {"global_clipnorm": 1.0}, {"nonfinite": "skip"}], ids=str)
 def test_small_step(benchmark, options):
-    """A whole step over ten elements: all of it is the host's."""
+    """A whole step over ten elements: all of its time is spent on the host."""
     optimizer, gradients = prepared([10], **options)
     benchmark(optimizer.apply, gradients)

@@ -1,4 +1,4 @@
-"""What is measured: the shapes of the arrays, their values, the options of a step; and taking turns."""
+"""What is measured: the shapes and values of the arrays, the options of a step, and how contenders take turns."""
 
 import math
 import time
@@ -11,25 +11,25 @@ Shapes = list[tuple[int, ...]]
 Arrays = list[np.ndarray[Any, Any]]
 
 LEARNING_RATE, WEIGHT_DECAY, EPSILON = 1e-3, 0.01, 1e-8
-SETTLING = 2e-2  # seconds, before what counts: threads of OpenMP spin for about as long
+SETTLING = 2e-2  # seconds before the timed part: OpenMP threads spin for about that long
 LOSS_SCALE, EMA_MOMENTUM = 1024.0, 0.99
 
 
 class Step(NamedTuple):
-    """What a step has to do, the same for all contenders."""
+    """What a step has to do; the same for all contenders."""
 
     clip: float | None = None  # of the global norm
-    full: bool = False  # AMSGrad, moving average and loss scale on top
+    full: bool = False  # also AMSGrad, moving average and loss scale
     bits: int = 32
 
 
 class Contender(NamedTuple):
-    """One optimizer on arrays of its own."""
+    """One optimizer on its own arrays."""
 
     give: Callable[[Arrays], None]  # the gradients of the next step, in the contender's own kind of array; not timed
     step: Callable[[], object]  # returns when the step is complete
     look: Callable[[], Arrays]  # its variables, as NumPy arrays
-    again: Callable[[], None] = lambda: None  # puts back gradients that the last step has scaled in place; not timed
+    again: Callable[[], None] = lambda: None  # restores gradients that the last step has scaled in place; not timed
 
 
 def resnet50() -> Shapes:
@@ -71,7 +71,7 @@ OPTIONS = ("plain", "clip", "full", "16-bit")
 
 
 def elements(shapes: Shapes) -> int:
-    """How many numbers arrays of these shapes hold."""
+    """The number of elements in arrays of these shapes."""
     return sum(math.prod(shape) for shape in shapes)
 
 
@@ -82,7 +82,7 @@ def values(shapes: Shapes) -> Arrays:
 
 
 def gradients(shapes: Shapes, option: str) -> Arrays:
-    """Gradients away from zero, where the epsilons of the libraries, which differ, do not matter."""
+    """Gradients away from zero, so that the different epsilons of the libraries do not matter."""
     random = np.random.default_rng(1)
     scale = np.float32(LOSS_SCALE if option == "full" else 1.0)
     return [scale * (0.5 + random.random(s, np.float32)) * (1 - 2 * random.integers(2, size=s, dtype=np.int8))
@@ -90,7 +90,7 @@ def gradients(shapes: Shapes, option: str) -> Arrays:
 
 
 def step_of(option: str, given: Arrays) -> Step:
-    """What an option asks for; a clip binds, and halves the gradients."""
+    """The step of an option; a clip always takes effect, and halves the gradients."""
     norm = math.sqrt(sum(float(np.vdot(g, g)) for g in given))
     norm /= LOSS_SCALE if option == "full" else 1.0
     return Step(norm / 2 if option in ("clip", "full") else None, option == "full", 16 if option == "16-bit" else 32)
@@ -99,10 +99,10 @@ def step_of(option: str, given: Arrays) -> Step:
 def interleaved(
     contenders: Mapping[str, Callable[[bool], float]], seconds: float, least: int = 3, most: int = 200
 ) -> dict[str, list[float]]:
-    """What each contender's calls return, the contenders taking turns for about so many seconds.
+    """The results of each contender's calls, with the contenders taking turns for about so many seconds.
 
-    A turn is calls with False for some milliseconds, which do not count, and one with True: the threads of whoever came
-    before still spin for a while, and neither shall pay for the other's.
+    A turn is calls with False for some milliseconds, which do not count, and one with True. The threads of the previous
+    contender still spin for a while, and the next one should not pay for that.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     end = time.perf_counter() + seconds

@@ -1,10 +1,10 @@
-"""Carbon dioxide at Mauna Loa: trend and seasons of 44 years of weekly measurements.
+"""Carbon dioxide at Mauna Loa: trend and seasonal cycle of 44 years of weekly measurements.
 
-The model is a cubic trend and a yearly cycle of four harmonics whose amplitude grows linearly; 13 coefficients in all.
-The mean squared difference to the measurements is minimized by `adamw_numba.minimize` called by itself, and the same
-through `scipy.optimize.minimize`, with the same result; SciPy's Levenberg-Marquardt method is the judge of both.
+The model is a cubic trend plus a yearly cycle of four harmonics whose amplitude grows linearly; 13 coefficients in all.
+The mean squared difference from the measurements is minimized by `adamw_numba.minimize`, called directly and through
+`scipy.optimize.minimize`, with the same result. Both are checked against SciPy's Levenberg-Marquardt method.
 
-The data: see data/README.md. Run the example with
+The data are described in data/README.md. Run the example with
 
     python examples/co2.py [folder for the picture]
 
@@ -28,7 +28,7 @@ HARMONICS = np.arange(1, 5)
 UNKNOWNS = 4 + 1 + 2 * len(HARMONICS)  # trend, growth of the amplitude, sines and cosines
 ITERATIONS = 6000
 OPTIONS = {"learning_rate": CosineDecay(0.5, ITERATIONS), "maxiter": ITERATIONS, "gtol": 1e-7}
-EXPECTED_UNDER = 0.65  # ppm: the root mean square of what is left
+EXPECTED_UNDER = 0.65  # ppm: the root mean square of the residuals
 
 
 class Record(NamedTuple):
@@ -39,7 +39,7 @@ class Record(NamedTuple):
 
 
 def load_record() -> Record:
-    """The weeks in which there was a measurement."""
+    """The weeks that have a measurement."""
     table = np.genfromtxt(Path(__file__).parent / "data" / "co2.csv", delimiter=",", skip_header=1)
     table = table[~np.isnan(table[:, 1])]
     days = [np.datetime64(f"{int(d) // 10000:04d}-{int(d) // 100 % 100:02d}-{int(d) % 100:02d}") for d in table[:, 0]]
@@ -48,7 +48,7 @@ def load_record() -> Record:
 
 
 class Features(NamedTuple):
-    """What the model is made of, at given times: powers of the scaled time, and the harmonics of a year."""
+    """The terms of the model at given times: powers of the scaled time, and the harmonics of a year."""
 
     scaled: Array
     powers: Array
@@ -56,7 +56,7 @@ class Features(NamedTuple):
 
 
 def features(year: Array) -> Features:
-    """Time is scaled to [-1, 1], so that all coefficients have the same unit, ppm, and are of like size."""
+    """Time is scaled to [-1, 1], so that all coefficients have the same unit, ppm, and a similar size."""
     scaled = (year - 1980) / 22
     angles = 2 * np.pi * np.outer(year, HARMONICS)
     return Features(scaled, scaled[:, None] ** np.arange(4), np.hstack([np.sin(angles), np.cos(angles)]))
@@ -79,7 +79,7 @@ def loss(x: Array, f: Features, ppm: Array) -> tuple[float, Array]:
 
 
 def picture(record: Record, result, path: Path) -> None:
-    """Data and fit, three years of them from near, and the convergence."""
+    """Plot the data and the fit, a close-up of three years, and the convergence."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(3, 1, figsize=(7.2, 9.0), layout="constrained")
@@ -101,7 +101,7 @@ def picture(record: Record, result, path: Path) -> None:
 
 
 def main(folder: str = ".") -> int:
-    """Fit, compare, report and draw; 0 if all agree."""
+    """Fit, compare, report and plot; returns 0 if everything agrees."""
     mpl.use("agg")
     record = load_record()
     f = features(record.year)
@@ -112,23 +112,25 @@ def main(folder: str = ".") -> int:
     judge = scipy.optimize.least_squares(lambda x: model(x, f) - record.ppm, x0, lambda x: jacobian(x, f), method="lm")
     left = np.sqrt(alone.fun)
     print(f"{len(record.ppm)} weeks; {alone.message} {alone.nit} iterations, {alone.nfev} evaluations")
-    print(f"root mean square of what is left: {left:.4f} ppm; by Levenberg-Marquardt {rms(judge.fun):.4f} ppm")
-    print(f"growth in 1980: {alone.x[1] / 22:.3f} ppm per year; seasons {season(alone.x):.2f} ppm from low to high")
+    print(f"root mean square of the residuals: {left:.4f} ppm; with Levenberg-Marquardt {rms(judge.fun):.4f} ppm")
+    print(
+        f"growth in 1980: {alone.x[1] / 22:.3f} ppm per year; seasonal cycle {season(alone.x):.2f} ppm from low to high"
+    )
     distance = np.abs(alone.x - judge.x).max()
-    print(f"largest difference to Levenberg-Marquardt: {distance:.1e} ppm")
+    print(f"largest difference from Levenberg-Marquardt: {distance:.1e} ppm")
     same = bool((alone.x == method.x).all()) and alone.nfev == method.nfev
-    print(f"both doors give the same numbers: {same}")
+    print(f"called directly and through SciPy, the same numbers: {same}")
     picture(record, alone, Path(folder) / "co2.png")
     return 0 if same and distance < 1e-3 and left < EXPECTED_UNDER else 1
 
 
 def rms(values: Array) -> float:
-    """The root of the mean square."""
+    """The root mean square."""
     return float(np.sqrt(np.mean(values**2)))
 
 
 def season(x: Array) -> float:
-    """How far the yearly cycle of 1980 reaches, in ppm."""
+    """The peak-to-peak height of the yearly cycle in 1980, in ppm."""
     cycle = features(np.linspace(1980, 1981, 1000)).waves @ x[5:]
     return float(np.ptp(cycle))
 

@@ -1,18 +1,18 @@
 """Handwritten digits: a multilayer perceptron in plain NumPy, trained by `AdamW`.
 
 Everything that a framework would do is written out here, in float32: the forward pass, the backward pass, the
-mini-batches. The optimizer takes the parameters as the nested dict that they are, and updates them in place. The
-example shows
+mini-batches. The optimizer takes the nested dict of parameters as it is, and updates the arrays in place. The example
+shows
 
 - a nested dict of parameters and of gradients, matched by name;
 - weight decay for the kernels but not for the biases (`exclude_from_weight_decay`);
 - a learning rate that warms up linearly and then falls along a cosine (`CosineDecay`);
 - clipping of all gradients together (`global_clipnorm`), with the gradient norm of each step in `last_step`;
-- a moving average of the parameters (`use_ema`), put in their place for an evaluation (`averaged`).
+- a moving average of the parameters (`use_ema`), which replaces them during an evaluation (`averaged`).
 
 At the end it takes the same steps with the same gradients in plain NumPy, and compares the results and the times.
 
-The data are 8 x 8 images of digits: see data/README.md. Run the example with
+The data are 8 x 8 images of digits, described in data/README.md. Run the example with
 
     python examples/digits.py
 
@@ -120,7 +120,7 @@ def cross_entropy(logits: Array, labels: Array) -> tuple[float, Array]:
 
 
 def backward(parameters: Parameters, inputs: list[Array], error: Array) -> Parameters:
-    """The gradients of all parameters, from the last layer to the first: the optimizer goes by their names."""
+    """The gradients of all parameters, from the last layer to the first; the optimizer matches them by name."""
     gradients: Parameters = {}
     for name, layer_inputs in zip(reversed(parameters), reversed(inputs), strict=True):
         gradients[name] = {"kernel": layer_inputs.T @ error, "bias": error.sum(axis=0)}
@@ -136,7 +136,7 @@ def loss_and_gradients(parameters: Parameters, batch: Digits) -> tuple[float, Pa
 
 
 def accuracy(parameters: Parameters, digits: Digits) -> float:
-    """The fraction of the images that are read correctly."""
+    """The fraction of the images that are classified correctly."""
     _, logits = forward(parameters, digits.images)
     return float((logits.argmax(axis=1) == digits.labels).mean())
 
@@ -145,7 +145,7 @@ def accuracy(parameters: Parameters, digits: Digits) -> float:
 
 
 def new_optimizer(parameters: Parameters) -> AdamW:
-    """AdamW for these parameters; the biases, known by their names, are not decayed."""
+    """AdamW for these parameters; the biases, selected by name, are not decayed."""
     optimizer = AdamW(
         learning_rate=SCHEDULE,
         weight_decay=WEIGHT_DECAY,
@@ -164,8 +164,8 @@ def new_optimizer(parameters: Parameters) -> AdamW:
 def train(
     parameters: Parameters, optimizer: AdamW, training: Digits, test: Digits, generator: np.random.Generator
 ) -> None:
-    """Train for all epochs, and print a line about each."""
-    print("Learning rate and gradient norm (before clipping) are those of the last step of an epoch.")
+    """Train for all epochs, and print a line for each."""
+    print("Learning rate and gradient norm (before clipping) are from the last step of each epoch.")
     print("epoch  training loss  learning rate  gradient norm  test accuracy")
     for epoch in range(1, EPOCHS + 1):
         losses = []
@@ -177,7 +177,7 @@ def train(
 
 
 def report_epoch(epoch: int, loss: float, optimizer: AdamW, test_accuracy: float) -> None:
-    """Print the mean loss of an epoch, and learning rate and gradient norm of its last step."""
+    """Print the mean loss of an epoch, and the learning rate and gradient norm of its last step."""
     norm, rate = optimizer.last_step.gradient_norm, optimizer.last_step.learning_rate
     print(f"{epoch:5}  {loss:13.4f}  {rate:13.6f}  {norm:13.4f}  {test_accuracy:13.2%}")
 
@@ -191,7 +191,7 @@ def flat(tree: Parameters) -> dict[str, Array]:
 
 
 class NumpyState:
-    """What `numpy_step` remembers: the number of steps, and three arrays for every parameter."""
+    """The state of `numpy_step`: the number of steps, and three arrays per parameter."""
 
     def __init__(self, parameters: Parameters) -> None:
         self.steps = 0
@@ -223,7 +223,7 @@ def numpy_step(parameters: Parameters, gradients: Parameters, state: NumpyState)
 
 
 class Comparison(NamedTuple):
-    """Seconds of every step, by `AdamW` and by NumPy, and the arrays of both after the last one."""
+    """Seconds of every step with `AdamW` and with NumPy, and the arrays of both after the last one."""
 
     times: list[tuple[float, float]]
     ours: list[Array]
@@ -231,17 +231,17 @@ class Comparison(NamedTuple):
 
     @property
     def difference(self) -> float:
-        """The largest difference of any number."""
+        """The largest difference between any two numbers."""
         return max(float(np.abs(ours - plain).max()) for ours, plain in zip(self.ours, self.plain, strict=True))
 
     @property
     def agrees(self) -> bool:
-        """Whether the results are the same but for rounding in float32, whose relative precision is 1.2e-7."""
+        """Whether the results are the same, up to rounding in float32 (a relative precision of 1.2e-7)."""
         return all(np.allclose(*pair, rtol=1e-5, atol=1e-6) for pair in zip(self.ours, self.plain, strict=True))
 
 
 def compare(training: Digits, generator: np.random.Generator) -> Comparison:
-    """Take the same steps with the same gradients by `AdamW` and by `numpy_step`, in turn, on copies of a model."""
+    """Take the same steps with the same gradients with `AdamW` and `numpy_step`, in turn, on copies of a model."""
     ours = new_parameters(generator)
     plain = copy.deepcopy(ours)
     optimizer, state, times = new_optimizer(ours), NumpyState(plain), []
@@ -270,13 +270,13 @@ def report(comparison: Comparison) -> None:
 
 
 def main() -> int:
-    """Train, test and compare; 0 if the accuracies suffice and the comparison agrees, else 1."""
+    """Train, test and compare; returns 0 if the accuracies suffice and the comparison agrees, else 1."""
     training, test = load_digits()
     generator = np.random.default_rng(SEED)
     parameters = new_parameters(generator)
     optimizer = new_optimizer(parameters)
     count = sum(array.size for array in flat(parameters).values())
-    print(f"{len(training.labels)} images to train with, {len(test.labels)} to test; {count:,} parameters\n")
+    print(f"{len(training.labels)} training images, {len(test.labels)} test images; {count:,} parameters\n")
     train(parameters, optimizer, training, test, generator)
     accuracies = [accuracy(parameters, test)]
     with optimizer.averaged():

@@ -1,9 +1,9 @@
-"""Phase retrieval: a complex object from the magnitudes of its diffraction patterns, on a GPU where there is one.
+"""Phase retrieval: a complex object from the magnitudes of its diffraction patterns, on a GPU if there is one.
 
-A coherent beam (X-rays, light, electrons) passes a diffuser and then a thin object, which absorbs some of it and delays
-the rest: transmission `o = amplitude * exp(1j * phase)`. Far away stands a camera. It counts the photons of
-`|FFT(mask * o)|**2`, and the phase is lost. With several known diffusers (`mask`) there is enough left to find the
-object: minimise the amplitude loss
+A coherent beam (X-rays, light, electrons) passes through a diffuser and then a thin object, which absorbs some of it
+and delays the rest: transmission `o = amplitude * exp(1j * phase)`. A camera far away counts the photons of
+`|FFT(mask * o)|**2`, and the phase is lost. With several known diffusers (`mask`) there is enough information left to
+find the object: minimize the amplitude loss
 
     f(o) = 1/2 sum((|F(mask * o)| - measured)**2),    measured = sqrt(photons)
 
@@ -11,23 +11,23 @@ whose Wirtinger gradient, df/dRe(o) + 1j df/dIm(o), is one more Fourier transfor
 
     sum over masks of conj(mask) * F^-1(psi - measured * psi / |psi|),    psi = F(mask * o)
 
-The bracket puts the measured magnitude in place of the computed one: the step of Gerchberg and Saxton. `AdamW` takes
-the gradient as it is and moves the complex64 array in place. It starts from the empty beam, `o = 1` (from random phases
-it was seen to get stuck). The object is real data: its amplitude shows some handwritten digits (data/README.md) and its
-phase others, so that a trace of one in the other would be seen. The counts have shot noise. Alone it leaves an error of
-about `1 / sqrt(photons counted in all / pixels)`, and between computed and measured magnitudes a misfit of half a
-photon**0.5, less what the fit takes up: `sqrt(1 - 2 / masks) / 2`.
+The bracket replaces the computed magnitude by the measured one: the step of Gerchberg and Saxton. `AdamW` takes the
+gradient as it is and updates the complex64 array in place. It starts from the empty beam, `o = 1` (from random phases
+it got stuck). The object is real data: its amplitude shows some handwritten digits (data/README.md) and its phase shows
+others, so a trace of one in the other would be visible. The counts have shot noise. This noise alone leaves an error of
+about `1 / sqrt(all photons counted / pixels)`, and a misfit between computed and measured magnitudes of half a
+photon**0.5, less what the fit absorbs: `sqrt(1 - 2 / masks) / 2`.
 
 All arrays go through the Array API: the same functions run on CuPy, torch and NumPy. Run the example with
 
     python examples/gpu_pipeline.py
 
-It takes some seven seconds on two CPU cores. `--library` chooses among numpy, torch and cupy; `--size`, `--steps` and
-`--output` set the pixels along an edge, the steps and the picture, which needs matplotlib.
+It takes about seven seconds on two CPU cores. `--library` selects numpy, torch or cupy; `--size`, `--steps` and
+`--output` set the pixels along an edge, the number of steps and the file of the picture, which needs matplotlib.
 
 R. W. Gerchberg, W. O. Saxton, Optik 35, 237 (1972). E. J. Candes, X. Li, M. Soltanolkotabi, "Phase retrieval via
 Wirtinger flow", IEEE Trans. Inf. Theory 61, 1985 (2015), https://doi.org/10.1109/TIT.2015.2399924: the coded patterns
-are theirs, with masks of any phase in place of eight kinds.
+are theirs, but with masks of arbitrary phase instead of eight kinds.
 """
 
 import argparse
@@ -50,10 +50,10 @@ Array = Any
 
 SEED = 0
 MASKS = 8
-PHOTONS = 1e4  # that meet each pixel of the object, in each of the exposures
+PHOTONS = 1e4  # that hit each pixel of the object, in each exposure
 LEARNING_RATE = 0.1
 REQUIRED_ERROR = 0.01
-ROWS = 10  # of the printed table, about
+ROWS = 10  # of the printed table, roughly
 PICTURES = (".pdf", ".png", ".svg")
 
 
@@ -71,18 +71,18 @@ def wall_of_digits(size: int, first: int) -> Array:
 
 
 def new_object(size: int) -> Array:
-    """The transmission to be found: ink takes up to 70 % of the amplitude, other ink delays by up to 2 rad."""
+    """The transmission to be found: some digits absorb up to 70 % of the amplitude, others delay by up to 2 rad."""
     return (1 - 0.7 * wall_of_digits(size, first=0)) * np.exp(2j * wall_of_digits(size, first=900))
 
 
 def expose(truth: Array, generator: np.random.Generator) -> tuple[Array, Array]:
-    """Masks of random phase, and the photons counted behind each of them: two arrays (MASKS, size, size)."""
+    """Masks of random phase, and the photons counted behind each: two arrays (MASKS, size, size)."""
     masks = np.exp(2j * np.pi * generator.random((MASKS, *truth.shape)))
     return masks, generator.poisson(PHOTONS * np.abs(far_field(truth, masks)) ** 2)
 
 
 def relative_error(estimate: Array, truth: Array) -> tuple[float, Array]:
-    """The error after removing the global phase, which no magnitude shows, and the estimate without it."""
+    """The error after removing the global phase, which no magnitude reveals, and the estimate without that phase."""
     overlap = np.vdot(truth, estimate)
     aligned = estimate * (overlap.conj() / abs(overlap))
     return float(np.linalg.norm(aligned - truth) / np.linalg.norm(truth)), aligned
@@ -92,26 +92,26 @@ def relative_error(estimate: Array, truth: Array) -> tuple[float, Array]:
 
 
 def far_field(estimate: Array, masks: Array) -> Array:
-    """The complex wave at the camera, behind every mask; the transform keeps the sum of squares."""
+    """The complex wave at the camera, behind every mask; the transform preserves the sum of squares."""
     return array_namespace(estimate).fft.fftn(masks * estimate, axes=(-2, -1), norm="ortho")
 
 
 def gradient(estimate: Array, masks: Array, measured: Array) -> Array:
-    """The Wirtinger gradient of the amplitude loss, of the estimate's shape."""
+    """The Wirtinger gradient of the amplitude loss, in the estimate's shape."""
     xp, wave = array_namespace(estimate), far_field(estimate, masks)
-    magnitude = xp.abs(wave) + 1e-30  # where there is no wave there is no phase to keep: 0, not NaN
+    magnitude = xp.abs(wave) + 1e-30  # if there is no wave, there is no phase to keep: 0, not NaN
     replaced = xp.fft.ifftn(wave * (1 - measured / magnitude), axes=(-2, -1), norm="ortho")
     return xp.sum(xp.conj(masks) * replaced, axis=0)
 
 
 def misfit(estimate: Array, masks: Array, measured: Array) -> float:
-    """Root mean square of computed less measured magnitudes, in photons**0.5."""
+    """Root mean square of computed minus measured magnitudes, in photons**0.5."""
     xp = array_namespace(estimate)
     return float(xp.mean((xp.abs(far_field(estimate, masks)) - measured) ** 2) * PHOTONS) ** 0.5
 
 
 class Progress(NamedTuple):
-    """How far the reconstruction has come, and the mean time of the steps since the row before."""
+    """The progress of the reconstruction, and the mean time of the steps since the previous row."""
 
     step: int
     misfit: float
@@ -120,7 +120,7 @@ class Progress(NamedTuple):
 
 
 def recover(estimate: Array, masks: Array, measured: Array, truth: Array, steps: int) -> Iterator[Progress]:
-    """Take all steps, in place; the clock stops for a row after the first, which compiles, and then now and then."""
+    """Take all steps, in place; yields a row after the first step, which compiles, and then from time to time."""
     # No weight decay: it would darken the object, and the data say how dark it is.
     optimizer = AdamW(learning_rate=CosineDecay(LEARNING_RATE, steps), beta_2=0.99, weight_decay=0.0)
     optimizer.build([estimate])
@@ -156,7 +156,7 @@ def to_numpy(array: Array) -> Array:
 
 
 def synchronize(array: Array) -> None:
-    """Wait until the GPU has done all that it was asked to; a CPU has already."""
+    """Wait until the GPU has finished its work; a CPU already has."""
     if is_cupy_array(array):
         array.device.synchronize()
     elif is_torch_array(array) and array.device.type == "cuda":
@@ -167,7 +167,7 @@ def synchronize(array: Array) -> None:
 
 
 def save_picture(output: Path, truth: Array, estimate: Array, photons: Array, rows: list[Progress]) -> None:
-    """Truth, estimate and error of amplitude and phase, the first pattern, and the error of every row."""
+    """Plot truth, estimate and error of amplitude and phase, the first pattern, and the error over the steps."""
     from matplotlib.figure import Figure
 
     _, aligned = relative_error(estimate, truth)
@@ -183,7 +183,7 @@ def save_picture(output: Path, truth: Array, estimate: Array, photons: Array, ro
     show(axes[0, 3], np.log10(1 + np.fft.fftshift(photons[0])), f"Measured, 1 of {MASKS}", "log10(1 + photons)")
     steps, errors = [row.step for row in rows], [100 * row.error for row in rows]
     axes[1, 3].semilogy(steps, errors, "o-", label="recovered")
-    axes[1, 3].axhline(100 * noise_limit(truth), color="gray", linestyle="--", label="shot noise alone, about")
+    axes[1, 3].axhline(100 * noise_limit(truth), color="gray", linestyle="--", label="shot noise alone (approximate)")
     axes[1, 3].set(title="Convergence", xlabel="step", ylabel="relative error (%)")
     axes[1, 3].legend()
     figure.savefig(output, dpi=100)
@@ -198,7 +198,7 @@ def show(axes: Any, image: Array, title: str, unit: str, **options: Any) -> None
 
 
 def noise_limit(truth: Array) -> float:
-    """The relative error that shot noise alone leaves, about."""
+    """The approximate relative error that shot noise alone leaves."""
     return float(1 / np.sqrt(MASKS * PHOTONS * np.mean(np.abs(truth) ** 2)))
 
 
@@ -206,7 +206,7 @@ def noise_limit(truth: Array) -> float:
 
 
 def arguments() -> argparse.Namespace:
-    """What the command line says, checked before anything is computed."""
+    """The command line, checked before anything is computed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--library", choices=["numpy", "torch", "cupy"], help="default: the one with a GPU, or numpy")
     parser.add_argument("--size", type=int, default=256, help="pixels along an edge (default: %(default)s)")
@@ -224,7 +224,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Measure, recover, report; 0 if the relative error is as small as required, else 1."""
+    """Measure, recover, report; returns 0 if the relative error is small enough, else 1."""
     given = arguments()
     truth = new_object(given.size)
     masks, photons = expose(truth, np.random.default_rng(SEED))
@@ -241,17 +241,17 @@ def main() -> int:
 
 
 def report(given: argparse.Namespace, truth: Array, estimate: Array, photons: Array, rows: list[Progress]) -> int:
-    """Print the verdict and save the picture; 0 if the object was recovered, else 1."""
+    """Print the result and save the picture; returns 0 if the object was recovered, else 1."""
     later = [row.seconds for row in rows[1:]]
     recovered = rows[-1].error < REQUIRED_ERROR
-    print(f"\nTime per step: {statistics.median(later) * 1e3:.2f} ms (median of the rows but the first)")
+    print(f"\nTime per step: {statistics.median(later) * 1e3:.2f} ms (median of all rows except the first)")
     print(f"Shot noise alone: misfit {(1 - 2 / MASKS) ** 0.5 / 2:.3f}, relative error about {noise_limit(truth):.3%}")
     print(f"Relative error {rows[-1].error:.3%}: {'' if recovered else 'NOT '}below {REQUIRED_ERROR:.0%}, as required")
     if find_spec("matplotlib"):
         save_picture(given.output, truth, estimate, photons, rows)
         print(f"Picture: {given.output}")
     else:
-        print("No picture: matplotlib is not installed; `pip install 'adamw-numba[plot]'` brings it")
+        print("No picture: matplotlib is not installed; `pip install 'adamw-numba[plot]'` installs it")
     return 0 if recovered else 1
 
 

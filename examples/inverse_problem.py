@@ -1,16 +1,16 @@
-"""An inverse problem: the diffusivity of a plate, from noisy pictures of how heat spreads in it.
+"""An inverse problem: the diffusivity of a plate, from noisy snapshots of heat spreading through it.
 
-The temperature u obeys u_t = div(k grad u) on a grid of 100 x 100 cells, insulated all around. From pictures of u at
-eight times, each pixel with noise, the diffusivity k of every cell is estimated: 10,000 unknowns within bounds. The
-misfit is the sum of squared differences, the penalty the total variation of k, which favours regions of one value.
+The temperature u obeys u_t = div(k grad u) on a grid of 100 x 100 cells, insulated on all sides. From noisy snapshots
+of u at eight times, the diffusivity k of every cell is estimated: 10,000 unknowns within bounds. The misfit is the sum
+of squared differences; the penalty is the total variation of k, which favours regions of constant value.
 
 The gradient comes from the adjoint equation, which runs backwards in time: one forward and one backward run give all
-10,000 derivatives. All of it is one Numba function, so that `adamw_numba.minimize` runs in its compiled loop. The
-learning rate falls along a cosine; the moving average of the steps (`use_ema`) is shown beside the best point.
+10,000 derivatives. All of this is one Numba function, so `adamw_numba.minimize` runs in its compiled loop. The learning
+rate falls along a cosine; the moving average of the steps (`use_ema`) is reported beside the best point.
 
-    python examples/inverse_problem.py [folder for the pictures]
+    python examples/inverse_problem.py [folder for the picture]
 
-It takes some ten seconds on one core.
+It takes about ten seconds on one core.
 """
 
 import sys
@@ -41,7 +41,7 @@ REQUIRED_ERROR = 0.1
 
 @numba.njit
 def spread(u, k, new):
-    """One explicit step: heat flows between neighbours, by the mean of their diffusivities."""
+    """One explicit step: heat flows between neighbours according to the mean of their diffusivities."""
     rows, columns = u.shape
     for i in range(rows):
         for j in range(columns):
@@ -59,7 +59,7 @@ def spread(u, k, new):
 
 @numba.njit
 def add_sensitivity(u, adjoint, gradient):
-    """What one step contributes to the derivatives: every pair of neighbours has a mean diffusivity."""
+    """Add what one step contributes to the derivatives: each pair of neighbours shares a mean diffusivity."""
     rows, columns = u.shape
     for i in range(rows):
         for j in range(columns):
@@ -75,7 +75,7 @@ def add_sensitivity(u, adjoint, gradient):
 
 @numba.njit
 def add_variation(k, gradient):
-    """The total variation (smoothed where neighbours are nearly equal), whose derivatives are added."""
+    """The total variation (smoothed between nearly equal neighbours); its derivatives are added to `gradient`."""
     rows, columns = k.shape
     total = 0.0
     for i in range(rows - 1):
@@ -91,7 +91,7 @@ def add_variation(k, gradient):
 
 @numba.njit
 def forward(k, start, steps):
-    """The temperatures at all times, from the first to the last."""
+    """The temperatures at all times, from first to last."""
     u = np.empty((steps + 1, *start.shape))
     u[0] = start
     for n in range(steps):
@@ -122,7 +122,7 @@ def objective(k, start, pictures):
 
 
 class Experiment(NamedTuple):
-    """What is true, how it starts, and what is seen."""
+    """The true diffusivity, the temperature at the start, and the measured snapshots."""
 
     truth: Array
     start: Array
@@ -130,7 +130,7 @@ class Experiment(NamedTuple):
 
 
 def experiment(seed: int = 0) -> Experiment:
-    """A plate with a disc that conducts well, and a bar and a corner that conduct badly; heated in a pattern."""
+    """A plate with a disc that conducts heat well, and a bar and a corner that do not; heated in a pattern."""
     y, x = np.mgrid[0:CELLS, 0:CELLS] + 0.5
     truth = np.ones((CELLS, CELLS))
     truth[(x - 65) ** 2 + (y - 35) ** 2 < 18**2] = 2.2
@@ -143,7 +143,7 @@ def experiment(seed: int = 0) -> Experiment:
 
 
 def estimate(data: Experiment, iterations: int = ITERATIONS):
-    """Minimize from a plate of diffusivity 1 everywhere."""
+    """Minimize, starting from a diffusivity of 1 everywhere."""
     return adamw_numba.minimize(
         objective,
         np.ones_like(data.truth),
@@ -158,12 +158,12 @@ def estimate(data: Experiment, iterations: int = ITERATIONS):
 
 
 def error_of(k: Array, truth: Array) -> float:
-    """The relative error of a field, in the root mean square."""
+    """The relative error of a field (root mean square)."""
     return float(np.linalg.norm(k - truth) / np.linalg.norm(truth))
 
 
 def gradient_error(data: Experiment) -> float:
-    """How far the adjoint gradient is from central differences, in three random directions."""
+    """The relative error of the adjoint gradient against central differences, in three random directions."""
     generator = np.random.default_rng(1)
     k = np.clip(data.truth + generator.normal(scale=0.05, size=data.truth.shape), LOWEST, HIGHEST)
     _, gradient = objective(k, data.start, data.pictures)
@@ -177,7 +177,7 @@ def gradient_error(data: Experiment) -> float:
 
 
 def picture(data: Experiment, result, path: Path) -> None:
-    """Truth, estimate and error; what was seen; the convergence."""
+    """Plot truth, estimate and error, one snapshot, and the convergence."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplot_mosaic("ABC;DEE", figsize=(9.6, 5.6), layout="constrained")
@@ -186,7 +186,7 @@ def picture(data: Experiment, result, path: Path) -> None:
         (axes["A"], data.truth, "true diffusivity", scale),
         (axes["B"], result.x_average, "estimate", scale),
         (axes["C"], result.x_average - data.truth, "error of the estimate", {"vmin": -1, "vmax": 1, "cmap": "RdBu_r"}),
-        (axes["D"], data.pictures[1], "temperature, second picture", {"cmap": "inferno"}),
+        (axes["D"], data.pictures[1], "temperature, 2nd snapshot", {"cmap": "inferno"}),
     ]
     for ax, field, title, options in maps:
         image = ax.imshow(field, origin="lower", **options)
@@ -200,11 +200,11 @@ def picture(data: Experiment, result, path: Path) -> None:
 
 
 def main(folder: str = ".") -> int:
-    """Estimate, report and draw; 0 if the estimate is good and the gradient right."""
+    """Estimate, report and plot; returns 0 if the estimate is good and the gradient correct."""
     mpl.use("agg")
     data = experiment()
     wrong = gradient_error(data)
-    print(f"adjoint gradient against central differences: {wrong:.1e} apart (at most 1e-4 expected)")
+    print(f"adjoint gradient compared with central differences: {wrong:.1e} apart (at most 1e-4 expected)")
     result = estimate(data)
     print(f"{result.message} {result.nit} iterations, {result.history['time'][-1]:.1f} s")
     print(f"objective {result.history['fun'][0]:.0f} at the start, {result.fun:.0f} at the end", end="; ")

@@ -19,7 +19,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("co2", ["2225 weeks", "both doors give the same numbers: True", "growth in 1980: 1.42"]),
+        ("co2", ["2225 weeks", "called directly and through SciPy, the same numbers: True", "growth in 1980: 1.42"]),
         ("inverse_problem", ["relative error, best point", "relative error, moving average"]),
     ],
 )

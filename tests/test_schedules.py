@@ -94,6 +94,26 @@ def test_errors(name, arguments, words):
         getattr(schedules, name)(*arguments)
 
 
+MANY = list(range(10_000))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: schedules.PiecewiseConstantDecay(MANY, MANY),
+        lambda: schedules.PiecewiseConstantDecay(MANY[::-1], [0.1, *MANY]),
+        lambda: schedules.ExponentialDecay(MANY, 10, 0.9),
+        lambda: schedules.deserialize({"class_name": "x" * 10_000, "config": {}}),
+        lambda: schedules.deserialize({"class_name": "CosineDecay", "config": MANY}),
+        lambda: schedules.deserialize({"class_name": "function", "config": "f"}, {str(i): abs for i in MANY}),
+    ],
+)
+def test_errors_are_short(make):
+    with pytest.raises(ValueError, match=r"Received|expected|increase") as raised:
+        make()
+    assert len(str(raised.value)) < 700
+
+
 def test_integers_are_floats():
     """Keras computes an integer initial rate in integers: 1, 0, 0, ..."""
     assert schedules.ExponentialDecay(1, 10, 0.5)(5) == pytest.approx(0.5**0.5)
