@@ -12,7 +12,7 @@ from .. import arrays
 from ..arrays import Array
 from ..arrays.runs import ARRAY, COUNT, P_STEP, START, chunks_of
 from ..arrays.table import AddressTable
-from ..update import Coefficients
+from ..update import Coefficients, Storage, Variant
 from . import kernels as cpu
 from .pool import MOST_PARTS, call_helpers, helpers_of, job_call
 
@@ -23,18 +23,14 @@ _RATES = struct.Struct("=2d")  # the first two
 RESCUE = 2.0**-600  # brings the square of any finite float64 into range
 
 Call = tuple[Any, ...]
-Flag = bool | None  # True or None: None is what Numba compiles away
+Flag = bool | None  # of gpu/plan.py, until that has flags of its own
 Matrix = np.ndarray[Any, Any]
 
 
 class Group(NamedTuple):
     """The chunks that one kernel walks: variables and gradients stored alike."""
 
-    p_type: str
-    g_type: str
-    compute: str
-    strided: bool | None
-    master: bool | None
+    storage: Storage
     work: Matrix
     partials: Matrix
     block: Matrix
@@ -87,20 +83,15 @@ class Plan:
             self._arrange()
             self._laid_out = self.table.arrangement
 
-    def update_calls(
-        self, c: Coefficients, top: Flag, average: Flag, total: Flag, limit: Flag, overwrite: bool
-    ) -> list[Call]:
+    def update_calls(self, c: Coefficients, variant: Variant, overwrite: bool) -> list[Call]:
         """The calls that update every variable which has a gradient, and move the averages of the others."""
         self.set_numbers(c, overwrite)
-        return self._calls(
-            ("update", top, average, total, limit),
-            lambda g: cpu.update_kernel(g.p_type, g.g_type, g.compute, top, average, total, g.master, limit, g.strided),
-        )
+        return self._calls(("update", variant), lambda group: cpu.update_kernel(group.storage, variant))
 
     def accumulate_calls(self, c: Coefficients) -> list[Call]:
         """The calls that add every gradient to its accumulator."""
         self.set_numbers(c, False)
-        return self._calls(("accumulate",), lambda g: cpu.accumulate_kernel(g.g_type, g.compute, g.strided))
+        return self._calls(("accumulate",), lambda group: cpu.accumulate_kernel(group.storage))
 
     def set_numbers(self, c: Coefficients, overwrite: bool) -> None:
         """Put the numbers of this step where the kernels read them."""
@@ -135,20 +126,20 @@ class Plan:
         if self.helpers[0]:
             call_helpers(*self.helpers)
 
-    def norms(self, total: Flag, elsewhere: dict[int, float]) -> tuple[Matrix, float]:
+    def norms(self, total: bool, elsewhere: dict[int, float]) -> tuple[Matrix, float]:
         """The norm of each variable's gradient (with what it has accumulated, if `total`), and of all together.
 
         float64 sums of chunks, added in order. `elsewhere` holds the norms of variables that are not on the host.
         Where the sum of float64 squares over- or underflows, it is taken again at another scale, so that a norm is not
         finite only if an element is not. Beside others that are larger, one below 1e-154 may count as 0.
         """
-        if not elsewhere and all(group.compute == "float32" for group in self.groups):
+        if not elsewhere and all(group.storage.compute == "float32" for group in self.groups):
             squares = self._squares(total, 1.0, elsewhere)
             return np.sqrt(squares), math.sqrt(cpu.add_in_order(squares))
         with np.errstate(all="ignore"):
             return self._norms_in_range(total, elsewhere)
 
-    def _norms_in_range(self, total: Flag, elsewhere: dict[int, float]) -> tuple[Matrix, float]:
+    def _norms_in_range(self, total: bool, elsewhere: dict[int, float]) -> tuple[Matrix, float]:
         squares = self._squares(total, 1.0, elsewhere)
         norms, whole = np.sqrt(squares), cpu.add_in_order(squares)
         if 1e-280 < whole < np.inf:
@@ -163,15 +154,17 @@ class Plan:
             return norms, peak
         return norms, min(peak * float(np.sqrt(cpu.add_in_order((norms / peak) ** 2))), _LARGEST)
 
-    def _squares(self, total: bool | None, scale: float, elsewhere: dict[int, float]) -> Matrix:
+    def _squares(self, total: bool, scale: float, elsewhere: dict[int, float]) -> Matrix:
         squares = np.zeros(len(self.table.names))
         self.numbers[cpu.SQUARE_SCALE] = scale
         for function, *arguments in self._calls(
-            ("square", total), lambda g: cpu.square_kernel(g.g_type, g.compute, total, g.strided)
+            ("square", total), lambda group: cpu.square_kernel(group.storage, total)
         ):
             function(*arguments)
         for group in self.groups:
-            if scale != 1 and group.compute == "float32":  # there the kernel knows no scale: no square overflows
+            if (
+                scale != 1 and group.storage.compute == "float32"
+            ):  # there the kernel knows no scale: no square overflows
                 for _ in range(2):
                     np.multiply(group.partials, scale, out=group.partials)
             cpu.gather_squares(group.work, group.partials, squares)
@@ -181,16 +174,16 @@ class Plan:
 
     def _arrange(self) -> None:
         self.repeat = None  # whose calls are those of the blocks that go
-        rows: dict[tuple[str, str, bool | None], list[Matrix]] = {}
+        rows: dict[tuple[str, str, bool], list[Matrix]] = {}
         for types, runs in self.table.runs():
             work = chunks_of(runs)
             sizes = [arrays.ITEMSIZE[types[0]], arrays.ITEMSIZE[types[1]], arrays.ITEMSIZE[arrays.COMPUTE[types[0]]]]
-            strided = None if (work[0, P_STEP:] == sizes).all() else True
+            strided = bool((work[0, P_STEP:] != sizes).any())
             rows.setdefault((*types, strided), []).append(work)
         self._made = {}
         self.groups = [self._group(*kind, np.concatenate(works)) for kind, works in rows.items()]
 
-    def _group(self, p_type: str, g_type: str, strided: bool | None, work: Matrix) -> Group:
+    def _group(self, p_type: str, g_type: str, strided: bool, work: Matrix) -> Group:
         ends = np.cumsum(work[:, COUNT])
         work[1:, START] = ends[:-1]
         partials, block = np.zeros(len(work)), np.zeros(cpu.BLOCK_WORDS, np.int64)
@@ -206,6 +199,6 @@ class Plan:
             block[entry] = array.ctypes.data
         block[cpu.CHUNKS], block[cpu.ARRAYS] = len(work), len(self.table.names)
         block[cpu.IS_FAR] = ends[-1] >= FAR
-        master = True if "master" in self.table.slots[work[0, ARRAY]] else None
-        compute = arrays.COMPUTE[p_type]
-        return Group(p_type, g_type, compute, strided, master, work, partials, block, block.ctypes.data, int(ends[-1]))
+        master = "master" in self.table.slots[work[0, ARRAY]]
+        storage = Storage(p_type, g_type, arrays.COMPUTE[p_type], strided, master)
+        return Group(storage, work, partials, block, block.ctypes.data, int(ends[-1]))

@@ -13,7 +13,7 @@ from .. import arrays
 from ..array_api import functions as array_api
 from ..arrays import Array
 from ..coefficients import clip_factor, coefficients, log, step_size, whole_norm
-from ..update import Coefficients
+from ..update import Coefficients, Variant
 from .workspace import Workspace
 
 Call = tuple[Any, ...]
@@ -168,7 +168,7 @@ def take_again(
         return False
     norm = scale = None
     if takes_norm:
-        norms, norm = plan.norms(None, {})
+        norms, norm = plan.norms(False, {})
         norms, norm = norms * (1 / loss_scale), norm * (1 / loss_scale)
         if hyper.nonfinite != "propagate" and not math.isfinite(norm):
             return False
@@ -335,7 +335,7 @@ def _norms(
         norms = np.array([elsewhere.get(i, 0.0) for i in range(len(built.names))]) * factor
         return norms, whole_norm(norms)
     built.plan.set_numbers(c, False)
-    norms, norm = built.plan.norms(True if accumulated else None, elsewhere)
+    norms, norm = built.plan.norms(accumulated, elsewhere)
     return norms * factor, norm * factor
 
 
@@ -380,8 +380,7 @@ def _updates(
     if built.plan is None:
         return writes, []
     built.plan.set_clips(clips)
-    flags = [
-        True if wanted and not adam_alone else None
-        for wanted in (hyper.use_ema, hyper.gradient_accumulation_steps, hyper.clipvalue)
-    ]
-    return writes, built.plan.update_calls(c, True if hyper.amsgrad else None, *flags, overwrite)
+    variant = Variant(hyper.amsgrad, hyper.use_ema, bool(hyper.gradient_accumulation_steps), bool(hyper.clipvalue))
+    if adam_alone:
+        variant = Variant(hyper.amsgrad, False, False, False)
+    return writes, built.plan.update_calls(c, variant, overwrite)
