@@ -31,27 +31,25 @@ def prepared(shapes, dtype="float32", **options):
 def test_kernel(benchmark, name):
     """The compiled update alone."""
     optimizer, _ = prepared([SIZE], name if name in COMPUTE else "float32", **VARIANTS[name])
-    plan, options = optimizer.engine.workspace.plan, VARIANTS[name]
-    flags = [
-        True if options.get(key) else None for key in ("amsgrad", "use_ema", "gradient_accumulation_steps", "clipvalue")
-    ]
-    c = coefficients.coefficients(optimizer, 5, 1e-3, 0.004, 1.0, 1.0)
-    ((function, *arguments),) = plan.update_calls(c, *flags, False)
-    benchmark(function, *arguments)
+    number = 2 * (optimizer.gradient_accumulation_steps or 1) - 1  # of a step that updates
+    recipe = coefficients.Recipes(optimizer.hyper).at(number, 1e-3, 0.004)
+    _, calls = optimizer.engine.host.work(recipe, [])
+    benchmark(lambda: [function(*arguments) for function, *arguments in calls])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 def test_norms(benchmark, dtype):
     """The norms of the gradients of one array."""
     optimizer, _ = prepared([SIZE], dtype, global_clipnorm=1.0)
-    benchmark(optimizer.engine.workspace.plan.norms, None, {})
+    recipe = coefficients.Recipes(optimizer.hyper).at(3, 1e-3, 0.004)
+    benchmark(optimizer.engine.host.norms, recipe, [])
 
 
 @pytest.mark.parametrize("count", [1, 100, 1000])
 def test_reading_addresses(benchmark, count):
     """The addresses of small arrays, their gradients and their state."""
     optimizer, gradients = prepared([(10,)] * count)
-    assert benchmark(optimizer.engine.workspace.plan.table.reads, gradients) == count
+    assert benchmark(optimizer.engine.host.table.reads, gradients) == count
 
 
 def test_coefficients(benchmark):

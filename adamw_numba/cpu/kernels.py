@@ -8,6 +8,7 @@ float16, ``uint16`` is bfloat16.
 
 import math
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numba import carray, cfunc, types
@@ -25,7 +26,9 @@ from ..update import (
     G,
     M,
     P,
+    Storage,
     V,
+    Variant,
     accumulate,
     blend,
     make_update,
@@ -44,6 +47,16 @@ WORK, CHUNKS, TABLE, ARRAYS, FACTORS, NUMBERS, PARTIALS, SUMS, IS_FAR, BLOCK_WOR
 SCALE, OVERWRITE, SQUARE_SCALE, HOW_MANY = 7, 10, 11, 12
 # Rows of the factors: per variable, on the decay and on the clip.
 DECAY, CLIP = range(2)
+
+
+def on(flag):
+    """A flag as compiled code takes it: None, which Numba compiles away, or True.
+
+    Each flag has to be an argument of its own. Numba forgets that the entries of a tuple are constant: it would keep
+    both branches of ``x is None``, and the loops would not become vectors.
+    """
+    return True if flag else None
+
 
 c_kernel = cached(cfunc, types.void(types.intp, types.intp, types.intp))
 _update = jit(make_update(math.sqrt, np.maximum, np.minimum))
@@ -174,7 +187,7 @@ def _table(block):
 
 
 @jit
-def _update_share(address, part, parts, p_like, g_like, like, top, average, total, master, limit, strided):
+def _update_share(address, part, parts, p_like, g_like, like, strided, master, amsgrad, average, accumulate, clip):
     block = carray(pointer(address, np.int64(0)), BLOCK_WORDS)
     work, first, last = _share(block, part, parts)
     table = _table(block)
@@ -197,9 +210,9 @@ def _update_share(address, part, parts, p_like, g_like, like, top, average, tota
                     ask_for(True, g_at, n, work[w, G_STEP])
                     ask_for(True, table[M, a] + at, n, step)
                     ask_for(True, table[V, a] + at, n, step)
-                    ask_for(top, table[TOP, a] + at, n, step)
+                    ask_for(amsgrad, table[TOP, a] + at, n, step)
                     ask_for(average, table[AVERAGE, a] + at, n, step)
-                    ask_for(total, table[TOTAL, a] + at, n, step)
+                    ask_for(accumulate, table[TOTAL, a] + at, n, step)
                     ask_for(master, table[MASTER, a] + at, n, step)
                 update_chunk(
                     n,
@@ -207,11 +220,11 @@ def _update_share(address, part, parts, p_like, g_like, like, top, average, tota
                     _row(g_at, n, work[w, G_STEP], g_like, strided),
                     _row(table[M, a] + at, n, step, like, strided),
                     _row(table[V, a] + at, n, step, like, strided),
-                    _slot(top, table[TOP, a] + at, n, step, like, strided),
+                    _slot(amsgrad, table[TOP, a] + at, n, step, like, strided),
                     averages,
-                    _slot(total, table[TOTAL, a] + at, n, step, like, strided),
+                    _slot(accumulate, table[TOTAL, a] + at, n, step, like, strided),
                     masters,
-                    None if limit is None else c.limit,
+                    None if clip is None else c.limit,
                     c,
                 )
             else:
@@ -270,7 +283,7 @@ def sum_squares(g, total, c, scale, sums, far):
 
 
 @jit
-def _square_share(address, part, parts, g_like, like, total, strided, scaled):
+def _square_share(address, part, parts, g_like, like, strided, accumulate, scaled):
     block = carray(pointer(address, np.int64(0)), BLOCK_WORDS)
     work, first, last = _share(block, part, parts)
     table = _table(block)
@@ -284,35 +297,57 @@ def _square_share(address, part, parts, g_like, like, total, strided, scaled):
         if table[G, a] != 0:
             c = _coefficients(block, a, like)
             g = _row(table[G, a] + work[w, G_AT], n, work[w, G_STEP], g_like, strided)
-            totals = _slot(total, table[TOTAL, a] + work[w, S_AT], n, work[w, S_STEP], like, strided)
+            totals = _slot(accumulate, table[TOTAL, a] + work[w, S_AT], n, work[w, S_STEP], like, strided)
             partials[w] = sum_squares(g, totals, c, scale, sums, far)
 
 
-def _flag(wanted):
-    """What Numba compiles in, or compiles away."""
-    return True if wanted else None
-
-
 @cache
-def update_kernel(storage, variant):
-    """The kernel that updates variables: see `update.Storage` and `update.Variant`."""
+def update_kernel(storage: Storage, variant: Variant) -> Any:
+    """The kernel that updates variables of one storage."""
     p_like, g_like, like = LIKE[storage.p], LIKE[storage.g], LIKE[storage.compute]
-    top, average, total, limit = map(_flag, variant)
-    strided, master = _flag(storage.strided), _flag(storage.master)
+    strided, master = on(storage.strided), on(storage.master)
+    amsgrad, average, accumulate, clip = map(on, variant)
 
     @c_kernel
     def update_kernel(block, part, parts):
         mode = exchange_mode(_mode(carray(pointer(block, np.int64(0)), BLOCK_WORDS)))
-        _update_share(block, part, parts, p_like, g_like, like, top, average, total, master, limit, strided)
+        _update_share(
+            block,
+            part,
+            parts,
+            p_like,
+            g_like,
+            like,
+            strided=strided,
+            master=master,
+            amsgrad=amsgrad,
+            average=average,
+            accumulate=accumulate,
+            clip=clip,
+        )
         exchange_mode(mode)
 
     return update_kernel
 
 
-@cache
-def accumulate_kernel(storage):
+def accumulate_kernel(storage: Storage) -> Any:
     """The kernel that adds gradients to their accumulators."""
-    g_like, like, strided = LIKE[storage.g], LIKE[storage.compute], _flag(storage.strided)
+    return _accumulate_kernel(_of_gradients(storage))
+
+
+def square_kernel(storage: Storage, accumulate: bool) -> Any:
+    """The kernel that writes each chunk's sum of squared gradients, with what they have accumulated if so wanted."""
+    return _square_kernel(_of_gradients(storage), bool(accumulate))
+
+
+def _of_gradients(storage):
+    """What a kernel sees of a storage that leaves the variables alone: one kernel serves variables of any kind."""
+    return storage._replace(p=storage.g, master=False)
+
+
+@cache
+def _accumulate_kernel(storage):
+    g_like, like, strided = LIKE[storage.g], LIKE[storage.compute], on(storage.strided)
 
     @c_kernel
     def accumulate_kernel(block, part, parts):
@@ -324,14 +359,14 @@ def accumulate_kernel(storage):
 
 
 @cache
-def square_kernel(storage, accumulate):
-    """The kernel that writes each chunk's sum of squared gradients."""
-    g_like, like, strided = LIKE[storage.g], LIKE[storage.compute], _flag(storage.strided)
-    total, scaled = _flag(accumulate), _flag(storage.compute == "float64")  # no square of a float32 is out of range
+def _square_kernel(storage, accumulate):
+    g_like, like, strided = LIKE[storage.g], LIKE[storage.compute], on(storage.strided)
+    accumulate = on(accumulate)
+    scaled = on(storage.compute == "float64")  # no square of a float32 is out of range
 
     @c_kernel
     def square_kernel(block, part, parts):
-        _square_share(block, part, parts, g_like, like, total, strided, scaled)
+        _square_share(block, part, parts, g_like, like, strided, accumulate=accumulate, scaled=scaled)
 
     return square_kernel
 

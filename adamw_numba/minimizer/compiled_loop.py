@@ -13,6 +13,7 @@ from ..coefficients import coefficients
 from ..cpu import kernels as cpu
 from ..cpu.pool import WOKEN_FROM, call_helpers, helpers_of, job_call
 from ..schedules import HOST, LearningRateSchedule, Schedule
+from ..update import Variant
 from . import loop_kernel as kernel
 
 MOST_ROWS = 2**12
@@ -68,9 +69,8 @@ class Loop:
         self.threads = 1 if _is_parallel(runs[0].objective) else self.optimizer.threads
         self.limits = runs[0].limits
         self.clips = np.array([self.optimizer.clipnorm or 0.0, self.optimizer.global_clipnorm or 0.0])
-        flags = [True if on else None for on in (self.optimizer.amsgrad, self.optimizer.use_ema)]
-        limit = True if self.optimizer.clipvalue else None
-        self.kernel = kernel.loop_kernel(x.dtype.name, *flags, limit).address
+        variant = Variant(self.optimizer.amsgrad, self.optimizer.use_ema, False, bool(self.optimizer.clipvalue))
+        self.kernel = kernel.loop_kernel(x.dtype.name, variant).address
         self.words = [words.copy() for _ in runs]
         self.size, self.padded = x.size, _padded(x)
         self.copies = np.zeros((len(runs), self.padded), x.dtype)

@@ -22,7 +22,8 @@ from ..arrays.compiled import OPTIONS, jit, jit_for_python, pointer
 from ..coefficients import clip_factor
 from ..cpu import kernels as cpu
 from ..cpu.intrinsics import exchange_mode, mode_for
-from ..cpu.kernels import c_kernel, cast_coefficients, overwrite_chunk, sum_squares, update_chunk
+from ..cpu.kernels import c_kernel, cast_coefficients, on, overwrite_chunk, sum_squares, update_chunk
+from ..update import Variant
 from . import stopping
 
 # A block: what all runs share.
@@ -255,9 +256,9 @@ def _advance_share(address, part, parts, like, top, average, limit):
 
 
 @cache
-def loop_kernel(dtype: str, top: Any, average: Any, limit: Any) -> Any:
-    """The kernel that advances runs whose arrays are of one dtype; each option is None or True."""
-    like = cpu.LIKE[dtype]
+def loop_kernel(dtype: str, variant: Variant) -> Any:
+    """The kernel that advances runs whose arrays are of one dtype."""
+    like, top, average, limit = cpu.LIKE[dtype], on(variant.amsgrad), on(variant.average), on(variant.clip)
 
     @c_kernel
     def loop_kernel(block, part, parts):

@@ -54,7 +54,7 @@ import multiprocessing, os, signal, sys, threading, time
 sys.path.insert(0, {tests!r})
 import numpy as np
 from adamw_numba import AdamW
-from test_survival import work
+from test_forks_and_layers import work
 expected = work()
 with multiprocessing.get_context("fork").Pool(2) as pool:
     assert pool.map_async(work, [0, 0, 0]).get(timeout=60) == [expected] * 3
@@ -81,7 +81,7 @@ print("survived")
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_fork_after_use_and_in_the_middle():
-    code = FORK.format(tests=str(Path(__file__).parents[1]))
+    code = FORK.format(tests=str(Path(__file__).parent))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "survived", done.stderr[-2000:]
 
@@ -90,7 +90,7 @@ LAYER = """
 import hashlib, sys, threading
 sys.path.insert(0, {tests!r})
 import numba, numpy as np
-from test_survival import work
+from test_forks_and_layers import work
 
 @numba.njit(parallel=True)
 def parallel(a):
@@ -112,7 +112,7 @@ print("survived", hashlib.sha256(results[0]).hexdigest() == {expected!r})
 @pytest.mark.parametrize("layer", ["omp", "workqueue", "tbb"])
 def test_beside_each_threading_layer_of_numba(layer):
     """The kernels use none of them, and so work beside any, also where two threads at once would be too many for it."""
-    code = LAYER.format(tests=str(Path(__file__).parents[1]), layer=layer, expected=hashlib.sha256(work()).hexdigest())
+    code = LAYER.format(tests=str(Path(__file__).parent), layer=layer, expected=hashlib.sha256(work()).hexdigest())
     libraries = os.pathsep.join([os.path.join(sys.prefix, "lib"), os.environ.get("LD_LIBRARY_PATH", "")])
     environment = os.environ | {"NUMBA_THREADING_LAYER": layer, "LD_LIBRARY_PATH": libraries}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from numba import carray, cfunc, types
 
+from adamw_numba.arrays.compiled import pointer
 from adamw_numba.cpu import jobs
-from adamw_numba.cpu import kernels as cpu
 from adamw_numba.cpu import pool as threads
 from adamw_numba.cpu.pool import CLOSELY, MOST_PASSED_OVER, WOKEN_FROM
 
@@ -18,7 +18,7 @@ SMALL = 2**16
 @cfunc(types.void(types.intp, types.intp, types.intp))
 def count_parts(block, part, parts):
     """Count how often each part is done, and, in the last entry, how many parts there are said to be."""
-    counts = carray(cpu._pointer(block, np.int64(0)), 65)
+    counts = carray(pointer(block, np.int64(0)), 65)
     for _ in range(2000 if part % 8 == 3 else 20):  # long enough to be left behind
         jobs._pause()
     counts[part] += 1

@@ -7,25 +7,29 @@ import sys
 
 import pytest
 
+from adamw_numba.update import Storage, Variant
+
 ASSEMBLY = """
 import numba, sys
-from adamw_numba.kernels import cpu
-kernel = cpu.update_kernel(*{arguments!r})
+from adamw_numba.cpu.kernels import update_kernel
+from adamw_numba.update import Storage, Variant
+kernel = update_kernel({storage!r}, {variant!r})
 print(kernel._library.get_asm_str())
 """
 
+PLAIN, FULL = Variant(False, False, False, False), Variant(True, True, True, True)
 KINDS = {
-    "float32": ("float32", "float32", "float32", None, None, None, None, None, None),
-    "float32, everything": ("float32", "float32", "float32", True, True, True, None, True, None),
-    "float64": ("float64", "float64", "float64", None, None, None, None, None, None),
-    "bfloat16": ("bfloat16", "bfloat16", "float32", None, None, None, True, None, None),
-    "float16": ("float16", "float16", "float32", None, None, None, True, None, None),
+    "float32": (Storage("float32", "float32", "float32", False, False), PLAIN),
+    "float32, everything": (Storage("float32", "float32", "float32", False, False), FULL),
+    "float64": (Storage("float64", "float64", "float64", False, False), PLAIN),
+    "bfloat16": (Storage("bfloat16", "bfloat16", "float32", False, True), PLAIN),
+    "float16": (Storage("float16", "float16", "float32", False, True), PLAIN),
 }
 
 
-def assembly(arguments, tmp_path):
+def assembly(storage, variant, tmp_path):
     environment = {"NUMBA_CACHE_DIR": str(tmp_path), "PATH": ""}
-    code = ASSEMBLY.format(arguments=arguments)
+    code = ASSEMBLY.format(storage=storage, variant=variant)
     return subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment
     ).stdout
@@ -34,7 +38,7 @@ def assembly(arguments, tmp_path):
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="reads x86-64 assembly")
 @pytest.mark.parametrize("kind", KINDS)
 def test_update_kernel(kind, tmp_path):
-    code = assembly(KINDS[kind], tmp_path)
+    code = assembly(*KINDS[kind], tmp_path)
     suffix = "pd" if kind == "float64" else "ps"
     for operation in (rf"vfn?m(?:add|sub)\w*{suffix}\s", rf"vsqrt{suffix}\s", rf"vdiv{suffix}\s"):
         assert re.search(rf"{operation}.*%[yz]mm", code), operation
