@@ -18,6 +18,7 @@ from . import arrays, schedules
 from . import hyperparameters as hp
 from .array_api import stateless
 from .arrays import Array
+from .arrays.brief import brief, brief_names
 from .arrays.tree import Container, Form, flatten, form_of, materialized, order, rebuild
 from .saving import snapshot as checkpoint
 from .saving.manifest import DTYPES, encoded
@@ -153,7 +154,7 @@ class AdamW:
         if kwargs:
             hints = [f"`{key}` is `{_ELSEWHERE[key]}` here" for key in kwargs if key in _ELSEWHERE]
             raise ValueError(
-                f"Argument(s) not recognized: {kwargs}. {'; '.join(hints) or f'Expected some of {_CHECKED}'}"
+                f"Argument(s) not recognized: {brief(kwargs)}. {'; '.join(hints) or f'Expected some of {_CHECKED}'}"
             )
         for key in _CHECKED:
             setattr(self, key, given[key])
@@ -173,7 +174,9 @@ class AdamW:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if type(self) is AdamW and not name.startswith("_") and name != "built" and not hasattr(AdamW, name):
-            raise AttributeError(f"AdamW has no attribute {name!r}; expected one of {['learning_rate', *_CHECKED]}")
+            raise AttributeError(
+                f"AdamW has no attribute {brief(name)}; expected one of {['learning_rate', *_CHECKED]}"
+            )
         super().__setattr__(name, value)
 
     # What it is
@@ -286,8 +289,8 @@ class AdamW:
             return self._built
         if not variables:
             raise ValueError("`variables` is empty; expected at least one array")
-        for name, variable in zip(names, variables, strict=True):
-            arrays.check_variable(name, variable)
+        arrays.check_variables(names, variables)
+        for name in names:
             encoded(name)
         options = {
             "average": self.use_ema,
@@ -296,12 +299,13 @@ class AdamW:
         }
         keys = ["momentum", "velocity", *(key for key, wanted in options.items() if wanted)]
         slots = [new_slots(variable, keys, self.master_weights) for variable in variables]
-        excluded = frozenset(n for n, v in zip(names, variables, strict=True) if self._is_excluded(n, v))
+        listed = set(map(id, self._exclusions[0]))
+        excluded = frozenset(n for n, v in zip(names, variables, strict=True) if self._is_excluded(n, v, listed))
         if self._loaded is not None and not any(self._exclusions):
             excluded = checkpoint.excluded_names(self._loaded, names, variables)
         built = step.build(names, variables, slots, excluded)
         if any(self._exclusions) and not excluded:
-            warnings.warn(f"what is excluded from weight decay matches none of {names}", stacklevel=4)
+            warnings.warn(f"what is excluded from weight decay matches none of {brief_names(names)}", stacklevel=4)
         if self._loaded is not None:
             checkpoint.fill(self._loaded, names, variables, slots)
             self._loaded = None
@@ -334,25 +338,28 @@ class AdamW:
         if self.built:
             raise ValueError("`exclude_from_weight_decay()` can only be configured before the optimizer is built.")
         if isinstance(var_names, str) or not isinstance(var_names or (), Iterable):
-            raise TypeError(f"`var_names` must be a list of strings. Received: var_names={var_names!r}")
+            raise TypeError(f"`var_names` must be a list of strings. Received: var_names={brief(var_names)}")
         patterns = list(var_names or ())
         if not all(isinstance(pattern, str) for pattern in patterns):
-            raise TypeError(f"`var_names` must be a list of strings. Received: var_names={patterns!r}")
+            raise TypeError(f"`var_names` must be a list of strings. Received: var_names={brief(patterns)}")
         for pattern in patterns:
             try:
                 re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"`var_names` holds {pattern!r}, which is no regular expression: {error}") from None
+            except (re.error, RecursionError, OverflowError) as error:
+                text = f"`var_names` holds {brief(pattern)}, which is no regular expression: {brief(str(error))}"
+                raise ValueError(text) from None
         listed = [] if var_list is None else flatten(var_list, "var_list")[1]
         saved = [entry["name"] for entry in self._loaded.variables if entry["excluded"]] if self._loaded else []
         if saved:
-            warnings.warn(f"the exclusions from weight decay that were saved, of {saved}, are replaced", stacklevel=2)
+            warnings.warn(
+                f"the exclusions from weight decay that were saved, of {brief_names(saved)}, are replaced", stacklevel=2
+            )
         self._exclusions = (listed, patterns)
 
-    def _is_excluded(self, name: str, variable: Array) -> bool:
-        listed, patterns = self._exclusions
+    def _is_excluded(self, name: str, variable: Array, listed: set[int]) -> bool:
+        _, patterns = self._exclusions
         names = (name, name.rpartition("/")[2])
-        return any(array is variable for array in listed) or any(re.search(p, n) for p in patterns for n in names)
+        return id(variable) in listed or any(re.search(p, n) for p in patterns for n in names)
 
     def add_variable(
         self,
@@ -386,7 +393,7 @@ class AdamW:
         """
         array = np.zeros(shape, np.float32 if dtype is None else dtype)
         if array.dtype.name not in DTYPES or not array.dtype.isnative:
-            raise TypeError(f"`dtype` is {dtype!r}; expected one of {', '.join(DTYPES)}, in native byte order")
+            raise TypeError(f"`dtype` is {brief(dtype)}; expected one of {', '.join(DTYPES)}, in native byte order")
         name = f"variable_{len(self._state.places())}" if name is None else name
         return self._state.add(name, array, initializer, late=self.built)
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .arrays import namespace
+from .arrays.brief import brief, brief_names
 from .hyperparameters import is_real
 
 _HOST = SimpleNamespace(
@@ -54,7 +55,9 @@ class _Schedule(LearningRateSchedule):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type in ("float", "float | None") and not _is_number(value, field.type == "float | None"):
-                raise ValueError(f"Argument `{field.name}` must be a finite number. Received: {field.name}={value!r}")
+                raise ValueError(
+                    f"Argument `{field.name}` must be a finite number. Received: {field.name}={brief(value)}"
+                )
         for name in self.positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"Argument `{name}` must be > 0. Received: {name}={getattr(self, name)}")
@@ -152,14 +155,15 @@ class PiecewiseConstantDecay(_Schedule):
         if len(self.boundaries) != len(self.values) - 1:
             raise ValueError(
                 "The length of boundaries should be 1 less than the length of values. "
-                f"Received: boundaries={self.boundaries} of length {len(self.boundaries)}, and values={self.values} "
+                f"Received: boundaries={brief(self.boundaries)} of length {len(self.boundaries)}, and "
+                f"values={brief(self.values)} "
                 f"of length {len(self.values)}."
             )
         for value in (*self.boundaries, *self.values):
             if not _is_number(value, optional=False):
-                raise ValueError(f"Boundaries and values must be finite numbers. Received: {value!r}")
+                raise ValueError(f"Boundaries and values must be finite numbers. Received: {brief(value)}")
         if any(after <= before for before, after in zip(self.boundaries, self.boundaries[1:], strict=False)):
-            raise ValueError(f"Boundaries must increase strictly. Received: boundaries={self.boundaries}")
+            raise ValueError(f"Boundaries must increase strictly. Received: boundaries={brief(self.boundaries)}")
 
     def _rate(self, xp: Any, step: Any) -> Any:
         rate = step * 0.0 + self.values[0]
@@ -416,15 +420,16 @@ def deserialize(config: Mapping[str, Any], custom_objects: Mapping[str, Any] | N
         name = str(config.get("config"))
         if name not in (custom_objects or {}):
             raise ValueError(
-                f"Unknown function {name!r}; expected it among `custom_objects`: {list(custom_objects or {})}"
+                f"Unknown function {brief(name)}; expected it among `custom_objects`: "
+                f"{brief_names(custom_objects or {})}"
             )
         return (custom_objects or {})[name]
     known = _SCHEDULES | dict(custom_objects or {})
     if name not in known:
-        raise ValueError(f"Unknown schedule class_name={name!r}; expected one of {', '.join(known)}")
+        raise ValueError(f"Unknown schedule class_name={brief(name)}; expected one of {brief_names(known, 20)}")
     if not isinstance(config.get("config"), Mapping):
         raise ValueError(
-            f"The config of schedule {name!r} is {config.get('config')!r}; expected a dict of its arguments"
+            f"The config of schedule {brief(name)} is {brief(config.get('config'))}; expected a dict of its arguments"
         )
     cls: Any = known[name]
     return (getattr(cls, "from_config", None) or (lambda c: cls(**c)))(config["config"])

@@ -8,6 +8,7 @@ import numpy as np
 
 from . import arrays
 from .arrays import Array
+from .arrays.brief import brief, brief_names
 from .hyperparameters import scale
 from .saving.stores.targets import adapted
 
@@ -51,13 +52,15 @@ class State:
         """Another array to be saved and restored with the rest; Keras keeps it where it was in time."""
         taken = [place for place, _, _ in self.places()] + ["iteration", "learning_rate"]
         if not isinstance(name, str) or "/" in name or name in taken:
-            raise ValueError(f"`name` must be a new string without '/'. Received: name={name!r}; there are {taken}")
+            raise ValueError(
+                f"`name` must be a new string without '/'. Received: name={brief(name)}; there are {brief_names(taken)}"
+            )
         if callable(initializer):
             arrays.write(array, initializer(tuple(array.shape), dtype=array.dtype))
         elif initializer == "ones":
             arrays.write(array, np.ones(tuple(array.shape)))
         elif initializer != "zeros":
-            raise ValueError(f"`initializer` must be 'zeros', 'ones' or a callable. Received: {initializer!r}")
+            raise ValueError(f"`initializer` must be 'zeros', 'ones' or a callable. Received: {brief(initializer)}")
         self.added[late][name] = array
         return array
 
@@ -71,15 +74,19 @@ def replace(places: Sequence[Place], values: Sequence[Any], what: str) -> None:
         If the count, a shape or a kind of dtype differs; the message says which.
     """
     if len(values) != len(places):
-        raise ValueError(f"{what} holds {len(values)} arrays; expected {len(places)}: {[p[0] for p in places]}")
+        raise ValueError(
+            f"{what} holds {len(values)} arrays; expected {len(places)}: {brief_names(p[0] for p in places)}"
+        )
     ready = []
     for (name, own, key), value in zip(places, values, strict=True):
         value = value if arrays.is_array(value) else np.asarray(value)
         if tuple(value.shape) != tuple(own[key].shape):
-            raise ValueError(f"{what}: {name!r} has shape {tuple(value.shape)}; expected {tuple(own[key].shape)}")
+            raise ValueError(
+                f"{what}: {brief(name)} has shape {brief(tuple(value.shape))}; expected {tuple(own[key].shape)}"
+            )
         if _kind(value) != _kind(own[key]):
             raise ValueError(
-                f"{what}: {name!r} has dtype {arrays.dtype_name(value)}; expected {arrays.dtype_name(own[key])}"
+                f"{what}: {brief(name)} has dtype {arrays.dtype_name(value)}; expected {arrays.dtype_name(own[key])}"
             )
         if "iteration" in own:
             check_scalar(key, value, what)
@@ -119,7 +126,8 @@ def load(places: Sequence[Place], store: Any) -> None:
     keys, expected = sorted(map(repr, store.keys())), [str(index) for index in range(len(places))]
     if keys != sorted(map(repr, expected)):
         raise ValueError(
-            f"`store` holds the keys {', '.join(keys)}; expected '0' to {expected[-1]!r} for {[p[0] for p in places]}"
+            f"`store` holds the keys {brief_names(store.keys())}; expected '0' to {expected[-1]!r} for "
+            f"{brief_names(p[0] for p in places)}"
         )
     replace(places, [np.asarray(store[key]) for key in expected], "store")
 

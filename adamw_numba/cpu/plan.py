@@ -181,14 +181,14 @@ class Plan:
 
     def _arrange(self) -> None:
         self.repeat = None  # whose calls are those of the blocks that go
-        rows: dict[tuple[str, str, bool | None], list[Matrix]] = {}
-        for types, runs in self.table.runs():
-            work = chunks_of(runs)
-            sizes = [arrays.ITEMSIZE[types[0]], arrays.ITEMSIZE[types[1]], arrays.ITEMSIZE[arrays.COMPUTE[types[0]]]]
-            strided = None if (work[0, P_STEP:] == sizes).all() else True
-            rows.setdefault((*types, strided), []).append(work)
         self._made = {}
-        self.groups = [self._group(*kind, np.concatenate(works)) for kind, works in rows.items()]
+        self.groups = []
+        for (p_type, g_type), runs in self.table.runs():
+            sizes = [arrays.ITEMSIZE[p_type], arrays.ITEMSIZE[g_type], arrays.ITEMSIZE[arrays.COMPUTE[p_type]]]
+            dense = (runs[:, P_STEP:] == sizes).all(axis=1)
+            for strided, own in ((None, runs[dense]), (True, runs[~dense])):
+                if len(own):
+                    self.groups.append(self._group(p_type, g_type, strided, chunks_of(own)))
 
     def _group(self, p_type: str, g_type: str, strided: bool | None, work: Matrix) -> Group:
         ends = np.cumsum(work[:, COUNT])

@@ -12,6 +12,7 @@ import numpy as np
 from .. import arrays
 from ..array_api import functions as array_api
 from ..arrays import Array
+from ..arrays.brief import brief, brief_names
 from ..coefficients import clip_factor, coefficients, log, step_size, whole_norm
 from ..update import Coefficients
 
@@ -51,7 +52,9 @@ def _check_writable(name: str, array: Array) -> None:
     try:
         array[...] = array[...]
     except (TypeError, ValueError) as error:
-        raise ValueError(f"variable {name!r} cannot be written ({error}); expected an array that can") from None
+        raise ValueError(
+            f"variable {brief(name)} cannot be written ({brief(error)}); expected an array that can"
+        ) from None
 
 
 class Prepared(NamedTuple):
@@ -122,9 +125,11 @@ def build(names: list[str], variables: list[Array], slots: list[dict[str, Array]
     for i in elsewhere:
         if arrays.is_mutable(variables[i]):
             _check_writable(names[i], variables[i])
+    once: set[int] = set()
     for i in elsewhere:
-        if any(variables[j] is variables[i] for j in elsewhere if j < i):
-            raise ValueError(f"variable {names[i]!r} is given twice; expected every array once")
+        if id(variables[i]) in once:
+            raise ValueError(f"variable {brief(names[i])} is given twice; expected every array once")
+        once.add(id(variables[i]))
     decayed = [name not in excluded for name in names]
     plan, devices = None, []
     for where in dict.fromkeys(place for place in places if place is not None):
@@ -362,7 +367,7 @@ def _refresh(built: Built, gradients: Sequence[Array | None], threads: int | Non
         arrays.check_variable(built.names[i], built.variables[i])
         if not arrays.is_mutable(built.variables[i]):
             raise TypeError(
-                f"variable {built.names[i]!r} is an immutable array of {arrays.library_name(built.variables[i])}; "
+                f"variable {brief(built.names[i])} is an immutable array of {arrays.library_name(built.variables[i])}; "
                 "expected one that can be updated in place: use `stateless_apply`"
             )
         if gradients[i] is not None:
@@ -399,7 +404,9 @@ def _norms(
 def _refuse(built: Built, norms: np.ndarray[Any, Any], nonfinite: str) -> None:
     if nonfinite == "raise":
         names = [name for name, norm in zip(built.names, norms, strict=True) if not math.isfinite(norm)]
-        raise FloatingPointError(f"gradients of {names} hold values that are not finite (nonfinite='raise')")
+        raise FloatingPointError(
+            f"gradients of {brief_names(names)} hold values that are not finite (nonfinite='raise')"
+        )
 
 
 def _accumulations(built: Built, gradients: Sequence[Array | None], c: Coefficients) -> tuple[list[Write], list[Call]]:
