@@ -3,11 +3,13 @@
 import inspect
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
-from .arrays.brief import brief
+from .arrays import is_array
+from .arrays.advice import is_model
+from .arrays.brief import brief, brief_names
 
 _BOOLEAN: Any = bool  # which mypy takes for no number
 Check = Callable[[str, Any], Any]
@@ -60,7 +62,7 @@ class Hyperparameter:
         if self.fixed and values["is_fixed"] and value != values[self.name]:
             raise ValueError(
                 f"`{self.name}` cannot change once the optimizer is built, since its state depends on it. "
-                f"Received: {self.name}={value!r}; it is {values[self.name]!r}"
+                f"Received: {self.name}={brief(value)}; it is {brief(values[self.name])}"
             )
         if self.name in CLIPS and value is not None:
             others = {name: values.get(name) for name in CLIPS if name != self.name}
@@ -98,6 +100,7 @@ class Exclusions(NamedTuple):
         return frozenset(excluded), unmatched
 
 
+_ARRAYS_GO_TO_BUILD = ". Arrays go to `build`; the first argument is the learning rate"
 LEAST_SCALE, MOST_SCALE = 2.0**-126, 2.0**126  # whose inverses float32 holds
 CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
 
@@ -118,7 +121,7 @@ class Rate:
         number = value.item() if getattr(value, "shape", None) == () else value
         number = number if is_real(number) else _number_of(value)
         if number is None or not 0 <= number < math.inf:
-            raise ValueError(f"`{self.name}` returned {value!r} at step {step}; expected a finite float >= 0")
+            raise ValueError(f"`{self.name}` returned {brief(value)} at step {step}; expected a finite float >= 0")
         return float(number)
 
 
@@ -138,7 +141,9 @@ def _takes_step(function: Callable[..., Any]) -> bool:
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     required = [p.name for p in parameters if p.kind in positional and p.default is p.empty]
     if len(required) > 1:
-        raise ValueError(f"a callable rate takes the step, or nothing. Received one with the parameters {required}")
+        raise ValueError(
+            f"a callable rate takes the step, or nothing. Received one with the parameters {brief_names(required)}"
+        )
     return bool(required)
 
 
@@ -149,7 +154,7 @@ def is_real(value: Any) -> bool:
 
 def rate(name: str, value: Any) -> Any:
     """A number that is finite and not negative, or something to be called at each step."""
-    if callable(value) and not isinstance(value, type):
+    if callable(value) and not isinstance(value, type) and not is_model(value):  # a model can be called as well
         return value
     if getattr(value, "shape", None) == () and not isinstance(value, Real):
         value = value.item() if hasattr(value, "item") else _number_of(value)
@@ -160,8 +165,14 @@ def rate(name: str, value: Any) -> Any:
         pass
     raise ValueError(
         f"Argument `{name}` must be a float >= 0, or an instance of LearningRateSchedule, or a callable (that takes "
-        f"the current step, or nothing, and returns such a float). Received instead: {name}={value!r}"
+        f"the current step, or nothing, and returns such a float). Received instead: {name}={brief(value)}"
+        f"{_ARRAYS_GO_TO_BUILD if name == 'learning_rate' and _may_hold_arrays(value) else ''}"
     )
+
+
+def _may_hold_arrays(value: Any) -> bool:
+    """Whether a value is what users of torch give their optimizer first: parameters, a model, an iterator."""
+    return is_array(value) or is_model(value) or (isinstance(value, Iterable) and not isinstance(value, (str, bytes)))
 
 
 def real(expected: str, test: Callable[[Any], bool], optional: bool = False) -> Check:
@@ -175,7 +186,7 @@ def real(expected: str, test: Callable[[Any], bool], optional: bool = False) -> 
                 return float(value)
         except OverflowError:
             pass
-        raise ValueError(f"`{name}` must be {expected}. Received: {name}={value!r}")
+        raise ValueError(f"`{name}` must be {expected}. Received: {name}={brief(value)}")
 
     return check
 
@@ -188,7 +199,9 @@ def integer(least: int, optional: bool = True) -> Check:
             return None
         if isinstance(value, Integral) and not isinstance(value, _BOOLEAN) and int(value) >= least:
             return int(value)
-        raise ValueError(f"`{name}` must be an integer >= {least}{' or None' * optional}. Received: {name}={value!r}")
+        raise ValueError(
+            f"`{name}` must be an integer >= {least}{' or None' * optional}. Received: {name}={brief(value)}"
+        )
 
     return check
 
@@ -197,7 +210,7 @@ def flag(name: str, value: Any) -> bool:
     """A check for a boolean."""
     if isinstance(value, bool):
         return value
-    raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}")
+    raise ValueError(f"`{name}` must be True or False. Received: {name}={brief(value)}")
 
 
 def choice(*choices: str) -> Check:
@@ -206,7 +219,7 @@ def choice(*choices: str) -> Check:
     def check(name: str, value: Any) -> str:
         if isinstance(value, str) and value in choices:
             return value
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}. Received: {name}={value!r}")
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}. Received: {name}={brief(value)}")
 
     return check
 
@@ -215,7 +228,7 @@ def text(name: str, value: Any) -> str:
     """A check for a name that is not empty."""
     if isinstance(value, str) and value:
         return value
-    raise ValueError(f"`{name}` must be a string that is not empty. Received: {name}={value!r}")
+    raise ValueError(f"`{name}` must be a string that is not empty. Received: {name}={brief(value)}")
 
 
 beta = real("a float in [0, 1)", lambda value: 0 <= value < 1)

@@ -9,6 +9,7 @@ import numpy as np
 from . import hyperparameters as hp
 from .array_api.stateless import is_traced, lazy_namespace, select_number
 from .arrays import Array, writeable_copy
+from .arrays.brief import brief, cut
 from .arrays.tree import Container
 from .optimizer import AdamW
 from .saving import own_variables, snapshot
@@ -83,7 +84,7 @@ class LossScaleOptimizer:
         **kwargs: Any,
     ) -> None:
         if not isinstance(inner_optimizer, AdamW):
-            raise TypeError(f"`inner_optimizer` must be an AdamW. Received: inner_optimizer={inner_optimizer!r}")
+            raise TypeError(f"`inner_optimizer` must be an AdamW. Received: inner_optimizer={brief(inner_optimizer)}")
         _check_kwargs(kwargs)
         vars(self).update(hyper=hp.Hyperparameters(), scale_state=State())
         self.name, self.initial_scale = name, initial_scale
@@ -91,7 +92,8 @@ class LossScaleOptimizer:
         self.dynamic_growth_steps = dynamic_growth_steps
         if (minimum_scale or 0) > (maximum_scale or np.inf):
             raise ValueError(
-                f"`minimum_scale` must not exceed `maximum_scale`. Received: {minimum_scale}, {maximum_scale}"
+                "`minimum_scale` must not exceed `maximum_scale`. Received: "
+                f"{brief(minimum_scale)}, {brief(maximum_scale)}"
             )
         if inner_optimizer.nonfinite == "raise":
             raise ValueError(
@@ -116,13 +118,13 @@ class LossScaleOptimizer:
     def __setattr__(self, name: str, value: Any) -> None:
         known = name.startswith("_") or name == "inner_optimizer" or hasattr(LossScaleOptimizer, name)
         if type(self) is LossScaleOptimizer and not known:
-            raise AttributeError(f"LossScaleOptimizer has no attribute {name!r}; set it on `inner_optimizer`")
+            raise AttributeError(f"LossScaleOptimizer has no attribute {brief(name)}; set it on `inner_optimizer`")
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         """What belongs to the inner optimizer: hyperparameters, ``iterations``, ``last_step``, ``averaged``, ..."""
         if name.startswith("_") or name == "inner_optimizer" or not hasattr(self.inner_optimizer, name):
-            raise AttributeError(f"{type(self).__name__} and its inner optimizer have no attribute {name!r}")
+            raise AttributeError(f"{type(self).__name__} and its inner optimizer have no attribute {brief(name)}")
         return getattr(self.inner_optimizer, name)
 
     @property
@@ -239,7 +241,7 @@ class LossScaleOptimizer:
         config = dict(config)
         inner = config.pop("inner_optimizer", {})
         if str(inner.get("class_name")).lower() != "adamw":
-            raise ValueError(f"`inner_optimizer` is a {inner.get('class_name')!r}; expected 'AdamW'")
+            raise ValueError(f"`inner_optimizer` is a {brief(inner.get('class_name'))}; expected 'AdamW'")
         return cls(AdamW.from_config(inner["config"], custom_objects), **config)
 
     def save(self, target: Any, extra: Any = None, variables: bool = False, durable: bool = True) -> None:
@@ -306,4 +308,4 @@ def _check_kwargs(kwargs: dict[str, Any]) -> None:
                 f"LossScaleOptimizer does not support `{name}`. Instead, set `{name}` on the `inner_optimizer`."
             )
     if kwargs:
-        raise ValueError(f"LossScaleOptimizer does not support arguments: `{'`, `'.join(kwargs)}`.")
+        raise ValueError(f"LossScaleOptimizer does not support arguments: `{cut('`, `'.join(kwargs))}`.")

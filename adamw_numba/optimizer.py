@@ -11,7 +11,7 @@ import numpy as np
 from . import arrays, schedules
 from . import hyperparameters as hp
 from .arrays import Array
-from .arrays.brief import brief
+from .arrays.brief import brief, brief_names
 from .arrays.tree import Container, flatten
 from .saving import own_variables, snapshot
 from .saving.manifest import DTYPES
@@ -157,7 +157,7 @@ class AdamW:
     def __setattr__(self, name: str, value: Any) -> None:
         if type(self) is AdamW and not hasattr(AdamW, name):
             raise AttributeError(
-                f"AdamW has no attribute {name!r}; expected one of {['learning_rate', *HYPERPARAMETERS]}"
+                f"AdamW has no attribute {brief(name)}; expected one of {['learning_rate', *HYPERPARAMETERS]}"
             )
         super().__setattr__(name, value)
 
@@ -278,20 +278,23 @@ class AdamW:
         if self.built:
             raise ValueError("`exclude_from_weight_decay()` can only be configured before the optimizer is built.")
         if isinstance(var_names, str) or not isinstance(var_names or (), Iterable):
-            raise TypeError(f"`var_names` must be a list of strings. Received: var_names={var_names!r}")
+            raise TypeError(f"`var_names` must be a list of strings. Received: var_names={brief(var_names)}")
         patterns = list(var_names or ())
         if not all(isinstance(pattern, str) for pattern in patterns):
-            raise TypeError(f"`var_names` must be a list of strings. Received: var_names={patterns!r}")
+            raise TypeError(f"`var_names` must be a list of strings. Received: var_names={brief(patterns)}")
         for pattern in patterns:
             try:
                 re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"`var_names` holds {pattern!r}, which is no regular expression: {error}") from None
+            except (re.error, RecursionError, OverflowError) as error:
+                text = f"`var_names` holds {brief(pattern)}, which is no regular expression: {brief(str(error))}"
+                raise ValueError(text) from None
         listed = [] if var_list is None else flatten(var_list, "var_list")[1]
         loaded = self.engine.loaded
         saved = [entry["name"] for entry in loaded.variables if entry["excluded"]] if loaded else []
         if saved:
-            warnings.warn(f"the exclusions from weight decay that were saved, of {saved}, are replaced", stacklevel=2)
+            warnings.warn(
+                f"the exclusions from weight decay that were saved, of {brief_names(saved)}, are replaced", stacklevel=2
+            )
         self.engine.exclusions = hp.Exclusions(listed, patterns)
 
     def add_variable(
@@ -326,7 +329,7 @@ class AdamW:
         """
         array = np.zeros(shape, np.float32 if dtype is None else dtype)
         if array.dtype.name not in DTYPES or not array.dtype.isnative:
-            raise TypeError(f"`dtype` is {dtype!r}; expected one of {', '.join(DTYPES)}, in native byte order")
+            raise TypeError(f"`dtype` is {brief(dtype)}; expected one of {', '.join(DTYPES)}, in native byte order")
         name = f"variable_{len(self.engine.state.places())}" if name is None else name
         return self.engine.state.add(name, array, initializer, late=self.built)
 

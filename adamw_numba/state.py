@@ -8,6 +8,7 @@ import numpy as np
 
 from . import arrays
 from .arrays import Array
+from .arrays.brief import brief, brief_names
 from .hyperparameters import scale
 
 Slots = dict[str, Array]
@@ -50,13 +51,15 @@ class State:
         """Another array to be saved and restored with the rest; Keras keeps it where it was in time."""
         taken = [place for place, _, _ in self.places()] + ["iteration", "learning_rate"]
         if not isinstance(name, str) or "/" in name or name in taken:
-            raise ValueError(f"`name` must be a new string without '/'. Received: name={name!r}; there are {taken}")
+            raise ValueError(
+                f"`name` must be a new string without '/'. Received: name={brief(name)}; there are {brief_names(taken)}"
+            )
         if callable(initializer):
             arrays.write(array, initializer(tuple(array.shape), dtype=array.dtype))
         elif initializer == "ones":
             arrays.write(array, np.ones(tuple(array.shape)))
         elif initializer != "zeros":
-            raise ValueError(f"`initializer` must be 'zeros', 'ones' or a callable. Received: {initializer!r}")
+            raise ValueError(f"`initializer` must be 'zeros', 'ones' or a callable. Received: {brief(initializer)}")
         self.added[late][name] = array
         return array
 

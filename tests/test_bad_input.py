@@ -64,7 +64,7 @@ VARIABLES = {
     "a tensor and its array": ([t := torch.ones(3), t.numpy()], ValueError, ["share memory"]),
     "twice, elsewhere": ([s := array_api_strict.ones(3), s], ValueError, ["twice"]),
     "one name": ([("a", f4(1)), ("a", f4(1))], ValueError, ["'a'", "more than once"]),
-    "slash in a key": ({"a/b": f4(1)}, ValueError, ["a/b", "'/'"]),
+    "one path": ({"a/b": f4(1), "a": {"b": f4(1)}}, ValueError, ["'a/b'", "more than once"]),
     "no key": ({"": f4(1), "0": f4(1)}, ValueError, ["empty key"]),
     "a set": ({torch.ones(1), torch.ones(1)}, TypeError, ["set", "no order"]),
     "itself": (HOLDS_ITSELF, ValueError, ["variables", "itself"]),

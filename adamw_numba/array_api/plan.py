@@ -7,6 +7,7 @@ import numpy as np
 
 from .. import arrays
 from ..arrays import Array
+from ..arrays.brief import brief
 from ..coefficients import Recipe, whole_norm
 from ..update import Coefficients
 from . import functions
@@ -39,7 +40,7 @@ class Plan:
             if arrays.is_mutable(variable):
                 _check_writable(names[i], variable)
             if id(variable) in seen:
-                raise ValueError(f"variable {names[i]!r} is given twice; expected every array once")
+                raise ValueError(f"variable {brief(names[i])} is given twice; expected every array once")
             seen.add(id(variable))
 
     def begin(self, gradients: Sequence[Array | None]) -> None:
@@ -48,7 +49,7 @@ class Plan:
             arrays.check_variable(self.names[i], variable)
             if not arrays.is_mutable(variable):
                 raise TypeError(
-                    f"variable {self.names[i]!r} is an immutable array of {arrays.library_name(variable)}; "
+                    f"variable {brief(self.names[i])} is an immutable array of {arrays.library_name(variable)}; "
                     "expected one that can be updated in place: use `stateless_apply`"
                 )
             if gradients[i] is not None:
@@ -95,4 +96,6 @@ def _check_writable(name: str, array: Array) -> None:
     try:
         array[...] = array[...]
     except (TypeError, ValueError) as error:
-        raise ValueError(f"variable {name!r} cannot be written ({error}); expected an array that can") from None
+        raise ValueError(
+            f"variable {brief(name)} cannot be written ({brief(error)}); expected an array that can"
+        ) from None

@@ -1,60 +1,62 @@
 """Every check on an array that a user hands over; errors name the variable."""
 
 import sys
+from collections.abc import Sequence
 
 import array_api_compat
 import numpy as np
 
 from . import gpu
-from .layout import extent, is_aligned, layout_of, overlaps_itself
+from .advice import advice
+from .brief import brief
+from .layout import address, extent, is_aligned, layout_of, overlaps_itself, signature
 from .library import COMPUTE, SLOT, Array, device, dtype_name, family, is_array, is_complex, library_name
+
+
+def check_variables(names: Sequence[str], variables: Sequence[Array]) -> None:
+    """Check many variables: what is found of one holds for all others of its signature that lie somewhere."""
+    fine: set[object] = set()
+    for name, variable in zip(names, variables, strict=True):
+        found = signature(variable)
+        if found is None or found not in fine or not address(variable):
+            check_variable(name, variable)
+            fine.add(found)
 
 
 def check_variable(name: str, array: Array) -> None:
     """Refuse what cannot be trained in place or could be read wrongly; errors name the variable."""
+    what = f"variable {brief(name)}"
     if not is_array(array):
-        hint = ": pass `np.asarray(value)`" if isinstance(array, (int, float, list)) else ""
-        raise TypeError(f"variable {name!r} is {array!r} of type {type(array).__name__}; expected an array{hint}")
+        raise TypeError(f"{what} is {brief(array)} of type {type(array).__name__}; {advice(array)}")
     kind = family(array)
     if kind == "cuda":
-        gpu.require(f"variable {name!r}", array)
+        gpu.require(what, array)
         if gpu.is_read_only(array):
-            raise ValueError(f"variable {name!r} is read-only; expected an array that can be written")
-    if kind == "numpy":
-        _check_ndarray(f"variable {name!r}", array)
-        if isinstance(array, np.generic):
-            raise TypeError(
-                f"variable {name!r} is the NumPy scalar {array!r}, which cannot be updated in place; "
-                "expected an array, for example `np.asarray(value)`"
-            )
-        if not array.flags.writeable:
-            raise ValueError(f"variable {name!r} is read-only; expected an array whose `flags.writeable` is True")
-        if not array.flags.aligned:
-            raise ValueError(f"variable {name!r} is not aligned in memory; expected an aligned array: pass a copy")
-    elif array_api_compat.is_torch_array(array):
-        check_tensor(f"variable {name!r}", array)
-        if array.requires_grad and not array.is_leaf:
-            raise ValueError(f"variable {name!r} is not a leaf of the autograd graph; expected a leaf tensor")
-        if array.is_conj() or array.is_neg():
-            raise ValueError(f"variable {name!r} is a lazy conjugate or negative; pass `resolve_conj().resolve_neg()`")
-    _check_dtype(f"variable {name!r}", array)
+            raise ValueError(f"{what} is read-only; expected an array that can be written")
+    elif kind == "numpy":
+        _check_ndarray(what, array)
+        _check_writable(what, array)
+    if array_api_compat.is_torch_array(array):
+        check_tensor(what, array)
+        _check_leaf(what, array)
+    _check_dtype(what, array)
     if kind == "cuda" and not is_aligned(array):
-        raise ValueError(f"variable {name!r} is not aligned in memory; expected an aligned array: pass a copy")
-    if kind != "array_api" and overlaps_itself(layout_of(array)):
+        raise ValueError(f"{what} is not aligned in memory; expected an aligned array: pass a copy")
+    # Nearly all arrays are dense: asking whether is much faster than reading where every element lies.
+    if kind != "array_api" and not _is_dense(array) and overlaps_itself(layout := layout_of(array)):
         raise ValueError(
-            f"variable {name!r} holds several elements at one address (shape {tuple(array.shape)}, strides "
-            f"{layout_of(array).strides} bytes); expected an array that is not broadcast: pass a copy"
+            f"{what} holds several elements at one address (shape {tuple(array.shape)}, strides {layout.strides} "
+            "bytes); expected an array that is not broadcast: pass a copy"
         )
 
 
 def check_gradient(name: str, gradient: Array, variable: Array) -> None:
     """Refuse a gradient that does not belong to its variable; errors name the variable."""
-    what = f"the gradient of {name!r}"
+    what = f"the gradient of {brief(name)}"
     if gradient is variable:
         raise ValueError(f"{what} is the variable itself and so shares memory with it; expected its gradient")
     if not is_array(gradient):
-        hint = ": pass `np.asarray(value)`" if isinstance(gradient, (int, float, list)) else ""
-        raise TypeError(f"{what} is {gradient!r} of type {type(gradient).__name__}; expected an array or None{hint}")
+        raise TypeError(f"{what} is {brief(gradient)} of type {type(gradient).__name__}; {advice(gradient)}, or None")
     if family(gradient) != family(variable) or library_name(gradient) != library_name(variable):
         raise TypeError(
             f"{what} is an array of {library_name(gradient)} on {device(gradient)}; expected one of "
@@ -74,8 +76,9 @@ def check_gradient(name: str, gradient: Array, variable: Array) -> None:
 
 
 def check_tensor(what: str, array: Array) -> None:
-    """Refuse a tensor whose elements are not, all of them, at one place in memory."""
+    """Refuse a tensor whose elements are not all at one place in memory."""
     tensor = sys.modules["torch"].Tensor
+    # A subclass that dispatches for itself (DTensor, fake or quantized tensors) only wraps what holds the elements.
     if type(array).__torch_dispatch__ is not tensor.__torch_dispatch__:
         raise TypeError(f"{what} is a {type(array).__name__}, which keeps its elements elsewhere; expected a tensor")
     if str(array.layout) != "torch.strided":
@@ -83,12 +86,15 @@ def check_tensor(what: str, array: Array) -> None:
     if array.device.type == "meta":
         raise TypeError(f"{what} is on device meta, where nothing is stored; expected a tensor with data")
     _check_dtype(what, array)
+    # A tensor keeps its shape when its storage is resized or freed, and its kernels would then write beyond the end.
     try:
         held = array.untyped_storage().nbytes() - array.storage_offset() * array.element_size()
         low, high = extent(layout_of(array)._replace(address=0)) if array.device.type in ("cpu", "cuda") else (0, 0)
         whole = low >= 0 and high <= held and (high == 0 or array.data_ptr() != 0)
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        raise TypeError(f"{what} is a tensor whose elements are not at one place in memory ({error})") from None
+        raise TypeError(
+            f"{what} is a tensor whose elements are not at one place in memory ({brief(error)}); expected one that is"
+        ) from None
     if not whole:
         raise ValueError(
             f"{what} has shape {tuple(array.shape)}, but its storage holds {held} bytes; expected all of it"
@@ -100,7 +106,9 @@ def read_directly(gradient: Array, variable: Array) -> bool:
     if isinstance(gradient, np.ndarray):
         plain = bool(gradient.flags.aligned)
     elif array_api_compat.is_torch_array(gradient):
-        plain = not gradient.is_conj() and not gradient.is_neg()
+        plain = (
+            not gradient.is_conj() and not gradient.is_neg()
+        )  # else the values in memory are not those of the tensor
     else:
         plain = not isinstance(gradient, np.generic) and is_aligned(gradient)
     return plain and dtype_name(gradient) in (dtype_name(variable), SLOT[dtype_name(variable)])
@@ -114,9 +122,34 @@ def _check_ndarray(what: str, array: Array) -> None:
         )
 
 
+def _check_writable(what: str, array: Array) -> None:
+    if isinstance(array, np.generic):
+        raise TypeError(
+            f"{what} is the NumPy scalar {brief(array)}, which cannot be updated in place; expected an array, for "
+            "example `np.asarray(value)`"
+        )
+    if not array.flags.writeable:
+        raise ValueError(f"{what} is read-only; expected an array whose `flags.writeable` is True")
+    if not array.flags.aligned:
+        raise ValueError(f"{what} is not aligned in memory; expected an aligned array: pass a copy")
+
+
+def _check_leaf(what: str, array: Array) -> None:
+    if array.requires_grad and not array.is_leaf:
+        raise ValueError(f"{what} is not a leaf of the autograd graph; expected a leaf tensor")
+    if array.is_conj() or array.is_neg():
+        raise ValueError(f"{what} is a lazy conjugate or negative; pass `resolve_conj().resolve_neg()`")
+
+
 def _check_dtype(what: str, array: Array) -> None:
     name = dtype_name(array)
     if name not in COMPUTE:
-        raise TypeError(f"{what} has dtype {name}; expected one of {', '.join(COMPUTE)}: cast it first")
+        raise TypeError(f"{what} has dtype {brief(name)[1:-1]}; expected one of {', '.join(COMPUTE)}: cast it first")
     if isinstance(array, np.ndarray) and not array.dtype.isnative:
         raise TypeError(f"{what} has byte order {array.dtype.str!r}; expected the machine's own byte order")
+
+
+def _is_dense(array: Array) -> bool:
+    if isinstance(array, np.ndarray):
+        return bool(array.flags.forc)
+    return bool(array_api_compat.is_torch_array(array) and array.is_contiguous())

@@ -1,5 +1,6 @@
 """Where an array lies in memory: address, shape, strides, and which bytes it shares with others."""
 
+import ctypes
 import operator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ _TENSOR_TYPES: set[type] = set()
 _NDARRAYS = {np.ndarray, np.memmap}
 _ALIGNED_WRITEABLE = 0x500  # of NumPy's flags
 _OF_TENSOR = operator.attrgetter("dtype", "device", "shape", "is_leaf")
+_DATA = object.__basicsize__  # of NumPy's header: where the address stands, right after what every object has
 
 
 class Layout(NamedTuple):
@@ -28,7 +30,7 @@ class Layout(NamedTuple):
 def layout_of(array: Array) -> Layout:
     """Read the layout of a NumPy array, of a torch tensor, or of any array on a GPU."""
     if isinstance(array, np.ndarray):
-        return Layout(array.ctypes.data, array.shape, array.strides, array.dtype.name)
+        return Layout(_data(array), array.shape, array.strides, dtype_name(array))
     if not array_api_compat.is_torch_array(array):
         return Layout(*gpu.layout(array))
     size = array.element_size()
@@ -39,7 +41,7 @@ def layout_of(array: Array) -> Layout:
 def address(array: Array) -> int:
     """Where an array with compiled kernels lies now."""
     if type(array) in _NDARRAYS:
-        return int(array.ctypes.data)
+        return _data(array)
     if type(array) in _TENSOR_TYPES:
         return int(array.data_ptr())
     return layout_of(array).address
@@ -48,7 +50,7 @@ def address(array: Array) -> int:
 def memory(array: Array) -> tuple[int, int]:
     """Where an array lies, and, of a tensor, how many bytes its storage holds."""
     if type(array) in _NDARRAYS:
-        return array.ctypes.data, 0
+        return _data(array), 0
     if array_api_compat.is_torch_array(array):
         return array.data_ptr(), array.untyped_storage().nbytes()
     return layout_of(array).address, 0
@@ -74,11 +76,15 @@ def signature(array: Array) -> object:
 
 def extent(layout: Layout) -> tuple[int, int]:
     """The first byte of an array and the one after its last; the same twice for an empty one."""
-    if 0 in layout.shape:
-        return layout.address, layout.address
-    reach = [stride * (size - 1) for size, stride in zip(layout.shape, layout.strides, strict=True)]
-    low = layout.address + sum(min(0, r) for r in reach)
-    return low, layout.address + sum(max(0, r) for r in reach) + ITEMSIZE[layout.dtype]
+    low = high = layout.address
+    for size, stride in zip(layout.shape, layout.strides, strict=True):
+        if size == 0:
+            return layout.address, layout.address
+        if stride < 0:
+            low += stride * (size - 1)
+        else:
+            high += stride * (size - 1)
+    return low, high + ITEMSIZE[layout.dtype]
 
 
 def share_memory(one: Layout, other: Layout) -> bool:
@@ -90,6 +96,11 @@ def share_memory(one: Layout, other: Layout) -> bool:
         return bool(np.shares_memory(_shadow(one), _shadow(other), max_work=100_000))  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
+
+
+def _data(array: np.ndarray[Any, Any]) -> int:
+    """Where a NumPy array lies, from its header (see reader.py); `array.ctypes` makes four objects to say the same."""
+    return ctypes.c_ssize_t.from_address(id(array) + _DATA).value
 
 
 def _shadow(layout: Layout) -> np.ndarray[Any, Any]:

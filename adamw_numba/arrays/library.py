@@ -25,6 +25,7 @@ COMPUTE = {
 SLOT = COMPUTE | {"complex64": "complex64", "complex128": "complex128"}
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "complex64": 8, "complex128": 16}
 _ARRAY_TYPES: set[type] = set()
+_NAMES: dict[tuple[type, Any], str] = {}  # by dtype: NumPy puts the name together whenever it is asked
 
 
 def is_array(value: object) -> bool:
@@ -82,8 +83,16 @@ def device(array: Array) -> str:
 
 def dtype_name(array: Array) -> str:
     """The name of an array's dtype, the same for every library: ``float32``, ``bfloat16``, ..."""
-    name = getattr(array.dtype, "name", None)
-    return name if isinstance(name, str) else str(array.dtype).rpartition(".")[2]
+    dtype = array.dtype
+    key = type(dtype), dtype  # the dtypes of two libraries may have one hash, and warn when they are compared
+    try:
+        return _NAMES[key]
+    except (KeyError, TypeError):  # not seen before, or not hashable
+        name = getattr(dtype, "name", None)
+        name = name if isinstance(name, str) else str(dtype).rpartition(".")[2]
+        if name in COMPUTE:  # few; there is no end of structured dtypes
+            _NAMES[key] = name
+        return name
 
 
 def byte_count(array: Array) -> int:

@@ -8,6 +8,7 @@ on): a ``DLTensor``, filled in without a call of Python. What is known of each a
 
 import ctypes
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,8 @@ def record(array: Any, layout: Any, low: int, high: int, flags: int) -> list[int
         known[DTYPE] = id(array.dtype)
         return [*known, *layout.shape, *layout.strides]
     known[EXPORTER] = exporter(type(array))
-    found = np.zeros(_DL_WORDS, np.int64)
-    if not known[EXPORTER] or not describe(id(array), known[EXPORTER], found.ctypes.data, _CLEAR):
+    found = (ctypes.c_int64 * _DL_WORDS)()
+    if not known[EXPORTER] or not describe(id(array), known[EXPORTER], ctypes.addressof(found), _CLEAR):
         return UNSEEN
     known[FLAGS], known[DTYPE] = found[_DEVICE], found[_KIND]
     return [*known, *layout.shape, *(stride // array.element_size() for stride in layout.strides)]
@@ -65,7 +66,7 @@ class Reader:
     ----------
     owned : list of arrays
         What a step writes; the caller keeps them alive.
-    places : list of (int, int)
+    places : pair of arrays of int
         Their rows and columns in the table of addresses.
     owned_records, gradient_records : list of list of int
         What is known of each, and of the gradient of each column (see `record`).
@@ -84,7 +85,7 @@ class Reader:
     def __init__(
         self,
         owned: Sequence[Any],
-        places: Sequence[tuple[int, int]],
+        places: tuple[Any, Any],
         owned_records: Sequence[list[int]],
         gradient_records: Sequence[list[int]],
         ranges: Any,
@@ -92,10 +93,10 @@ class Reader:
     ) -> None:
         records = [*owned_records, *gradient_records]
         self._arrays = {
-            OWNED: np.array([id(array) for array in owned], np.int64),
-            PLACES: np.array([row * table.shape[1] + column for row, column in places], np.int64),
-            KNOWN: np.concatenate([np.array(each, np.int64) for each in records]),
-            STARTS: np.cumsum([0] + [len(each) for each in records]),
+            OWNED: np.fromiter(map(id, owned), np.int64, len(owned)),
+            PLACES: places[0] * np.int64(table.shape[1]) + places[1],
+            KNOWN: np.fromiter(chain.from_iterable(records), np.int64),
+            STARTS: np.cumsum([0, *map(len, records)]),
             LOWS: ranges[0].copy(),
             HIGHS: ranges[1].copy(),
             TABLE: table,

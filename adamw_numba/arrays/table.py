@@ -7,28 +7,31 @@ import numpy as np
 
 from ..update import SLOTS, G, P
 from . import reader
+from .brief import brief
 from .checks import check_gradient, check_tensor, check_variable, read_directly
 from .layout import Layout, address, extent, layout_of, memory, share_memory, signature
 from .library import SLOT, Array, device, dtype_name, family, place
-from .runs import Matrix, real_dtype, runs_of
+from .overlap import Addresses, covered, overlapping, touching
+from .runs import Matrix, runs_by_kind
 from .torch_storage import Tensors
 from .transfer import cast, zeros_like
 
 _FAILED = -1
 _SLOT_OF_ROW = {row: key for key, row in SLOTS.items()}
+_FLAGS = reader.ALIGNED | reader.WRITEABLE  # of what a step writes
 
 Arrangement = Sequence[tuple[Layout, Layout]]
 
 
 class Seen(NamedTuple):
-    """What a full check of an array found; it holds as long as the array's signature does."""
+    """What a full check of an array found; it holds while the signature stays, and for others that share it."""
 
     signature: object
-    layout: Layout
+    layout: Layout  # at address 0
     low: int  # the extent, relative to the address
     high: int
-    direct: bool
-    record: list[int]  # the same, for `reader.read`; of a gradient
+    direct: bool  # of a gradient: kernels read it where it lies
+    record: list[int]  # the same, for `reader.read`
 
 
 _UNSEEN = Seen("no gradient yet", Layout(0, (), (), "float32"), 0, 0, True, reader.UNSEEN)
@@ -43,7 +46,7 @@ class AddressTable:
         ``cpu``, or a GPU: ``cuda:0``.
     names : list of str
     variables : list of arrays
-        None for a variable that lies elsewhere, which the table skips.
+        Those that lie here, checked (see `check_variable`); None for one that lies elsewhere, which is skipped.
     slots : list of dict
         The state of each variable, by the names of `update.SLOTS`: arrays of one layout.
 
@@ -64,21 +67,27 @@ class AddressTable:
         self.own = [i for i, variable in enumerate(variables) if variable is not None]
         self.addresses = np.zeros((8, len(names)), np.int64)
         self.arrangement: Arrangement = []
-        self._seen: dict[tuple[str, int], Seen] = {}
         self._scratch: dict[int, Array] = {}
         self._held: list[Array | None] = []
         # What a step writes: row and column in the table, and the array; the variables first.
         self._places = [(P, i, variables[i]) for i in self.own]
         self._places += [(SLOTS[key], i, slot) for i in self.own for key, slot in slots[i].items()]
-        self._slot_layouts = [layout_of(array) for _, _, array in self._places]
-        self._layout_of_slots = {i: layout_of(slots[i]["momentum"]) for i in self.own}
-        self._claimed: list[Layout] = []
-        self._memory: list[tuple[int, int]] = []
-        self._ranges = np.zeros((2, 0), np.int64)
+        rows, columns = np.array([place[:2] for place in self._places], np.intp).reshape(-1, 2).T
+        self._cells = rows, columns
+        once: dict[object, Seen] = {}
+        self._written = [_shared(once, array, signature(array)) for _, _, array in self._places]
+        self._as_built = [seen.layout for seen in self._written]
+        where = {cell: k for k, cell in enumerate(place[:2] for place in self._places)}
+        self._slot_layouts = [self._as_built[where[SLOTS["momentum"], i]] for i in self.own]
+        self._gradients = [_UNSEEN] * len(self.own)
+        self._claimed: list[int] = []  # where all of them lay when `_extents` and `_ranges` were made
+        self._extents = self._ranges = np.zeros((2, 0), np.int64)
         self._reader: reader.Reader | None = None
         self._tensors: Tensors | None = None
-        self._known: tuple[list[object], list[Seen], Matrix] | None = None
-        self.refresh([None] * len(names))
+        self._memory: list[tuple[int, int]] | None = None
+        self._claim([address(array) for _, _, array in self._places], self._written)
+        self._look_at_gradients([None] * len(self.own))
+        self._remember()
 
     def refresh(self, gradients: Sequence[Array | None]) -> None:
         """Read the address of every array, and check whatever has changed since the last step.
@@ -95,22 +104,12 @@ class AddressTable:
             gradients = self._held = [np.asarray(g) if isinstance(g, np.generic) else g for g in gradients]
             if self.reads(gradients) != _FAILED:
                 return
-        if self._reader is None and self._known is not None and self._is_as_known(gradients, *self._known):
+        own = [gradients[i] for i in self.own]
+        if self._reader is None and self._memory is not None and self._is_as_known(own, self._memory):
             return
-        self._reader = self._tensors = self._known = None
-        written = [self._written_layout(k) for k in range(len(self._places))]
-        if written != self._claimed:
-            self._claim(written)
-        pairs = [(written[k], self._gradient_layout(i, gradients[i])) for k, i in enumerate(self.own)]
-        arrangement = [(p._replace(address=0), g._replace(address=0)) for p, g in pairs]
-        if arrangement != self.arrangement:
-            self.arrangement = arrangement
-        for (row, i, _), layout in zip(self._places, written, strict=True):
-            self.addresses[row, i] = layout.address
-        for i, (_, g) in zip(self.own, pairs, strict=True):
-            self.addresses[G, i] = g.address
-        self._memory = [memory(array) for _, _, array in self._places]
-        self._known = self._signatures()
+        self._reader = self._tensors = self._memory = None
+        self._look_at_written()
+        self._look_at_gradients(own)
         self._remember()
 
     def reads(self, gradients: Sequence[Array | None]) -> int:
@@ -124,158 +123,201 @@ class AddressTable:
         return _FAILED
 
     def runs(self) -> Iterator[tuple[tuple[str, str], Matrix]]:
-        """For each variable, how it and its gradient are stored, and its elements as evenly spaced runs."""
-        for i, (p, g) in zip(self.own, self.arrangement, strict=True):
-            runs = runs_of(i, p, g, self._layout_of_slots[i])
-            if len(runs):
-                yield (real_dtype(p.dtype), real_dtype(g.dtype)), runs
+        """The elements of all variables as evenly spaced runs, by how a variable and its gradient are stored."""
+        triples = ((p, g, slot) for (p, g), slot in zip(self.arrangement, self._slot_layouts, strict=True))
+        yield from runs_by_kind(self.own, triples).items()
 
-    def _is_as_known(
-        self, gradients: Sequence[Array | None], signatures: list[object], known: list[Seen], spans: Matrix
-    ) -> bool:
+    def _is_as_known(self, gradients: list[Array | None], known: list[tuple[int, int]]) -> bool:
         """Read all addresses, where nothing else has changed; False where a closer look is needed."""
-        found = [gradients[i] for i in self.own]
-        if [signature(self.variables[i]) for i in self.own] != signatures:
+        variables = zip(self.own, self._written, strict=False)
+        if any(signature(self.variables[i]) != seen.signature for i, seen in variables):
             return False
-        if any(g is not None and signature(g) != seen.signature for g, seen in zip(found, known, strict=True)):
+        seen_before = list(zip(gradients, self._gradients, strict=True))
+        if any(g is not None and signature(g) != seen.signature for g, seen in seen_before):
             return False
-        if [memory(array) for _, _, array in self._places] != self._memory:
+        if [memory(array) for _, _, array in self._places] != known:
             return False
-        addresses = np.array([0 if g is None else address(g) for g in found], np.int64)
-        lows, highs = self._ranges
-        nearest = np.searchsorted(highs, addresses + spans[0], side="right")
-        beginnings = np.append(lows, np.iinfo(np.int64).max)[nearest]
-        if ((addresses != 0) & (beginnings < addresses + spans[1])).any():
+        found = [0 if g is None else address(g) for g in gradients]
+        if any(
+            g is not None and _has_lost_memory(where, seen) for where, (g, seen) in zip(found, seen_before, strict=True)
+        ):
             return False
-        for k, (g, seen) in enumerate(zip(found, known, strict=True)):
+        addresses = np.array(found, np.int64)
+        if len(self._not_apart(addresses)):
+            return False
+        for k, (g, seen) in enumerate(seen_before):
             if g is not None and not seen.direct:
-                addresses[k] = self._cast(self.own[k], g).address
+                addresses[k] = self._cast(self.own[k], g)
         self.addresses[G, self.own] = addresses
         return True
 
-    def _signatures(self) -> tuple[list[object], list[Seen], Matrix]:
-        """What `_is_as_known` compares the next step's arrays with."""
-        known = [self._seen.get(("gradient", i), _UNSEEN) for i in self.own]
-        spans = np.array([[seen.low for seen in known], [seen.high for seen in known]], np.int64)
-        return [self._seen["variable", i].signature for i in self.own], known, spans
+    def _look_at_written(self) -> None:
+        """Check what a step writes, where it has changed, and note where it lies."""
+        found = [address(array) for _, _, array in self._places]
+        written = [self._seen_again(k, where) for k, where in enumerate(found)]
+        if found != self._claimed or written != self._written:
+            self._claim(found, written)
 
-    def _written_layout(self, k: int) -> Layout:
-        """Where a variable or a slot lies now; it must still be what it was when the optimizer was built."""
+    def _seen_again(self, k: int, where: int) -> Seen:
+        """What is known of a variable or a slot; it must still be what it was when the optimizer was built."""
+        array, seen = self._places[k][2], self._written[k]
+        found = signature(array)
+        if found is not None and found == seen.signature and not _has_lost_memory(where, seen):
+            return seen
+        self._check_as_built(k)
+        return _seen(array, found, True, _FLAGS)
+
+    def _check_as_built(self, k: int) -> None:
         row, i, array = self._places[k]
-        known = self._slot_layouts[k]
-        if row != P:
-            if family(array) == "torch":
-                check_tensor(self._name(k), array)
-            layout = layout_of(array)
-            if layout[1:] != known[1:] or not getattr(getattr(array, "flags", None), "writeable", True):
-                raise ValueError(
-                    f"{self._name(k)} has become an array of shape {layout.shape} and dtype "
-                    f"{layout.dtype}, or read-only; expected it to stay as it was built"
-                )
-            return layout
-        seen, found = self._seen.get(("variable", i)), signature(array)
-        if seen is None or seen.signature != found:
+        built = self._as_built[k]
+        if row == P:
             if place(array) != self.place:
-                raise ValueError(
-                    f"variable {self.names[i]!r} has moved to {device(array)}; expected it on {self.place}"
-                )
+                raise ValueError(f"{self._name(k)} has moved to {device(array)}; expected it on {self.place}")
             check_variable(self.names[i], array)
             layout = layout_of(array)
-            if (layout.shape, layout.dtype) != (known.shape, known.dtype):
+            if (layout.shape, layout.dtype) != (built.shape, built.dtype):
                 raise ValueError(
-                    f"variable {self.names[i]!r} has become an array of shape {layout.shape} and dtype {layout.dtype}; "
-                    f"expected shape {known.shape} and dtype {known.dtype}, as built"
+                    f"{self._name(k)} has become an array of shape {layout.shape} and dtype {layout.dtype}; "
+                    f"expected shape {built.shape} and dtype {built.dtype}, as built"
                 )
-            seen = self._seen["variable", i] = _seen(array, found, layout, True)
-        return seen.layout._replace(address=address(array))
+            return
+        if family(array) == "torch":
+            check_tensor(self._name(k), array)
+        layout = layout_of(array)
+        if layout[1:] != built[1:] or not getattr(getattr(array, "flags", None), "writeable", True):
+            raise ValueError(
+                f"{self._name(k)} has become an array of shape {layout.shape} and dtype "
+                f"{layout.dtype}, or read-only; expected it to stay as it was built"
+            )
 
-    def _gradient_layout(self, i: int, gradient: Array | None) -> Layout:
-        """Where a kernel reads a gradient; at address 0, laid out like the last one, where there is none."""
-        seen = self._seen.get(("gradient", i))
+    def _claim(self, found: list[int], written: list[Seen]) -> None:
+        """Note the memory that a step writes; refuse variables that overlap."""
+        where = np.array(found, np.int64)
+        extents = where + np.array([[seen.low for seen in written], [seen.high for seen in written]], np.int64)
+        for one, other in overlapping(*extents[:, : len(self.own)]):
+            if share_memory(*(written[k].layout._replace(address=found[k]) for k in (one, other))):
+                one, other = sorted((one, other))
+                raise ValueError(
+                    f"{self._name(one)} and {self._name(other)} share memory; expected arrays that do not overlap"
+                )
+        self._written, self._claimed = written, found
+        self._extents, self._ranges = extents, covered(*extents)
+        self.addresses[self._cells] = where
+
+    def _look_at_gradients(self, gradients: list[Array | None]) -> None:
+        """Check gradients that have changed, note where they lie, and cast those that kernels cannot read."""
+        once: dict[object, Seen] = {}
+        found = [self._seen_of_gradient(k, g, once) for k, g in enumerate(gradients)]
+        before, self._gradients = self._gradients, [seen for seen, _ in found]
+        addresses = np.array([where for _, where in found], np.int64)
+        try:
+            self._check_apart(addresses)
+        except ValueError:
+            self._gradients = before
+            raise
+        layouts = []
+        for k, (g, seen) in enumerate(zip(gradients, self._gradients, strict=True)):
+            if g is not None and not seen.direct:
+                addresses[k] = self._cast(self.own[k], g)
+            layouts.append(self._layout_read(k, seen))
+        arrangement = [(each.layout, layout) for each, layout in zip(self._written, layouts, strict=False)]
+        if arrangement != self.arrangement:
+            self.arrangement = arrangement
+        self.addresses[G, self.own] = addresses
+
+    def _seen_of_gradient(self, k: int, gradient: Array | None, once: dict[object, Seen]) -> tuple[Seen, int]:
+        """What is known of a gradient, and where it lies; where there is none, what is known of the last one, and 0."""
+        seen, i = self._gradients[k], self.own[k]
         if gradient is None:
-            if seen is not None and seen.direct:
-                return seen.layout._replace(address=0)
-            return (layout_of(self._scratch[i]) if seen else self._layout_of_slots[i])._replace(address=0)
-        found = signature(gradient)
-        if seen is None or found is None or seen.signature != found:
-            check_gradient(self.names[i], gradient, self.variables[i])
-            direct = read_directly(gradient, self.variables[i])
-            seen = _seen(gradient, found, layout_of(gradient), direct)
-        self._check_apart(i, address(gradient), seen)
-        layout = seen.layout._replace(address=address(gradient)) if seen.direct else self._cast(i, gradient)
-        self._seen["gradient", i] = seen
-        return layout
+            return seen, 0
+        # Whether a gradient fits follows from both signatures: of many layers that are alike, one is looked at.
+        found, variable = signature(gradient), self.variables[i]
+        key = found, id(getattr(gradient, "dtype", None)), self._written[k].signature
+        if found != seen.signature:
+            seen = once.get(key, _UNSEEN)
+        if found is not None and found == seen.signature and gradient is not variable:
+            where = address(gradient)
+            if not _has_lost_memory(where, seen):
+                return seen, where
+        check_gradient(self.names[i], gradient, variable)
+        seen = once[key] = _seen(gradient, found, read_directly(gradient, variable), reader.ALIGNED)
+        return seen, address(gradient)
 
-    def _cast(self, i: int, gradient: Array) -> Layout:
+    def _layout_read(self, k: int, seen: Seen) -> Layout:
+        """How what a kernel reads as a gradient is laid out."""
+        if seen is _UNSEEN:
+            return self._slot_layouts[k]
+        return seen.layout if seen.direct else layout_of(self._scratch[self.own[k]])._replace(address=0)
+
+    def _cast(self, i: int, gradient: Array) -> int:
         """Where a gradient lies that has been cast to what the kernels read."""
         if i not in self._scratch:
             self._scratch[i] = zeros_like(self.variables[i], SLOT[dtype_name(self.variables[i])])
         cast(self._scratch[i], gradient)
-        return layout_of(self._scratch[i])
+        return address(self._scratch[i])
 
-    def _claim(self, written: list[Layout]) -> None:
-        """Note the ranges of memory that a step writes; refuse variables that overlap."""
-        whole = [(*extent(layout), k) for k, layout in enumerate(written)]
-        variables = sorted(whole[: len(self.own)])
-        for position, (_, high, k) in enumerate(variables):
-            for low, _, other in variables[position + 1 :]:
-                if low >= high:
-                    break
-                if share_memory(written[k], written[other]):
+    def _not_apart(self, addresses: Addresses) -> Addresses:
+        """Which gradients may share memory with what a step writes."""
+        known = self._gradients
+        lows = addresses + np.array([seen.low for seen in known], np.int64)
+        highs = addresses + np.array([seen.high for seen in known], np.int64)
+        return touching(np.where(addresses == 0, highs, lows), highs, self._ranges)
+
+    def _check_apart(self, addresses: Addresses) -> None:
+        """Refuse a gradient that shares memory with what a step writes."""
+        for suspect in self._not_apart(addresses).tolist():
+            seen, where = self._gradients[suspect], int(addresses[suspect])
+            layout, (lows, highs) = seen.layout._replace(address=where), self._extents
+            for k in np.flatnonzero((lows < where + seen.high) & (where + seen.low < highs)).tolist():
+                if share_memory(layout, self._written[k].layout._replace(address=int(self._claimed[k]))):
                     raise ValueError(
-                        f"{self._name(k)} and {self._name(other)} share memory; expected arrays that do not overlap"
+                        f"the gradient of {brief(self.names[self.own[suspect]])} shares memory with {self._name(k)}; "
+                        "expected a copy"
                     )
-        ranges: list[list[int]] = []
-        for low, high, _ in sorted(whole):
-            if ranges and low < ranges[-1][1]:
-                ranges[-1][1] = max(ranges[-1][1], high)
-            elif low < high:
-                ranges.append([low, high])
-        self._ranges = np.array(ranges, np.int64).reshape(-1, 2).T.copy()
-        self._claimed = written
 
     def _name(self, k: int) -> str:
         row, i, _ = self._places[k]
-        return f"variable {self.names[i]!r}" if row == P else f"the {_SLOT_OF_ROW[row]} of {self.names[i]!r}"
-
-    def _check_apart(self, i: int, where: int, seen: Seen) -> None:
-        """Refuse a gradient that shares memory with what a step writes."""
-        lows, highs = self._ranges
-        nearest = int(np.searchsorted(highs, where + seen.low, side="right"))
-        if nearest == lows.size or lows[nearest] >= where + seen.high or seen.low == seen.high:
-            return
-        layout = seen.layout._replace(address=where)
-        for k, other in enumerate(self._claimed):
-            low, high = extent(other)
-            if low < where + seen.high and where + seen.low < high and share_memory(layout, other):
-                raise ValueError(
-                    f"the gradient of {self.names[i]!r} shares memory with {self._name(k)}; expected a copy"
-                )
+        name = brief(self.names[i])
+        return f"variable {name}" if row == P else f"the {_SLOT_OF_ROW[row]} of {name}"
 
     def _remember(self) -> None:
-        """Note what `reads` compares the next step's arrays with, if it can read them all."""
-        gradients = [self._seen.get(("gradient", i), _UNSEEN) for i in range(len(self.names))]
-        if len(self.own) < len(self.names) or not all(seen.direct for seen in gradients):
-            return
-        records = []
-        for (_, _, array), layout in zip(self._places, self._claimed, strict=True):
-            low, high = extent(layout)
-            flags = reader.ALIGNED | reader.WRITEABLE
-            records.append(reader.record(array, layout, low - layout.address, high - layout.address, flags))
+        """Note what the next step's arrays are compared with: by `reads`, if it can read them all."""
+        if not self._remember_for_reader():
+            self._memory = [memory(array) for _, _, array in self._places]
+
+    def _remember_for_reader(self) -> bool:
+        if len(self.own) < len(self.names) or not all(seen.direct for seen in self._gradients):
+            return False
+        records = [seen.record for seen in self._written]
         if reader.UNSEEN in records:
-            return
-        owned, places = [array for _, _, array in self._places], [place[:2] for place in self._places]
-        found = [seen.record for seen in gradients]
-        known = reader.Reader(owned, places, records, found, self._ranges, self.addresses)
+            return False
+        owned = [array for _, _, array in self._places]
+        found = [seen.record for seen in self._gradients]
+        known = reader.Reader(owned, self._cells, records, found, self._ranges, self.addresses)
         columns = [i for i in self.own if not isinstance(self.variables[i], np.ndarray)]
         if columns:
             written = [array for array in owned if not isinstance(array, np.ndarray)]
-            signatures = [None if gradients[i] is _UNSEEN else gradients[i].signature for i in columns]
+            known_of = [self._gradients[i] for i in columns]
+            signatures = [None if seen is _UNSEEN else seen.signature for seen in known_of]
             self._tensors = Tensors(written, [self.variables[i] for i in columns], columns, signatures)
         self._reader = known  # last: from here on `reads` trusts it
+        return True
 
 
-def _seen(array: Array, found: object, layout: Layout, direct: bool) -> Seen:
-    low, high = (end - layout.address for end in extent(layout))
-    record = reader.record(array, layout, low, high, reader.ALIGNED)
-    return Seen(found, layout, low, high, direct, record)
+def _has_lost_memory(where: int, seen: Seen) -> bool:
+    """Whether an array that has elements lies nowhere: a tensor may, and keep all that its signature tells."""
+    return where == 0 and seen.low < seen.high
+
+
+def _shared(once: dict[object, Seen], array: Array, found: object) -> Seen:
+    """What is known of an array that a step writes, noted once for all that have one signature and one dtype object."""
+    key = found, id(array.dtype)  # the compiled reader compares dtypes by their address
+    if found is None or key not in once:
+        once[key] = _seen(array, found, True, _FLAGS)
+    return once[key]
+
+
+def _seen(array: Array, found: object, direct: bool, flags: int) -> Seen:
+    layout = layout_of(array)._replace(address=0)
+    low, high = extent(layout)
+    return Seen(found, layout, low, high, direct, reader.record(array, layout, low, high, flags))

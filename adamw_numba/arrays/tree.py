@@ -1,19 +1,24 @@
 """Nested dicts and lists of arrays, and lists of ``(name, array)`` pairs, as one flat list of paths and arrays."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, Set
 from contextlib import contextmanager
 from operator import itemgetter
 from typing import Any
 
 from . import are_arrays, is_array
+from .advice import advice
+from .brief import brief, brief_names
 
 Container = Any
+Path = tuple[str, ...]
 _BY_KEY, _BY_POSITION = (dict, OrderedDict), (list, tuple)
 
 
 def flatten(container: Container, what: str = "variables") -> tuple[list[str], list[Any]]:
-    """The paths and the leaves of a container, in order; a list's entries are named ``0``, ``1``, ...
+    """The names and the leaves of a container, in order: the keys that lead to a leaf, joined by ``/``.
+
+    A list's entries have the keys ``0``, ``1``, ... A key may hold ``/`` itself, as the names of Keras and Haiku do.
 
     Parameters
     ----------
@@ -27,16 +32,23 @@ def flatten(container: Container, what: str = "variables") -> tuple[list[str], l
     TypeError
         If a leaf is no array.
     ValueError
-        If a key is empty or holds ``/``, two leaves have the same path, or a container holds itself.
+        If a key is empty, two leaves have the same name, or a container holds itself.
     """
-    names: list[str] = []
+    paths, leaves = paths_of(container, what)
+    names = ["/".join(path) or "0" for path in paths]
+    if len(set(names)) < len(names):
+        (twice, _), *_ = Counter(names).most_common(1)
+        raise ValueError(f"{what} holds the name {brief(twice)} more than once; expected every name once")
+    return names, leaves
+
+
+def paths_of(container: Container, what: str) -> tuple[list[Path], list[Any]]:
+    """For each leaf of a container, in order, the keys that lead to it, and the leaf itself."""
+    paths: list[Path] = []
     leaves: list[Any] = []
     with _not_too_deep(what):
-        _collect(container, "", what, names, leaves)
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{what} holds the name {twice!r} more than once; expected every name once")
-    return names, leaves
+        _collect(container, (), what, paths, leaves)
+    return paths, leaves
 
 
 class Form:
@@ -140,13 +152,17 @@ def order(container: Container, names: list[str], expected: list[str], what: str
     if sorted(names) == sorted(expected):
         where = {name: i for i, name in enumerate(names)}
         return [where[name] for name in expected]
-    missing, unknown = ([n for n in one if n not in other] for one, other in ((expected, names), (names, expected)))
+    known, given = set(expected), set(names)
+    missing, unknown = [n for n in expected if n not in given], [n for n in names if n not in known]
     if positional or not missing + unknown:
         raise ValueError(
             f"`{what}` must match the variables of the optimizer one-to-one. Received {len(names)} arrays; the "
-            f"optimizer has {len(expected)}: {expected}"
+            f"optimizer has {len(expected)}: {brief_names(expected)}"
         )
-    raise ValueError(f"`{what}` lacks {missing} and holds the unknown {unknown}; expected {expected}")
+    raise ValueError(
+        f"`{what}` lacks {brief_names(missing)} and holds the unknown {brief_names(unknown)}; expected "
+        f"{brief_names(expected)}"
+    )
 
 
 def _is_leaf(value: object) -> bool:
@@ -183,40 +199,33 @@ def _materialized(value: Container) -> Container:
 
 
 def _is_refused(value: object) -> bool:
-    """What cannot be walked, or not in a certain order, or holds keys and is no mapping."""
+    """What cannot be walked, or has no certain order, or holds keys and is no mapping, or numbers and no arrays."""
     if isinstance(value, (str, bytes, bytearray, memoryview)) or not isinstance(value, Iterable):
         return True
     if isinstance(value, Set):
         return not isinstance(value, (KeysView, ItemsView))
-    return hasattr(value, "keys") and not isinstance(value, Mapping)
+    return not isinstance(value, Mapping) and (hasattr(value, "keys") or hasattr(value, "to_numpy"))
 
 
-def _collect(value: Container, path: str, what: str, names: list[str], leaves: list[Any]) -> None:
+def _collect(value: Container, path: Path, what: str, paths: list[Path], leaves: list[Any]) -> None:
     if _is_leaf(value):
-        names.append(path or "0")
+        paths.append(path)
         leaves.append(value)
         return
     for key, child in _children(value, path, what):
         if not key:
             raise ValueError(f"{what} has an empty key; expected a name")
-        if "/" in key:
-            raise ValueError(f"{what} has the key {key!r}; expected no '/' in a key: it joins the keys of a path")
-        _collect(child, f"{path}/{key}" if path else key, what, names, leaves)
+        _collect(child, (*path, key), what, paths, leaves)
 
 
-def _children(value: Container, path: str, what: str) -> list[tuple[str, Any]]:
+def _children(value: Container, path: Path, what: str) -> list[tuple[str, Any]]:
     if isinstance(value, Mapping):
         return [(str(key), child) for key, child in value.items()]
     if _is_refused(value):
-        where = f"{what} at {path!r}" if path else what
-        if hasattr(value, "named_parameters"):
-            raise TypeError(f"{where} is a {type(value).__name__} module; expected its `named_parameters()`")
+        where = f"{what} at {brief('/'.join(path))}" if path else what
         if isinstance(value, Set):
             raise TypeError(f"{where} is a {type(value).__name__}, which has no order; expected a dict or a list")
-        raise TypeError(
-            f"{where} is {value!r} of type {type(value).__name__}; expected an array, a dict, a list, or a list of "
-            "(name, array) pairs"
-        )
+        raise TypeError(f"{where} is {brief(value)} of type {type(value).__name__}; {advice(value)}")
     items = list(value)
     if _are_pairs(items):
         return items

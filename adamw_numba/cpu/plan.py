@@ -176,14 +176,13 @@ class Plan:
         return squares
 
     def _arrange(self) -> None:
-        rows: dict[tuple[str, str, bool], list[Matrix]] = {}
-        for types, runs in self.table.runs():
-            work = chunks_of(runs)
-            sizes = [arrays.ITEMSIZE[types[0]], arrays.ITEMSIZE[types[1]], arrays.ITEMSIZE[arrays.COMPUTE[types[0]]]]
-            strided = bool((work[0, P_STEP:] != sizes).any())
-            rows.setdefault((*types, strided), []).append(work)
-        self._made, self._loaded = {}, None
-        self.groups = [self._group(*kind, np.concatenate(works)) for kind, works in rows.items()]
+        self._made, self._loaded, self.groups = {}, None, []
+        for (p_type, g_type), runs in self.table.runs():
+            sizes = [arrays.ITEMSIZE[p_type], arrays.ITEMSIZE[g_type], arrays.ITEMSIZE[arrays.COMPUTE[p_type]]]
+            dense = (runs[:, P_STEP:] == sizes).all(axis=1)
+            for strided, own in ((False, runs[dense]), (True, runs[~dense])):
+                if len(own):
+                    self.groups.append(self._group(p_type, g_type, strided, chunks_of(own)))
         self._is_single = all(group.storage.compute == "float32" for group in self.groups)
 
     def _group(self, p_type: str, g_type: str, strided: bool, work: Matrix) -> Group:

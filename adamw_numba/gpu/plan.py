@@ -691,7 +691,7 @@ def _with_decay(runs: Matrix, decayed: Sequence[bool]) -> Matrix:
     """The runs of an address table, as the kernels of a GPU want them."""
     result = np.zeros((len(runs), kernels.RUN_COLUMNS), np.int64)
     result[:, kernels.ARRAY], result[:, kernels.COUNT] = runs[:, 0], runs[:, 2]
-    result[:, kernels.DECAYED] = decayed[runs[0, 0]]
+    result[:, kernels.DECAYED] = np.asarray(decayed)[runs[:, 0]]
     result[:, kernels.P_AT :] = runs[:, 3:]
     return result
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays import Array, are_arrays
+from ..arrays.brief import brief, brief_names
 from ..arrays.tree import Container, matched
 from .workspace import Workspace
 
@@ -84,13 +85,15 @@ def pairs(grads_and_vars: Any) -> tuple[list[Array | None], list[Array]]:
     """
     expected = "expected (gradient, variable) pairs, as `zip(grads, variables)` makes them"
     if not isinstance(grads_and_vars, Iterable):
-        raise TypeError(f"`grads_and_vars` is {grads_and_vars!r} of type {type(grads_and_vars).__name__}; {expected}")
+        raise TypeError(
+            f"`grads_and_vars` is {brief(grads_and_vars)} of type {type(grads_and_vars).__name__}; {expected}"
+        )
     found = list(grads_and_vars)
     if not found:
         raise ValueError(f"`grads_and_vars` is empty; {expected}")
     for k, pair in enumerate(found):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise ValueError(f"`grads_and_vars` holds {pair!r} of type {type(pair).__name__} at {k}; {expected}")
+            raise ValueError(f"`grads_and_vars` holds {brief(pair)} of type {type(pair).__name__} at {k}; {expected}")
     return [g for g, _ in found], [v for _, v in found]
 
 
@@ -108,5 +111,7 @@ def _present(names: Sequence[str], leaves: Sequence[Array | None], warn: bool) -
     if len(missing) == len(leaves):
         raise ValueError("No gradients provided for any variable.")
     if missing and warn:
-        warnings.warn(f"Gradients do not exist for variables {missing}: they are not updated.", stacklevel=5)
+        warnings.warn(
+            f"Gradients do not exist for variables {brief_names(missing)}: they are not updated.", stacklevel=5
+        )
     return leaves
