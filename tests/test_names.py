@@ -59,7 +59,7 @@ def test_steps_and_saving(case, suffix, tmp_path):
     ("pattern", "expected"),
     [("^w$", ["mlp/~/linear_0/w", "mlp/~/linear_1/w"]), ("linear_0/b", ["mlp/~/linear_0/b"]), ("^~", [])],
 )
-@pytest.mark.filterwarnings("ignore:what is excluded")
+@pytest.mark.filterwarnings("ignore:exclude_from_weight_decay")
 def test_a_pattern_is_searched_for_in_the_path_and_in_its_last_component(pattern, expected):
     variables = filled(CONTAINERS["Haiku"][0], 1.0)
     optimizer = AdamW(0.1, weight_decay=0.5)

@@ -235,7 +235,11 @@ class Engine:
             calls = [(setitem, iteration, (), recipe.number + 1), *calls, told]
             if more is not None:
                 calls += more(True)
-            commit(repeatable, calls) if repeatable else exhaust(starmap(call, calls))
+            try:
+                commit(repeatable, calls) if repeatable else exhaust(starmap(call, calls))
+            except ValueError:
+                _check_counter(iteration)
+                raise
 
     def _skip(self, norm: float, rate: float, more: Callable[[bool], list[Call]] | None) -> None:
         """Count a step that is left out, since a gradient is not finite."""
