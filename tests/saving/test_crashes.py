@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from adamw_numba import AdamW, CorruptFileError
-from adamw_numba.saving import manifest
+from adamw_numba.saving import archive, manifest
 from adamw_numba.saving.stores import npz
 from adamw_numba.saving.stores import targets as opening
 
@@ -39,7 +39,7 @@ def save(number, path, durable=True):
 
 def found_in(path):
     """The number that a file holds, all of it."""
-    saved = manifest.read(path)
+    saved = archive.read(path)
     numbers = {float(x) for key, array in saved.arrays.items() if "/" in key for x in array.ravel()}
     assert numbers == {float(saved.document["extra"])}
     return saved.document["extra"]
@@ -374,7 +374,7 @@ def test_every_flipped_byte_and_every_truncation(name, tmp_path):
     optimizer.build(variables)
     path = tmp_path / name
     optimizer.save(path, extra="x", variables=True)
-    whole, saved = path.read_bytes(), manifest.read(path)
+    whole, saved = path.read_bytes(), archive.read(path)
     stride = {"s.zarr.zip": 67, "s.h5": 7}.get(name, 1)
     caught = 0
     for position in range(0, len(whole), stride):
@@ -383,7 +383,7 @@ def test_every_flipped_byte_and_every_truncation(name, tmp_path):
         for content in (bytes(flipped), whole[:position]):
             path.write_bytes(content)
             try:
-                found = manifest.read(path)
+                found = archive.read(path)
             except CorruptFileError as error:
                 assert name in str(error)
                 caught += 1
@@ -442,13 +442,13 @@ def test_two_writers_of_one_folder(tmp_path):
     path = tmp_path / "s.zarr"
     save(1, path)
     with opening.writing(path, True) as store:
-        for key, array in {**manifest.read(path).arrays}.items():
+        for key, array in {**archive.read(path).arrays}.items():
             store[key] = array
         save(2, path)  # the other begins later and ends sooner
         assert found_in(path) == 2
-        document = {k: v for k, v in manifest.describe(path).items() if k != "crc32"} | {"extra": 1}
-        store[npz.MANIFEST] = np.frombuffer(manifest._encode(document), np.uint8)
-    assert manifest.describe(path)["extra"] == 1
+        document = {k: v for k, v in archive.describe(path).items() if k != "crc32"} | {"extra": 1}
+        store[npz.MANIFEST] = np.frombuffer(manifest.encode(document), np.uint8)
+    assert archive.describe(path)["extra"] == 1
     save(3, path)
     assert found_in(path) == 3
     assert sum(entry.is_dir() for entry in path.iterdir()) == 1

@@ -19,8 +19,8 @@ from helpers import libraries
 import adamw_numba
 from adamw_numba import AdamW, Checkpoints, CorruptFileError, LossScaleOptimizer, saved_variables, schedules
 from adamw_numba.__main__ import main
-from adamw_numba.saving import manifest
-from adamw_numba.saving import snapshot as checkpoint
+from adamw_numba.saving import archive, manifest
+from adamw_numba.saving import snapshot
 from adamw_numba.saving.stores import checksums, npz
 
 STORES = ["s.npz", "s.safetensors", "s.h5", "s.zarr", "s.zarr.zip"]
@@ -396,8 +396,8 @@ def test_a_mapping_keeps_what_is_its_own():
 
 def test_the_largest_document_loads(monkeypatch):
     optimizer = build({"w": W})
-    length = len(manifest._encode(checkpoint.snapshot(optimizer, "").document))
-    monkeypatch.setattr(manifest, "_LONGEST", length + 1000)
+    length = len(manifest.encode(snapshot.take(optimizer, "").document))
+    monkeypatch.setattr(manifest, "LONGEST", length + 1000)
     saved = 0
     for size in range(500, 1000):
         store = {}
@@ -490,8 +490,8 @@ def test_background_errors_surface_and_steps_go_on(tmp_path, monkeypatch):
     variables = {"w": np.ones(3)}
     optimizer = build(variables)
     checkpoints = Checkpoints(tmp_path, background=True)
-    gate, write = threading.Event(), adamw_numba.saving.manifest.write
-    monkeypatch.setattr(adamw_numba.saving.manifest, "write", lambda *given: (gate.wait(10), write(*given)))
+    gate, write = threading.Event(), adamw_numba.saving.archive.write
+    monkeypatch.setattr(adamw_numba.saving.archive, "write", lambda *given: (gate.wait(10), write(*given)))
     before = image(optimizer, variables)
     checkpoints.save(optimizer, 1, variables=True)
     optimizer.apply({"w": np.ones(3)})
@@ -503,7 +503,7 @@ def test_background_errors_surface_and_steps_go_on(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     for surfacing in (lambda: checkpoints.save(optimizer, 3), checkpoints.close):
-        monkeypatch.setattr(adamw_numba.saving.manifest, "write", fail)
+        monkeypatch.setattr(adamw_numba.saving.archive, "write", fail)
         checkpoints.save(optimizer, 2)
         with pytest.raises(OSError, match="No space"):
             surfacing()
@@ -518,7 +518,7 @@ def test_errors_of_the_background_are_not_lost(tmp_path, monkeypatch):
         gate.wait(10)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(adamw_numba.saving.manifest, "write", fail)
+    monkeypatch.setattr(adamw_numba.saving.archive, "write", fail)
     checkpoints = Checkpoints(tmp_path, background=True, every=2)
     checkpoints.save(optimizer, 2)
     assert checkpoints.save(optimizer, 3) is None
@@ -532,7 +532,7 @@ def test_errors_of_the_background_are_not_lost(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         checkpoints.close()
     code = "import numpy, adamw_numba; from adamw_numba import manifest\n"
-    code += "def fail(*given): raise OSError(28, 'No space left')\nmanifest.write = fail\n"
+    code += "def fail(*given): raise OSError(28, 'No space left')\narchive.write = fail\n"
     code += "optimizer = adamw_numba.AdamW(); optimizer.build([numpy.ones(3)])\n"
     code += f"adamw_numba.Checkpoints({str(tmp_path)!r}, background=True).save(optimizer, 1)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

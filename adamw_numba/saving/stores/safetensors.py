@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from ...arrays.brief import brief
+from . import MANIFEST
 from .atomic import CorruptFileError
-from .npz import MANIFEST
 
 _METADATA = "adamw_numba"
 
@@ -61,7 +62,7 @@ class Writer:
         if key == MANIFEST:
             self.manifest = array.tobytes().decode()
             return
-        # Others than these come out wrong: the library writes the memory that follows the first element.
+        # The library writes the memory that follows the first element, whatever the strides are.
         array = np.asarray(array, order="C")
         if array.dtype == np.complex128:
             array = array.reshape(*array.shape, 1).view(np.float64)
@@ -92,14 +93,14 @@ class Reader:
                 raise CorruptFileError(f"{self.path} lacks the metadata {_METADATA!r}; expected a file saved by AdamW")
             return np.frombuffer(text.encode(), np.uint8)
         if key not in self.header or key == "__metadata__":
-            raise CorruptFileError(f"{self.path} lacks {key!r}; expected it among its tensors")
+            raise CorruptFileError(f"{self.path} lacks {brief(key)}; expected it among its tensors")
         entry = self.header[key]
         if 0 in entry["shape"] and max(entry["shape"]) > 2**32:
-            raise CorruptFileError(f"{self.path}: {key!r} declares the shape {entry['shape']} for no bytes")
+            raise CorruptFileError(f"{self.path}: {brief(key)} declares the shape {entry['shape']} for no bytes")
         return self._bits(entry) if entry["dtype"] == "BF16" else np.asarray(self.file.get_tensor(key))
 
     def _bits(self, entry: dict[str, Any]) -> np.ndarray[Any, Any]:
-        """What NumPy has no dtype for, from where the header says."""
+        """Numbers that NumPy has no dtype for, from where the header says that they are."""
         first, last = entry["data_offsets"]
         self.raw.seek(self.start + first)
         return np.fromfile(self.raw, np.uint16, (last - first) // 2).reshape(entry["shape"])
