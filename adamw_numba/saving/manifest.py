@@ -124,9 +124,7 @@ def check(document: dict[str, Any], where: str) -> None:
     _check_variables(document["variables"], where)
     for pair in document["added"]:
         if type(pair) is not list or len(pair) != 2 or type(pair[0]) is not str or type(pair[1]) is not bool:
-            raise CorruptFileError(
-                f"{where} describes the added variable {brief(pair)}; expected a name and a boolean"
-            )
+            raise CorruptFileError(f"{where} describes the added variable {brief(pair)}; expected a name and a boolean")
     for key, entry in document["arrays"].items():
         if type(entry) is not dict or type(entry.get("crc32")) is not int or not 0 <= entry["crc32"] < 2**32:
             raise CorruptFileError(f"{where} describes the array {brief(key)} by {brief(entry)}; expected a CRC-32")
@@ -137,9 +135,7 @@ def check(document: dict[str, Any], where: str) -> None:
 def _check_fields(document: dict[str, Any], where: str) -> None:
     for field, kind in _FIELDS.items():
         if type(document.get(field)) is not kind:
-            raise CorruptFileError(
-                f"{where}: {field!r} is {brief(document.get(field))}; expected a {kind.__name__}"
-            )
+            raise CorruptFileError(f"{where}: {field!r} is {brief(document.get(field))}; expected a {kind.__name__}")
     if document["class"] not in ("AdamW", "LossScaleOptimizer"):
         raise CorruptFileError(f"{where} holds a {brief(document['class'])}; expected 'AdamW' or 'LossScaleOptimizer'")
     if document["version"] < 1 or not all(0 <= document[count] < 2**62 for count in ("step", "skipped_steps")):

@@ -63,7 +63,7 @@ def load(cls: Any, target: Any, variables: Any, custom_objects: Mapping[str, Any
     try:
         optimizer = cls.from_config(saved.document["config"], custom_objects)
     except _UNUSABLE as error:
-        raise ValueError(f"{saved.where} holds a config that cannot be used: {str(error):.400}") from error
+        raise ValueError(f"{saved.where} holds a config that cannot be used: {error!s:.400}") from error
     engine = engine_of(optimizer)
     _add_arrays(engine, saved)
     _write(_scalar_writes(optimizer, saved))
@@ -184,9 +184,7 @@ def _add_arrays(engine: Any, saved: Saved) -> None:
                 dtype = _numpy_dtype(saved.document["arrays"][key]["dtype"], f"{saved.where}: {brief(key)}")
                 engine.state.add(name, np.zeros(saved.arrays[key].shape, dtype), "zeros", late)
         except ValueError as error:
-            raise CorruptFileError(
-                f"{saved.where} holds an added variable that cannot be: {str(error):.400}"
-            ) from error
+            raise CorruptFileError(f"{saved.where} holds an added variable that cannot be: {error!s:.400}") from error
 
 
 def _numpy_dtype(name: str, what: str) -> Any:
@@ -251,7 +249,7 @@ def _check_fits(what: str, value: np.ndarray[Any, Any], array: Array) -> None:
 
 
 def _fits(value: np.ndarray[Any, Any], array: Array) -> bool:
-    return value.shape == tuple(array.shape) and value.dtype == manifest.DTYPES.get(arrays.dtype_name(array))
+    return bool(value.shape == tuple(array.shape) and value.dtype == manifest.DTYPES.get(arrays.dtype_name(array)))
 
 
 def _matched(loaded: Loaded, names: Sequence[str], variables: Sequence[Array]) -> list[int]:

@@ -99,7 +99,7 @@ def naming(where: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise CorruptFileError(f"{where} cannot be read: {type(error).__name__}: {str(error):.300}") from error
+        raise CorruptFileError(f"{where} cannot be read: {type(error).__name__}: {error!s:.300}") from error
 
 
 def _flush(descriptor: int) -> None:

@@ -176,7 +176,9 @@ class Group:
                 raise CorruptFileError(f"{self.where} lacks {brief(key)}; expected it among its datasets")
             link = node.get(part, getlink=True)
             if not isinstance(link, h5py.HardLink):
-                raise CorruptFileError(f"{self.where}: {brief(key)} is a {type(link).__name__}; expected the data itself")
+                raise CorruptFileError(
+                    f"{self.where}: {brief(key)} is a {type(link).__name__}; expected the data itself"
+                )
             node = node[part]
         return node
 

@@ -74,7 +74,9 @@ def adapted(store: Any) -> Any:
     if "zarr.Group" in kinds:
         return zarr.Group(store)
     if not (hasattr(store, "__setitem__") or hasattr(store, "__getitem__")) or not hasattr(store, "keys"):
-        raise TypeError(f"`target` is {brief(store)} of type {type(store).__name__}; expected a path, a URL, or a mapping")
+        raise TypeError(
+            f"`target` is {brief(store)} of type {type(store).__name__}; expected a path, a URL, or a mapping"
+        )
     return store
 
 
@@ -106,7 +108,9 @@ def _opener(path: Path) -> Any:
         if path.name.endswith(suffix):
             return point.load()
     known = ", ".join([*_OPENERS, ".zarr", *plugs])
-    raise ValueError(f"{brief(str(path))} has no suffix that is known; expected one of {known}, or a URL of a zarr store")
+    raise ValueError(
+        f"{brief(str(path))} has no suffix that is known; expected one of {known}, or a URL of a zarr store"
+    )
 
 
 def exists(target: Any) -> bool:

@@ -95,8 +95,8 @@ def _checked_root(target: Any, folder: Path | None) -> str | None:
     foreign = [name for name in _members(target, folder) if not _OURS.fullmatch(name)]
     if foreign and _CURRENT not in attributes:
         raise ValueError(
-            f"`target` {target} holds {brief(sorted(foreign)[:5])} and lacks the attribute {_CURRENT!r}; expected an empty "
-            "place, or one in which AdamW has saved before"
+            f"`target` {target} holds {brief(sorted(foreign)[:5])} and lacks the attribute {_CURRENT!r}; expected an "
+            "empty place, or one in which AdamW has saved before"
         )
     return attributes.get(_CURRENT)
 

@@ -85,9 +85,7 @@ class Writer:
     def _member(self, name: str, crc: int, size: int) -> Member:
         text = name.encode()
         if len(text) > _LONGEST_NAME:
-            raise ValueError(
-                f"the name {brief(name)} has {len(text)} bytes in a zip; expected at most {_LONGEST_NAME}"
-            )
+            raise ValueError(f"the name {brief(name)} has {len(text)} bytes in a zip; expected at most {_LONGEST_NAME}")
         member = Member(text, crc, size, self.position)
         self.members.append(member)
         return member
