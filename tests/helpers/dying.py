@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import h5py  # noqa: F401 - loaded once, not by each child
@@ -92,14 +93,14 @@ def newest_is_whole(folder):
 def killed(folder):
     chances, names, took = random.Random(5), [*FILES, "s.zarr", "many"], {}
     for name in names[:-1]:
-        assert done(lambda: save(1, folder / name)), name
+        assert done(partial(save, 1, folder / name)), name
     assert done(lambda: Checkpoints(folder / "many").save(optimizer_of(2), 1, extra=2, variables=True))
     for kills in range(KILLS):
         name = names[kills % len(names)]
         kill_within_a_save(folder, name, chances.random(), took)
         assert newest_is_whole(folder) if name == "many" else holds(folder / name, range(1, 10**9)), (name, kills)
     for name in FILES:  # a later save clears away what was left
-        assert done(lambda: save(3, folder / name)), name
+        assert done(partial(save, 3, folder / name)), name
     assert not leftovers(folder), os.listdir(folder)
 
 
@@ -117,10 +118,10 @@ def starve(folder, name, limit):
 def no_space(folder):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     for name in [*FILES, "s.zarr"]:
-        assert done(lambda: save(1, folder / name)), name
+        assert done(partial(save, 1, folder / name)), name
         size = (folder / name).stat().st_size if name != "s.zarr" else 2000
         for limit in [0, 100, 513, size // 2, size - 1]:
-            assert done(lambda: starve(folder, name, limit)), (name, limit)
+            assert done(partial(starve, folder, name, limit)), (name, limit)
             assert holds(folder / name, (1, 2) if name == "s.zarr" else (1,)), (name, limit)
         assert not leftovers(folder), (name, os.listdir(folder))
 

@@ -1,8 +1,9 @@
 """`.safetensors`: bfloat16 as such, complex128 as pairs, the JSON in the header's metadata.
 
-The library reads. We write, since it makes a temporary file of its own that stays behind when the process is killed,
-gives the result to its owner alone whatever the umask is, and copies arrays that are not contiguous wrongly. The format:
-https://huggingface.co/docs/safetensors: the length of a JSON header in eight bytes, the header, the arrays.
+The library reads. It does not write: it makes a temporary file of its own, which stays behind when the process is
+killed; it gives the result to its owner alone, whatever the umask is; and it writes arrays that are not contiguous
+wrongly. The format (https://huggingface.co/docs/safetensors) is the length of a JSON header in eight bytes, the header,
+and the arrays.
 """
 
 import json
