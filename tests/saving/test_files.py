@@ -1,6 +1,9 @@
 """The files themselves: what peers see in them, old ones, checksums, names, and stores that others plug in."""
 
 import json
+import os
+import zipfile
+import zlib
 from pathlib import Path
 
 import h5py
@@ -14,8 +17,9 @@ import zarr
 from helpers import libraries
 from helpers.states import STORES, build, go_on, image, variables_of
 
-from adamw_numba import AdamW, LossScaleOptimizer
-from adamw_numba.saving.stores import checksums, npz
+from adamw_numba import AdamW, LossScaleOptimizer, saved_variables
+from adamw_numba.saving.stores import checksums, npz, zips
+from adamw_numba.saving.stores import zarr as zarrs
 
 
 def test_peers_open_the_files(tmp_path):
@@ -77,8 +81,6 @@ def test_a_plug_by_suffix(tmp_path, monkeypatch):
 
 
 def test_checksums_that_are_combined():
-    import zlib
-
     random = np.random.default_rng(0)
     for one, other in ((0, 0), (1, 7), (128, 1), (100, 65_537)):
         a, b = random.bytes(one), random.bytes(other)
@@ -118,3 +120,94 @@ def test_golden_files_are_there():
 
 def test_the_name_of_the_document():
     assert npz.MANIFEST == "manifest.json"
+
+
+NAMES = {
+    "long": ["n" * 300, "n" * 299 + "m"],
+    "Chinese": ["権" * 120, "権" * 119 + "重"],
+    "paths": ["enc/kernel", "enc%2Fkernel", "enc%252Fkernel", "enc\\kernel"],
+    "hidden": ["_w", "%5Fw", ".w", "%2Ew", "..", "."],
+    "taken": ["zarr.json", "manifest.json", "__metadata__", "c", "iteration", "momentum/w"],
+    "not printed": ["a b", "a\nb", "a\0b", "C:", "é", "e\u0301", "😀"],
+    "one looks like the other's short form": ["n" * 300, zarrs.short("n" * 300)],
+}
+
+
+@pytest.mark.parametrize("store", [*STORES, "mapping", "zarr group", "memory"])
+@pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
+def test_names_come_back(names, store, tmp_path):
+    """Every array to its own variable, in whatever order; an older file system would have called them too long."""
+    target = {
+        "mapping": dict,
+        "zarr group": lambda: zarr.open_group(tmp_path / "own", mode="w"),
+        "memory": zarr.storage.MemoryStore,
+    }.get(store, lambda: tmp_path / store)()
+    optimizer = build([(name, np.full(2, float(index))) for index, name in enumerate(names)], use_ema=True)
+    for index, name in enumerate(names):
+        optimizer.state[f"momentum/{name}"][...] = 100 + index
+    optimizer.save(target, variables=True)
+    assert {name: array[0] for name, array in saved_variables(target).items()} == {n: i for i, n in enumerate(names)}
+    copies = {name: np.zeros(2) for name in reversed(names)}
+    loaded = AdamW.load(target, copies)
+    for index, name in enumerate(names):
+        assert (copies[name][0], loaded.state[f"momentum/{name}"][1]) == (index, 100 + index)
+
+
+@pytest.mark.parametrize("key", ["momentum/w", "a/" + "n" * 255, "iteration"])
+def test_keys_that_a_file_system_takes_stay_as_they_are(key):
+    assert zarrs.short(key) == key
+
+
+def test_long_names_of_earlier_versions_are_found(tmp_path, monkeypatch):
+    """They are in zips and in object stores, where nothing was too long."""
+    with monkeypatch.context() as patches:
+        patches.setattr(zarrs, "short", lambda key: key)
+        build({"n" * 300: np.ones(2)}).save(tmp_path / "s.zarr.zip", variables=True)
+    assert list(saved_variables(tmp_path / "s.zarr.zip")) == ["n" * 300]
+
+
+@pytest.mark.parametrize("count", [3, 70_000], ids=["few", "more than two bytes count"])
+@pytest.mark.parametrize("limit", [2**31 - 1, 300], ids=["small", "zip64"])
+def test_zips_are_as_others_write_them(count, limit, tmp_path, monkeypatch):
+    """Compared with `zipfile`, which reads every byte and every checksum."""
+    monkeypatch.setattr(zips, "_LIMIT", limit)
+    path, array = tmp_path / "s.zip", np.arange(100.0)
+    with open(path, "wb") as file:
+        archive = zips.Writer(file)
+        for index in range(count):
+            archive.add(f"member {index} é", b"%d" % index)
+        assert archive.add_array("large", b"header", array) == zlib.crc32(array.tobytes())
+        archive.close()
+    with zipfile.ZipFile(path) as found:
+        assert found.testzip() is None
+        assert found.namelist() == [*(f"member {index} é" for index in range(count)), "large"]
+        assert found.read(f"member {count - 1} é") == b"%d" % (count - 1)
+        assert found.read("large") == b"header" + array.tobytes()
+        assert zips.checked_members(found, "s.zip").keys() == set(found.namelist())
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_a_new_file_has_the_mode_of_the_umask(store, tmp_path):
+    before = os.umask(0o027)
+    try:
+        build({"w": np.ones(2)}).save(tmp_path / store)
+    finally:
+        os.umask(before)
+    assert (tmp_path / store).stat().st_mode & 0o777 == (0o750 if store == "s.zarr" else 0o640)
+
+
+@pytest.mark.parametrize("folder", [".", "new/folders"])
+def test_a_first_save_that_fails_leaves_nothing(folder, tmp_path, monkeypatch):
+    """No folder, no empty group; what another writer has put there meanwhile stays."""
+    path = tmp_path / folder / "s.zarr"
+
+    def fail(self):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patches:
+        patches.setattr(zarrs.Group, "check_complete", fail)
+        with pytest.raises(OSError, match="No space"):
+            build({"w": np.ones(2)}).save(path)
+    assert list(tmp_path.iterdir()) == []
+    build({"w": np.ones(2)}).save(path)
+    assert AdamW.load(path).iterations == 0
