@@ -7,6 +7,7 @@ from operator import itemgetter
 from typing import Any
 
 from . import are_arrays, is_array
+from .brief import brief
 
 Container = Any
 _BY_KEY, _BY_POSITION = (dict, OrderedDict), (list, tuple)
@@ -199,8 +200,8 @@ def _collect(value: Container, path: str, what: str, names: list[str], leaves: l
     for key, child in _children(value, path, what):
         if not key:
             raise ValueError(f"{what} has an empty key; expected a name")
-        if "/" in key:
-            raise ValueError(f"{what} has the key {key!r}; expected no '/' in a key: it joins the keys of a path")
+        if not key.isascii() and any("\ud800" <= character <= "\udfff" for character in key):
+            raise ValueError(f"{what} has the key {brief(key)}, which holds a lone surrogate; expected text")
         _collect(child, f"{path}/{key}" if path else key, what, names, leaves)
 
 

@@ -7,7 +7,7 @@ import pytest
 from helpers.states import build
 
 from adamw_numba import AdamW, Checkpoints, CorruptFileError, LossScaleOptimizer
-from adamw_numba.saving import manifest, snapshot
+from adamw_numba.saving import archive, manifest, snapshot
 
 W = np.zeros(3, np.float32)
 CIRCLE = []
@@ -83,3 +83,110 @@ def test_the_largest_document_loads(monkeypatch):
 
 def test_errors_are_one_class():
     assert issubclass(CorruptFileError, ValueError)
+
+
+MANY, LONG = 1500, "n" * 100_000
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """An optimizer of many variables, and its file."""
+    optimizer = build({f"variable {index}": np.zeros(1) for index in range(MANY)})
+    path = tmp_path_factory.mktemp("many") / "s.npz"
+    optimizer.save(path, variables=True)
+    return optimizer, path
+
+
+def changed(path, change):
+    """A store like a file, with another document or other arrays."""
+    saved, store = archive.read(path), {}
+    dtypes = {key: entry["dtype"] for key, entry in saved.document["arrays"].items()}
+    change(saved)
+    archive.write(store, {k: v for k, v in saved.document.items() if k != "crc32"}, saved.arrays, dtypes, False)
+    return store
+
+
+def long_argument(saved):
+    saved.document["config"][LONG] = 1
+
+
+def long_value(saved):
+    saved.document["config"]["beta_1"] = LONG
+
+
+def no_velocities(saved):
+    for key in [key for key in saved.arrays if key.startswith("velocity")]:
+        del saved.arrays[key]
+
+
+def zeros(count, size=1, prefix="variable "):
+    return {f"{prefix}{index}": np.zeros(size) for index in range(count)}
+
+
+# what is done with an optimizer of many variables and its file -> words of a message
+BOUNDED = {
+    "other names": (lambda o, p: AdamW.load(p, zeros(MANY, prefix="x")), ["'x0'", "'variable 0'", "1495 more"]),
+    "other shapes": (lambda o, p: AdamW.load(p, zeros(MANY, 2)), ["'variable 0'", "(2,)", "1497 more"]),
+    "fewer": (lambda o, p: build(zeros(9)).restore(p), ["lacks the variables []", "'variable 9'", "1486 more"]),
+    "slots": (lambda o, p: o.restore(changed(p, no_velocities)), ["lacks the velocity of 'variable 0'"]),
+    "slots that no option asks for": (
+        lambda o, p: build({LONG: np.zeros(1)}).restore(saved_of({LONG: np.zeros(1)}, amsgrad=True)),
+        ["velocity_hat/nnn", "no option"],
+    ),
+    "a long name": (lambda o, p: AdamW.load(saved_of({LONG: np.zeros(1)}), {LONG: np.zeros(2)}), ["'nnn", "(2,)"]),
+    "argument": (lambda o, p: AdamW.load(changed(p, long_argument)), ["config that cannot be used"]),
+    "value": (lambda o, p: AdamW.load(changed(p, long_value)), ["config that cannot be used", "beta_1"]),
+    "added": (lambda o, p: o.restore(added(MANY)), ["'added/mine0'", "1495 more"]),
+    "weights": (lambda o, p: o.set_weights([]), ["0 arrays", "expected 3002", "'momentum/variable 0'", "2997 more"]),
+    "shape of a weight": (
+        lambda o, p: build({LONG: np.zeros(1)}).set_weights([0, 0.1, np.zeros(2), np.zeros(1)]),
+        ["momentum/nnn", "(2,)"],
+    ),
+    "positions": (lambda o, p: o.load_own_variables(zeros(MANY)), ["'variable 0'", "1495 more", "'3001'"]),
+    "target": (lambda o, p: AdamW.load(LONG), ["nnn", ".npz"]),
+    "URL": (lambda o, p: o.save(Path(f"memory://{LONG}")), ["memory:/nnn", "URL"]),
+    "object": (lambda o, p: o.save([LONG]), ["nnn", "mapping"]),
+    "key of extra": (lambda o, p: o.save({}, {LONG: {1: 2}}), ["extra['nnn", "key 1"]),
+    "value of extra": (lambda o, p: o.save({}, {"x": {LONG}}), ["extra['x']", "nnn"]),
+    "a long path in extra": (lambda o, p: o.save({}, nested(100, {1})), ["extra[0][0]", "{1}"]),
+    "surrogate": (lambda o, p: build({LONG + "\ud800": np.zeros(1)}).save({}), ["surrogate"]),
+}
+
+
+def saved_of(variables, **options):
+    store = {}
+    build(variables, **options).save(store)
+    return store
+
+
+def added(count):
+    optimizer, store = build(zeros(MANY)), {}
+    for index in range(count):
+        optimizer.engine.state.added[1][f"mine{index}"] = np.zeros(())  # `add_variable` compares with all others
+    optimizer.save(store)
+    return store
+
+
+def nested(depth, value):
+    return [nested(depth - 1, value)] if depth else value
+
+
+@pytest.mark.parametrize(("act", "words"), BOUNDED.values(), ids=BOUNDED)
+def test_messages_are_short(act, words, many):
+    optimizer, path = many
+    before = {name: array.tobytes() for name, array in optimizer.state.items()}
+    with pytest.raises((TypeError, ValueError)) as caught:
+        act(optimizer, path)
+    assert len(str(caught.value)) < 1500
+    for word in words:
+        assert word in str(caught.value)
+    assert {name: array.tobytes() for name, array in optimizer.state.items()} == before
+
+
+def test_warnings_are_short(many):
+    other = AdamW(beta_1=0.8)
+    other.exclude_from_weight_decay(var_names=["variable"])
+    other.build(zeros(MANY))
+    with pytest.warns(UserWarning, match=r"beta_1 is 0\.8.*'variable 0', .*1495 more\] are excluded") as caught:
+        other.restore(many[1])
+    assert len(str(caught[0].message)) < 1500
