@@ -7,7 +7,7 @@ from .minimizer.minimize import minimize
 from .minimizer.multistart import multistart
 from .optimizer import AdamW, LastStep
 from .saving.checkpoints import Checkpoints
-from .saving.snapshot import saved_variables
+from .saving.restore import saved_variables
 from .saving.stores.atomic import CorruptFileError
 
 __all__ = [

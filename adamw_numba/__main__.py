@@ -3,16 +3,44 @@
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .saving import manifest
+from ._version import __version__
+from .saving import archive, manifest
+from .saving.stores import targets
+
+_BROKEN_PIPE = 141  # what a shell reports of a process that SIGPIPE has ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 0, or 1 if a file is not what was saved."""
+    """Run one command.
+
+    Returns
+    -------
+    int
+        The exit status: 0; 1 if a file is not what was saved, or cannot be read or written; 141 if whatever reads
+        the output has closed it.
+    """
+    given = _parser().parse_args(arguments)
+    try:
+        given.command(given)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more when it ends: what is left goes nowhere, without another message.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m adamw_numba", description="Look at saved optimizers.")
+    parser.add_argument("--version", action="version", version=f"adamw_numba {__version__}")
     commands = parser.add_subparsers(required=True)
     inspect = commands.add_parser("inspect", help="print what a file holds")
     inspect.add_argument("file")
@@ -24,46 +52,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert = commands.add_parser("convert", help="write the same state into another kind of store")
     convert.add_argument("file")
     convert.add_argument("target")
+    convert.add_argument("--force", action="store_true", help="replace a target that exists")
     convert.set_defaults(command=_convert)
-    given = parser.parse_args(arguments)
-    try:
-        given.command(given)
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+    return parser
 
 
 def _inspect(given: Any) -> None:
-    document = manifest.describe(given.file)
+    document = archive.describe(given.file)
     if given.json:
         print(json.dumps(document, indent=2))
         return
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
     print(f"{document['class']}, step {document['step']}, schema version {document['version']}")
-    print(f"saved by {', '.join(f'{name} {version}' for name, version in document['versions'].items())}")
+    print(f"saved by {_printable(versions)}")
     for title in ("config", "extra"):
         print(f"{title}: {json.dumps(document.get(title))}")
     print(f"not decayed: {[v['name'] for v in document['variables'] if v['excluded']]}")
-    width = max(map(len, document["arrays"]), default=0)
-    for key, entry in document["arrays"].items():
+    keys = [_printable(manifest.decoded(key)) for key in document["arrays"]]
+    width = max(map(len, keys), default=0)
+    for key, entry in zip(keys, document["arrays"].values(), strict=True):
         print(f"{key:{width}}  {entry['dtype']:10}  {entry['crc32']:08x}  {tuple(entry['shape'])}")
-    print(f"{len(document['arrays'])} arrays, {_bytes(document)} bytes")
+    print(f"{len(keys)} arrays, {_bytes(document)} bytes")
 
 
 def _verify(given: Any) -> None:
-    print(f"{given.file}: {manifest.verify(given.file)} bytes of arrays are as they were saved")
+    print(f"{given.file}: {archive.verify(given.file)} bytes of arrays are as they were saved")
 
 
 def _convert(given: Any) -> None:
-    saved = manifest.read(given.file)
+    targets.check_target(given.target)
+    if not given.force and targets.exists(given.target):
+        raise FileExistsError(f"{given.target} exists; expected a new target, or `--force` to replace it")
+    saved = archive.read(given.file)
     dtypes = {key: entry["dtype"] for key, entry in saved.document["arrays"].items()}
     document = {key: value for key, value in saved.document.items() if key not in ("crc32", "format", "version")}
-    manifest.write(given.target, document, saved.arrays, dtypes, durable=True)
+    archive.write(given.target, document, saved.arrays, dtypes, durable=True)
+    print(f"{given.target}: wrote {len(dtypes)} arrays, {_bytes(saved.document)} bytes, of step {document['step']}")
 
 
 def _bytes(document: dict[str, Any]) -> int:
     entries = document["arrays"].values()
     return sum(math.prod(entry["shape"]) * manifest.DTYPES[entry["dtype"]].itemsize for entry in entries)
+
+
+def _printable(text: str) -> str:
+    """A text of one line, without what would steer a terminal: a file may come from anybody."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 if __name__ == "__main__":

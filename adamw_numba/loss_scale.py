@@ -12,7 +12,7 @@ from .arrays import Array, writeable_copy
 from .arrays.brief import brief, cut
 from .arrays.tree import Container
 from .optimizer import AdamW
-from .saving import own_variables, snapshot
+from .saving import own_variables, restore, snapshot
 from .state import Place, State
 from .step import gradients as matching
 from .step.commit import Call
@@ -253,12 +253,12 @@ class LossScaleOptimizer:
         cls, target: Any, variables: Container | None = None, custom_objects: Mapping[str, Any] | None = None
     ) -> Self:
         """A new optimizer from what `save` has written: see `AdamW.load`."""
-        optimizer: Self = snapshot.load(cls, target, variables, custom_objects)
+        optimizer: Self = restore.load(cls, target, variables, custom_objects)
         return optimizer
 
     def restore(self, target: Any) -> Any:
         """Take the state that `save` has written: see `AdamW.restore`."""
-        return snapshot.restore(self, target)
+        return restore.restore(self, target)
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Give every array of `variables` another value: see `AdamW.set_weights`."""

@@ -13,7 +13,7 @@ from . import hyperparameters as hp
 from .arrays import Array
 from .arrays.brief import brief, brief_names
 from .arrays.tree import Container, flatten
-from .saving import own_variables, snapshot
+from .saving import own_variables, restore, snapshot
 from .saving.manifest import DTYPES
 from .step import gradients as matching
 from .step.engine import Engine
@@ -620,7 +620,7 @@ class AdamW:
         ValueError
             If a name, shape or dtype differs from the variables': the message says which, and nothing is written.
         """
-        optimizer: Self = snapshot.load(cls, target, variables, custom_objects)
+        optimizer: Self = restore.load(cls, target, variables, custom_objects)
         return optimizer
 
     def restore(self, target: Any) -> Any:
@@ -647,7 +647,7 @@ class AdamW:
         UserWarning
             If hyperparameters or exclusions are others than they were: this optimizer's are kept.
         """
-        return snapshot.restore(self, target)
+        return restore.restore(self, target)
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Give every array of `variables` another value: all of them, or on an error none.

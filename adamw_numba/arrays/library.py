@@ -108,10 +108,9 @@ def is_complex(array: Array) -> bool:
 
 def is_mutable(array: Array) -> bool:
     """Whether an array's elements can be assigned to; JAX's and Dask's cannot."""
-    if family(array) == "cuda":
+    if family(array) in ("numpy", "cuda"):
         return True
-    writeable = array_api_compat.is_writeable_array(array) and not array_api_compat.is_dask_array(array)
-    return bool(writeable) or family(array) == "numpy"
+    return bool(array_api_compat.is_writeable_array(array)) and not array_api_compat.is_dask_array(array)
 
 
 def has_version(array: Array) -> bool:

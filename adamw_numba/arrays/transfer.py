@@ -49,6 +49,9 @@ def write(array: Array, value: Array) -> None:
     ValueError
         If the shapes differ.
     """
+    if type(array) is type(value) is np.ndarray and array.shape == value.shape:  # most, and ten times as fast
+        array[...] = value
+        return
     if not is_mutable(array):
         raise TypeError(f"arrays of {library_name(array)} are immutable; use `stateless_apply` and its return values")
     value = value if is_array(value) else np.asarray(value)

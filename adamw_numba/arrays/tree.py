@@ -215,6 +215,8 @@ def _collect(value: Container, path: Path, what: str, paths: list[Path], leaves:
     for key, child in _children(value, path, what):
         if not key:
             raise ValueError(f"{what} has an empty key; expected a name")
+        if not key.isascii() and any("\ud800" <= character <= "\udfff" for character in key):
+            raise ValueError(f"{what} has the key {brief(key)}, which holds a lone surrogate; expected text")
         _collect(child, (*path, key), what, paths, leaves)
 
 

@@ -17,11 +17,12 @@ from ..arrays.tree import Container, flatten
 from ..loss_scale import LossScaleOptimizer
 from ..optimizer import AdamW
 from ..saving.manifest import encoded
-from ..saving.snapshot import Loaded, inner_of
+from ..saving.restore import Loaded
+from ..saving.snapshot import inner_of
 from ..saving.stores import hdf5
 from ..saving.stores.atomic import CorruptFileError, naming, replacing
-from ..saving.stores.npz import checked_members
 from ..saving.stores.targets import adapted
+from ..saving.stores.zips import checked_members
 from ..state import check_scalar
 
 Matrix = np.ndarray[Any, Any]

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from ..hyperparameters import flag, integer
-from . import manifest
-from . import snapshot as checkpoint
+from . import archive, restore, snapshot
 from .stores.atomic import CorruptFileError, remove
 from .stores.targets import check_no_url, check_target
 
@@ -133,10 +132,10 @@ class Checkpoints:
         self._finish()
         path = self._path(step)
         if not self.background:
-            checkpoint.save(optimizer, path, extra, variables, self.durable)
+            snapshot.save(optimizer, path, extra, variables, self.durable)
             self._prune(step)
             return path
-        taken = checkpoint.snapshot(optimizer, extra, variables, copy=True)
+        taken = snapshot.take(optimizer, extra, variables, copy=True)
         if self._writer is None:
             self._writer = ThreadPoolExecutor(1, "adamw_numba checkpoints")
         self._writing.append(self._writer.submit(self._write, step, taken))
@@ -157,7 +156,7 @@ class Checkpoints:
         OSError
             If one cannot be read: this does not tell that it is damaged.
         """
-        found = self._newest(manifest.verify)
+        found = self._newest(archive.verify)
         return None if found is None else self._path(found[0])
 
     def restore_latest(self, optimizer: Any) -> Restored | None:
@@ -185,7 +184,7 @@ class Checkpoints:
         OSError
             If one cannot be read: this does not tell that it is damaged.
         """
-        found = self._newest(lambda path: checkpoint.restore(optimizer, path))
+        found = self._newest(lambda path: restore.restore(optimizer, path))
         return None if found is None else Restored(*found, self._path(found[0]))
 
     def _newest(self, act: Callable[[Path], Any]) -> tuple[int, Any] | None:
@@ -222,8 +221,8 @@ class Checkpoints:
         found = (pattern.fullmatch(name) for name in os.listdir(self.directory))
         return sorted(int(match[1]) for match in found if match)
 
-    def _write(self, step: int, taken: checkpoint.Snapshot) -> None:
-        manifest.write(self._path(step), *taken, self.durable)
+    def _write(self, step: int, taken: snapshot.Snapshot) -> None:
+        archive.write(self._path(step), *taken, self.durable)
         self._prune(step)
 
     def _prune(self, newest: int) -> None:

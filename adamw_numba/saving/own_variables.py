@@ -7,6 +7,7 @@ import numpy as np
 
 from .. import arrays
 from ..arrays import Array
+from ..arrays.brief import brief, brief_names
 from ..state import Place, check_scalar
 from .stores.targets import adapted
 
@@ -20,15 +21,15 @@ def replace(places: Sequence[Place], values: Sequence[Any], what: str) -> None:
         If the count, a shape or a kind of dtype differs; the message says which.
     """
     if len(values) != len(places):
-        raise ValueError(f"{what} holds {len(values)} arrays; expected {len(places)}: {[p[0] for p in places]}")
+        raise ValueError(f"{what} holds {len(values)} arrays; expected {len(places)}: {_names(places)}")
     ready = []
     for (name, own, key), value in zip(places, values, strict=True):
         value = value if arrays.is_array(value) else np.asarray(value)
         if tuple(value.shape) != tuple(own[key].shape):
-            raise ValueError(f"{what}: {name!r} has shape {tuple(value.shape)}; expected {tuple(own[key].shape)}")
+            raise ValueError(f"{what}: {brief(name)} has shape {tuple(value.shape)}; expected {tuple(own[key].shape)}")
         if _kind(value) != _kind(own[key]):
             raise ValueError(
-                f"{what}: {name!r} has dtype {arrays.dtype_name(value)}; expected {arrays.dtype_name(own[key])}"
+                f"{what}: {brief(name)} has dtype {arrays.dtype_name(value)}; expected {arrays.dtype_name(own[key])}"
             )
         if "iteration" in own:
             check_scalar(key, value, what)
@@ -55,12 +56,16 @@ def load(places: Sequence[Place], store: Any) -> None:
         If the keys, a shape or a kind of dtype differ.
     """
     store = adapted(store)
-    keys, expected = sorted(map(repr, store.keys())), [str(index) for index in range(len(places))]
-    if keys != sorted(map(repr, expected)):
+    found, expected = list(store.keys()), [str(index) for index in range(len(places))]
+    if sorted(map(repr, found)) != sorted(map(repr, expected)):
         raise ValueError(
-            f"`store` holds the keys {', '.join(keys)}; expected '0' to {expected[-1]!r} for {[p[0] for p in places]}"
+            f"`store` holds the keys {brief_names(found)}; expected '0' to {expected[-1]!r} for {_names(places)}"
         )
     replace(places, [np.asarray(store[key]) for key in expected], "store")
+
+
+def _names(places: Sequence[Place]) -> str:
+    return brief_names([name for name, _, _ in places])
 
 
 def _kind(array: Array) -> str:

@@ -17,7 +17,7 @@ from .. import arrays, schedules
 from .. import hyperparameters as hp
 from ..array_api import stateless
 from ..arrays import Array
-from ..arrays.brief import brief, brief_names
+from ..arrays.brief import brief_names
 from ..arrays.tree import Container, Form, flatten, form_of, materialized, order, rebuild
 from ..coefficients import MOST_STEPS, Recipe, Recipes, adam_alone
 from ..state import Place, State, new_slots
@@ -141,7 +141,6 @@ class Engine:
         if not variables:
             raise ValueError("`variables` is empty; expected at least one array")
         arrays.check_variables(names, variables)
-        _check_text(names)
         hyper = self.hyper
         options = {
             "average": hyper.use_ema,
@@ -409,16 +408,6 @@ class Engine:
             f"arrays={len(variables)}, parameters={sum(math.prod(v.shape) for v in variables)}, dtypes={dtypes!r}, "
             f"devices={devices!r}, step={self.updates()}, state_bytes={sum(map(arrays.byte_count, state))}"
         )
-
-
-def _check_text(names: Sequence[str]) -> None:
-    for name in names:
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise ValueError(
-                f"the name {brief(name)} holds a lone surrogate; expected text that can be saved"
-            ) from None
 
 
 def _check_counter(iteration: Array) -> None:

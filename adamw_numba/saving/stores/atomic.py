@@ -1,4 +1,9 @@
-"""Files that are replaced whole: the new one is complete and on disk before it takes the old one's name."""
+"""Files that are replaced whole: the new one is complete and on disk before it takes the old one's name.
+
+A temporary file, or a generation of a zarr folder, bears a mark: the host, the process and a random number of its
+writer. A later save removes what bears the mark of a process that no longer lives, and nothing else: another process
+may be writing beside it at the moment.
+"""
 
 import contextlib
 import os
@@ -15,7 +20,7 @@ class CorruptFileError(ValueError):
     """A file does not hold what was saved: it is damaged, cut short, hostile, or of another kind."""
 
 
-_UNDER_WAY: set[str] = set()  # the marks of what this process is writing at the moment
+_UNDER_WAY: set[str] = set()  # the marks of what this process is writing at the moment, in all its threads
 
 
 @contextlib.contextmanager
@@ -48,7 +53,7 @@ def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def under_way() -> Iterator[str]:
-    """A mark for what is being written, which tells others whether its writer still lives: host, process, chance."""
+    """A mark for what is being written, by which others tell whether its writer still lives."""
     mark = f"{_here()}.{os.getpid()}.{uuid.uuid4().hex[:16]}"
     _UNDER_WAY.add(mark)
     try:
@@ -58,7 +63,7 @@ def under_way() -> Iterator[str]:
 
 
 def is_abandoned(mark: str) -> bool:
-    """Whether nobody writes what bears this mark any more; of another host's, nobody knows."""
+    """Whether the writer of what bears this mark is gone; that of another host counts as alive."""
     host, number, _ = mark.split(".")
     if os.name == "nt" or host != _here():
         return False
@@ -86,7 +91,7 @@ def sync_tree(folder: Path) -> None:
 
 @contextlib.contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Whatever a reader stumbles over becomes an error that names the file; what the system says passes as it is."""
+    """Turn whatever a reader raises into an error that names the file; errors of the system are raised as usual."""
     try:
         yield
     except (CorruptFileError, ImportError, MemoryError):
@@ -94,7 +99,7 @@ def naming(where: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise CorruptFileError(f"{where} cannot be read: {type(error).__name__}: {error}") from error
+        raise CorruptFileError(f"{where} cannot be read: {type(error).__name__}: {error!s:.300}") from error
 
 
 def _flush(descriptor: int) -> None:
@@ -102,7 +107,7 @@ def _flush(descriptor: int) -> None:
         import fcntl
 
         fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)  # type: ignore[attr-defined,unused-ignore]
-    except (ImportError, AttributeError, OSError):  # only macOS has it, and there not on every file system
+    except (ImportError, AttributeError, OSError):  # only macOS has it, and not on every file system
         os.fsync(descriptor)
 
 
@@ -138,7 +143,7 @@ def _lives(process: int) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it; that it is gone already is no error."""
+    """Remove a file, or a folder with all that is in it; it may be gone already."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

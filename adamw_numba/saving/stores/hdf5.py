@@ -1,4 +1,9 @@
-"""`.h5`: a dataset per array, with Fletcher-32, and a CRC-32 of the whole file ahead of it, in its user block."""
+"""`.h5`: a dataset per array, with Fletcher-32, and a CRC-32 of the whole file in front of it, in its user block.
+
+Fletcher-32 covers the bytes of the arrays. It does not cover the structure of the file, and HDF5 follows a damaged
+structure wherever it leads: into crashes, endless loops and other people's data. So the whole file is summed up before
+HDF5 sees it. The user block is a place in front of the data that HDF5 leaves to others.
+"""
 
 import re
 import threading
@@ -10,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ...arrays.brief import brief
 from .atomic import CorruptFileError
 from .checksums import PIECE
 
@@ -35,7 +41,10 @@ def opened(path: Path, mode: str) -> Iterator[Any]:
 
 
 def _write_undisturbed(path: Path, writer: "Writer") -> None:
-    """Write in a thread of its own, where no signal arrives: HDF5 does not survive an exception in a write."""
+    """Write in a thread of its own, where no signal arrives: HDF5 does not survive an exception in a write.
+
+    The main thread waits in short pieces, since an interrupt is only noticed between them.
+    """
     sink = Sink(open(path, "w+b", buffering=0))  # noqa: SIM115 - closed by the thread
     ended: list[BaseException | None] = []
     gate = threading.Lock()
@@ -139,7 +148,7 @@ class Group:
         if array.dtype.name == "bfloat16":
             self.set_bfloat16(key, array.view(np.uint16))
             return
-        # A scalar and an array of nothing cannot be chunked, and so not be summed up.
+        # HDF5 sums up chunks, and neither a scalar nor an empty array can have any.
         summed = {"fletcher32": True} if array.ndim and array.size else {}
         self.group.create_dataset(key, data=array, **summed)
 
@@ -164,18 +173,20 @@ class Group:
         h5py, node = library(), self.group
         for part in key.split("/"):
             if not isinstance(node, h5py.Group) or part not in node:
-                raise CorruptFileError(f"{self.where} lacks {key!r}; expected it among its datasets")
+                raise CorruptFileError(f"{self.where} lacks {brief(key)}; expected it among its datasets")
             link = node.get(part, getlink=True)
             if not isinstance(link, h5py.HardLink):
-                raise CorruptFileError(f"{self.where}: {key!r} is a {type(link).__name__}; expected the data itself")
+                raise CorruptFileError(
+                    f"{self.where}: {brief(key)} is a {type(link).__name__}; expected the data itself"
+                )
             node = node[part]
         return node
 
     def _dataset(self, key: str) -> Any:
-        """A dataset whose bytes lie, all of them, in this file."""
+        """A dataset, all of whose bytes lie in this file."""
         h5py, node = library(), self._node(key)
         if not isinstance(node, h5py.Dataset):
-            raise CorruptFileError(f"{self.where}: {key!r} is a {type(node).__name__}; expected a dataset")
+            raise CorruptFileError(f"{self.where}: {brief(key)} is a {type(node).__name__}; expected a dataset")
         self._check(key, node)
         return node
 
@@ -183,17 +194,17 @@ class Group:
         plist = dataset.id.get_create_plist()
         filters = [plist.get_filter(index)[0] for index in range(plist.get_nfilters())]
         if dataset.is_virtual or dataset.external:
-            raise CorruptFileError(f"{self.where}: {key!r} is virtual or external; expected data in this file")
+            raise CorruptFileError(f"{self.where}: {brief(key)} is virtual or external; expected data in this file")
         if set(filters) - {_FLETCHER32}:
-            raise CorruptFileError(f"{self.where}: {key!r} has the HDF5 filters {filters}; expected plain bytes")
+            raise CorruptFileError(f"{self.where}: {brief(key)} has the HDF5 filters {filters}; expected plain bytes")
         if dataset.dtype.kind not in "biufcV" or dataset.dtype.hasobject or dataset.shape is None:
-            raise CorruptFileError(f"{self.where}: {key!r} has dtype {dataset.dtype}; expected numbers")
+            raise CorruptFileError(f"{self.where}: {brief(key)} has dtype {dataset.dtype}; expected numbers")
         count = dataset.dtype.itemsize
         for size in dataset.shape:
             count *= int(size)
         if count > dataset.id.get_storage_size():
             raise CorruptFileError(
-                f"{self.where}: {key!r} declares shape {dataset.shape}, {count} bytes; it has "
+                f"{self.where}: {brief(key)} declares shape {dataset.shape}, {count} bytes; it has "
                 f"{dataset.id.get_storage_size()}"
             )
 

@@ -1,4 +1,10 @@
-"""`.safetensors`: bfloat16 as such, complex128 as pairs, the JSON in the header's metadata."""
+"""`.safetensors`: bfloat16 as such, complex128 as pairs, the JSON in the header's metadata.
+
+The library reads. It does not write: it makes a temporary file of its own, which stays behind when the process is
+killed; it gives the result to its owner alone, whatever the umask is; and it writes arrays that are not contiguous
+wrongly. The format (https://huggingface.co/docs/safetensors) is the length of a JSON header in eight bytes, the header,
+and the arrays.
+"""
 
 import json
 from collections.abc import Iterator
@@ -8,10 +14,18 @@ from typing import Any
 
 import numpy as np
 
+from ...arrays.brief import brief
+from . import MANIFEST
 from .atomic import CorruptFileError
-from .npz import MANIFEST
+from .checksums import pieces
 
 _METADATA = "adamw_numba"
+_LONGEST = 100_000_000  # bytes of a header that the library reads
+_DTYPES = {"bool": "BOOL", "bfloat16": "BF16", "complex64": "C64"} | {
+    f"{kind}{8 * size}": f"{letter}{8 * size}"
+    for kind, letter, sizes in (("float", "F", (2, 4, 8)), ("int", "I", (1, 2, 4, 8)), ("uint", "U", (1, 2, 4, 8)))
+    for size in sizes
+}
 
 
 @contextmanager
@@ -24,19 +38,8 @@ def opened(path: Path, mode: str) -> Iterator[Any]:
         return
     writer = Writer()
     yield writer
-    specs = {
-        key: package.TensorSpec(dtype=dtype, shape=list(array.shape), data_ptr=array.ctypes.data, data_len=array.nbytes)
-        for key, (array, dtype) in writer.arrays.items()
-    }
-    try:
-        package.serialize_file(specs, path, metadata={_METADATA: writer.manifest})
-    except package.SafetensorError as error:
-        if "header" not in str(error).lower():
-            raise
-        raise ValueError(
-            f"names and `extra` take {len(writer.manifest)} bytes; expected what a .safetensors file holds ({error}), "
-            "or another suffix"
-        ) from error
+    with open(path, "wb") as file:
+        writer.write(file)
 
 
 def library() -> Any:
@@ -51,7 +54,7 @@ def library() -> Any:
 
 
 class Writer:
-    """Arrays in C order, held until all are written at once."""
+    """Arrays held until all are written at once, behind a header that needs to know all of them."""
 
     def __init__(self) -> None:
         self.arrays: dict[str, tuple[np.ndarray[Any, Any], str]] = {}
@@ -61,15 +64,37 @@ class Writer:
         if key == MANIFEST:
             self.manifest = array.tobytes().decode()
             return
-        # Others than these come out wrong: the library writes the memory that follows the first element.
-        array = np.asarray(array, order="C")
         if array.dtype == np.complex128:
-            array = array.reshape(*array.shape, 1).view(np.float64)
-        self.arrays[key] = (array, array.dtype.name)
+            array = np.asarray(array, order="C").reshape(*array.shape, 1).view(np.float64)
+        self.arrays[key] = (array, _DTYPES[array.dtype.name])
 
     def set_bfloat16(self, key: str, bits: np.ndarray[Any, Any]) -> None:
         """Put in bfloat16 numbers by their bits."""
-        self.arrays[key] = (np.asarray(bits, order="C"), "bfloat16")
+        self.arrays[key] = (bits, _DTYPES["bfloat16"])
+
+    def write(self, file: Any) -> None:
+        """Write the header and all arrays, the widest numbers first: so each lies aligned."""
+        order = sorted(self.arrays, key=lambda key: (-self.arrays[key][0].itemsize, key))
+        file.write(self._header(order))
+        for key in order:
+            for piece in pieces(self.arrays[key][0]):
+                file.write(piece)
+
+    def _header(self, order: list[str]) -> bytes:
+        header: dict[str, Any] = {"__metadata__": {_METADATA: self.manifest}}
+        end = 0
+        for key in order:
+            array, dtype = self.arrays[key]
+            start, end = end, end + array.nbytes
+            header[key] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        if len(text) > _LONGEST:
+            raise ValueError(
+                f"names and `extra` take {len(text)} bytes; expected at most {_LONGEST}, which is what a .safetensors "
+                "file holds, or another suffix"
+            )
+        return len(text).to_bytes(8, "little") + text
 
 
 class Reader:
@@ -92,14 +117,14 @@ class Reader:
                 raise CorruptFileError(f"{self.path} lacks the metadata {_METADATA!r}; expected a file saved by AdamW")
             return np.frombuffer(text.encode(), np.uint8)
         if key not in self.header or key == "__metadata__":
-            raise CorruptFileError(f"{self.path} lacks {key!r}; expected it among its tensors")
+            raise CorruptFileError(f"{self.path} lacks {brief(key)}; expected it among its tensors")
         entry = self.header[key]
         if 0 in entry["shape"] and max(entry["shape"]) > 2**32:
-            raise CorruptFileError(f"{self.path}: {key!r} declares the shape {entry['shape']} for no bytes")
+            raise CorruptFileError(f"{self.path}: {brief(key)} declares the shape {entry['shape']} for no bytes")
         return self._bits(entry) if entry["dtype"] == "BF16" else np.asarray(self.file.get_tensor(key))
 
     def _bits(self, entry: dict[str, Any]) -> np.ndarray[Any, Any]:
-        """What NumPy has no dtype for, from where the header says."""
+        """Numbers that NumPy has no dtype for, from where the header says that they are."""
         first, last = entry["data_offsets"]
         self.raw.seek(self.start + first)
         return np.fromfile(self.raw, np.uint16, (last - first) // 2).reshape(entry["shape"])

@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from ...arrays.brief import brief
 from . import hdf5, npz, safetensors, zarr
 from .atomic import naming, replacing
 
@@ -43,7 +44,7 @@ def writing(target: Any, durable: bool) -> Iterator[Any]:
 
 @contextmanager
 def reading(target: Any) -> Iterator[Any]:
-    """A mapping to take arrays from; whatever is wrong with a file is told with its name."""
+    """A mapping to take arrays from; errors name the file."""
     if _is_zarr(target):
         manager: AbstractContextManager[Any] = zarr.reading(target)
     elif isinstance(target, (str, os.PathLike)):
@@ -73,7 +74,9 @@ def adapted(store: Any) -> Any:
     if "zarr.Group" in kinds:
         return zarr.Group(store)
     if not (hasattr(store, "__setitem__") or hasattr(store, "__getitem__")) or not hasattr(store, "keys"):
-        raise TypeError(f"`target` is {store!r} of type {type(store).__name__}; expected a path, a URL, or a mapping")
+        raise TypeError(
+            f"`target` is {brief(store)} of type {type(store).__name__}; expected a path, a URL, or a mapping"
+        )
     return store
 
 
@@ -105,7 +108,16 @@ def _opener(path: Path) -> Any:
         if path.name.endswith(suffix):
             return point.load()
     known = ", ".join([*_OPENERS, ".zarr", *plugs])
-    raise ValueError(f"{str(path)!r} has no suffix that is known; expected one of {known}, or a URL of a zarr store")
+    raise ValueError(
+        f"{brief(str(path))} has no suffix that is known; expected one of {known}, or a URL of a zarr store"
+    )
+
+
+def exists(target: Any) -> bool:
+    """Whether a path or a URL holds anything already."""
+    if _is_zarr(target) and "://" in os.fspath(target):
+        return zarr.exists(target)
+    return os.path.lexists(target)
 
 
 def check_no_url(what: str, text: str) -> None:
@@ -116,11 +128,11 @@ def check_no_url(what: str, text: str) -> None:
     ValueError
     """
     if "://" in text or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
-        raise ValueError(f"`{what}` is {text!r}, a URL; expected a path, or for a save the URL as a string")
+        raise ValueError(f"`{what}` is {brief(text)}, a URL; expected a path, or for a save the URL as a string")
 
 
 def check_target(target: Any) -> None:
-    """Refuse what `writing` would refuse, before there is anything to write; a package that is missing too."""
+    """Refuse what `writing` would refuse, before there is anything to write; also where a package is missing."""
     if is_mapping(target):
         adapted(target)
     elif _is_zarr(target):

@@ -1,0 +1,353 @@
+"""Saved state, back in an optimizer: loaded into a new one, or restored into one that is built."""
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import arrays
+from ..arrays import Array
+from ..arrays.brief import brief, brief_names
+from ..state import check_scalar
+from . import archive, manifest
+from .archive import Saved
+from .manifest import encoded
+from .snapshot import Place, engine_of, scalars_of
+from .stores.atomic import CorruptFileError
+
+Write = tuple[dict[str, Array], str, Array]  # a dict, its key, and the new value
+_OF_A_VARIABLE = ("variables", "momentum", "velocity", "velocity_hat", "average", "gradient_accumulator", "master")
+_UNUSABLE = (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError)
+_FREE = ("name", "threads", "learning_rate")  # may differ without a warning; a learning rate is in the state
+
+
+class Loaded(NamedTuple):
+    """The state of variables that are yet to be built.
+
+    Attributes
+    ----------
+    variables : list of dict
+        Their ``name``, ``dtype``, ``shape``, and whether they are ``excluded`` from weight decay.
+    arrays : dict
+        ``momentum/<name>`` and so on; bfloat16 as its bits.
+    where : str
+        What messages call it.
+    positional : bool
+        Whether the variables are known by their order alone: in what another library has saved.
+    partial : bool
+        Whether other slots than the moments, which another library lacks, stay as they were built.
+    """
+
+    variables: list[dict[str, Any]]
+    arrays: dict[str, np.ndarray[Any, Any]]
+    where: str
+    positional: bool = False
+    partial: bool = False
+
+    def excluded(self, names: Sequence[str], variables: Sequence[Array]) -> frozenset[str]:
+        """Which of the variables to build are excluded from weight decay, as they were when they were saved."""
+        order = _matched(self, names, variables)
+        return frozenset(name for name, index in zip(names, order, strict=True) if self.variables[index]["excluded"])
+
+    def fill(self, names: Sequence[str], variables: Sequence[Array], slots: Sequence[dict[str, Array]]) -> None:
+        """Put the state into the slots of variables, and what it holds of the variables into them: all or nothing."""
+        _write(_writes(self, names, variables, slots))
+
+
+def load(cls: Any, target: Any, variables: Any, custom_objects: Mapping[str, Any] | None) -> Any:
+    """A new optimizer from a file; its state goes into the variables given, or into those of the first `build`."""
+    saved = archive.read(target)
+    _check_class(cls.__mro__, saved)
+    try:
+        optimizer = cls.from_config(saved.document["config"], custom_objects)
+    except _UNUSABLE as error:
+        raise ValueError(f"{saved.where} holds a config that cannot be used: {error!s:.400}") from error
+    engine = engine_of(optimizer)
+    _add_arrays(engine, saved)
+    _write(_scalar_writes(optimizer, saved))
+    engine.loaded = _loaded(saved)
+    _set_counts(engine, saved)
+    if variables is not None:
+        optimizer.build(variables)
+    return optimizer
+
+
+def restore(optimizer: Any, target: Any) -> Any:
+    """Put a saved state into a built optimizer, all or nothing; the user's own payload is returned."""
+    engine = engine_of(optimizer)
+    with engine.lock:
+        workspace = engine.require_built("restore")
+        engine.check_not_swapped()
+        engine.catch_up()
+        saved = archive.read(target)
+        _check_class(type(optimizer).__mro__, saved)
+        # Every check comes before the first write.
+        writes = _scalar_writes(optimizer, saved)
+        writes += _writes(_loaded(saved), workspace.names, workspace.variables, workspace.slots)
+        told = differences(optimizer, workspace, saved)
+        if told:
+            warnings.warn(
+                f"restored from {saved.where} into an optimizer that differs: {'; '.join(told)}", stacklevel=3
+            )
+        _write(writes)
+        _set_counts(engine, saved)
+        return engine.extra
+
+
+def saved_variables(target: Any) -> dict[str, np.ndarray[Any, Any]]:
+    """The variables that were saved with ``variables=True``, for arrays that cannot be written into, such as JAX's.
+
+    Parameters
+    ----------
+    target : path, URL or mapping
+
+    Returns
+    -------
+    dict
+        NumPy arrays by name, in the order of `build`; bfloat16 as float32, which holds it exactly.
+
+    Raises
+    ------
+    ValueError
+        If there are none.
+
+    Examples
+    --------
+    >>> from adamw_numba import AdamW, saved_variables
+    >>> store, optimizer = {}, AdamW()
+    >>> optimizer.build({"w": np.ones(2)})
+    >>> optimizer.save(store, variables=True)
+    >>> saved_variables(store)
+    {'w': array([1., 1.])}
+    """
+    saved = archive.read(target)
+    named = {entry["name"]: f"variables/{encoded(entry['name'])}" for entry in saved.document["variables"]}
+    if not named or any(key not in saved.arrays for key in named.values()):
+        raise ValueError(f"{saved.where} holds no variables; expected them to be saved with `variables=True`")
+    return {name: numbers(saved.arrays[key], saved.document["arrays"][key]["dtype"]) for name, key in named.items()}
+
+
+def numbers(array: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
+    """The numbers that saved bits stand for: bfloat16 as float32, which holds it exactly."""
+    if dtype != "bfloat16":
+        return array
+    return (array.astype(np.uint32) << 16).view(np.float32)  # the upper half of a float32's bits
+
+
+def differences(optimizer: Any, workspace: Any, saved: Saved) -> list[str]:
+    """How an optimizer's arguments and exclusions differ from the saved ones: one sentence each."""
+    here, there = _flat(optimizer.get_config()), _flat_saved(saved)
+    different = [key for key in here if key in there and here[key] != there[key] and key not in _FREE]
+    rate = "learning_rate"
+    if rate not in engine_of(optimizer).state.scalars and here[rate] != there.get(rate):
+        different.append(rate)
+    told = [f"{key} is {brief(here[key])}, and was {brief(there.get(key))}" for key in different]
+    excluded = {entry["name"]: entry["excluded"] for entry in saved.document["variables"]}
+    changed = [n for n, decayed in zip(workspace.names, workspace.decayed, strict=True) if decayed == excluded[n]]
+    if changed:
+        told.append(f"{brief_names(changed)} are excluded from weight decay in only one of them")
+    return told
+
+
+def _flat_saved(saved: Saved) -> dict[str, Any]:
+    try:
+        return _flat(saved.document["config"])
+    except _UNUSABLE as error:
+        raise ValueError(f"{saved.where} holds a config that cannot be used: {error!r:.400}") from error
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config as it comes back from JSON, with that of an inner optimizer in the same dict."""
+    plain: dict[str, Any] = json.loads(json.dumps(config, default=manifest.plain))
+    inner: dict[str, Any] = plain.pop("inner_optimizer", {"config": {}})
+    plain.update(inner["config"])
+    return plain
+
+
+def _loaded(saved: Saved) -> Loaded:
+    own = {key: array for key, array in saved.arrays.items() if _is_of_a_variable(key)}
+    return Loaded(saved.document["variables"], own, saved.where)
+
+
+def _is_of_a_variable(key: str) -> bool:
+    return key.partition("/")[0] in _OF_A_VARIABLE
+
+
+def _add_arrays(engine: Any, saved: Saved) -> None:
+    """Make the arrays that the user had added: of the dtype that they had, bfloat16 as such."""
+    for name, late in saved.document["added"]:
+        try:
+            key = f"added/{encoded(name)}"
+            if key in saved.arrays:
+                dtype = _numpy_dtype(saved.document["arrays"][key]["dtype"], f"{saved.where}: {brief(key)}")
+                engine.state.add(name, np.zeros(saved.arrays[key].shape, dtype), "zeros", late)
+        except ValueError as error:
+            raise CorruptFileError(f"{saved.where} holds an added variable that cannot be: {error!s:.400}") from error
+
+
+def _numpy_dtype(name: str, what: str) -> Any:
+    if name != "bfloat16":
+        return np.dtype(name)
+    try:
+        import ml_dtypes
+    except ImportError:
+        raise ImportError(f"{what} is bfloat16, which NumPy has from the package ml_dtypes: install it") from None
+    return ml_dtypes.bfloat16
+
+
+def _check_class(kinds: Sequence[type], saved: Saved) -> None:
+    if saved.document["class"] not in [kind.__name__ for kind in kinds]:
+        raise ValueError(f"{saved.where} holds a {saved.document['class']}; expected one of {kinds[0].__name__}")
+
+
+def _scalar_writes(optimizer: Any, saved: Saved) -> list[Write]:
+    """What to write of the arrays that belong to no variable, once all of them were checked."""
+    places = scalars_of(optimizer)
+    _check_keys(places, saved)
+    for key, (own, name) in places.items():
+        _check_scalar(key, own[name], saved)
+        if "/" not in key or key.startswith("loss_scale/"):
+            check_scalar(name, saved.arrays[key], saved.where)
+    if int(saved.arrays["iteration"]) != saved.document["step"]:
+        raise CorruptFileError(
+            f"{saved.where} is of step {saved.document['step']} and holds 'iteration' {saved.arrays['iteration']}; "
+            "expected the same number"
+        )
+    return [(own, name, saved.arrays[key]) for key, (own, name) in places.items()]
+
+
+def _check_keys(places: Mapping[str, Place], saved: Saved) -> None:
+    found = {key for key in saved.arrays if not _is_of_a_variable(key)}
+    if found == set(places):
+        return
+    hint = ""
+    if "learning_rate" in found ^ set(places):
+        hint = "; a learning rate that is a number is part of the state: assign a schedule after `restore`"
+    raise ValueError(
+        f"{saved.where} holds {brief_names(sorted(found - set(places)))}, which the optimizer lacks, and lacks "
+        f"{brief_names(sorted(set(places) - found))}{hint}"
+    )
+
+
+def _check_scalar(key: str, array: Array, saved: Saved) -> None:
+    what = f"{saved.where}: {brief(key)}"
+    _check_fits(what, saved.arrays[key], array)
+    # bfloat16 and uint16 are the same bits to NumPy.
+    was, here = saved.document["arrays"][key]["dtype"], arrays.dtype_name(array)
+    if was != here:
+        raise ValueError(f"{what} is {was}; the optimizer has {here}")
+
+
+def _check_fits(what: str, value: np.ndarray[Any, Any], array: Array) -> None:
+    if not _fits(value, array):
+        here = manifest.DTYPES.get(arrays.dtype_name(array))
+        raise ValueError(
+            f"{what} is {value.dtype} of shape {value.shape}; the optimizer has {here} of {tuple(array.shape)}"
+        )
+
+
+def _fits(value: np.ndarray[Any, Any], array: Array) -> bool:
+    return bool(value.shape == tuple(array.shape) and value.dtype == manifest.DTYPES.get(arrays.dtype_name(array)))
+
+
+def _matched(loaded: Loaded, names: Sequence[str], variables: Sequence[Array]) -> list[int]:
+    """Which saved variable each of these is; an error says which names, shapes and dtypes differ."""
+    order = _order(loaded, names)
+    wrong = []
+    for name, variable, index in zip(names, variables, order, strict=True):
+        entry = loaded.variables[index]
+        here = (arrays.dtype_name(variable), tuple(variable.shape))
+        there = (entry["dtype"] or here[0], tuple(entry["shape"]))  # other libraries do not say
+        if there != here:
+            wrong.append(f"{brief(name)} was {there[0]} of shape {there[1]} and is {here[0]} of shape {here[1]}")
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"{loaded.where} does not fit the variables: {'; '.join(wrong[:3])}{more}")
+    return order
+
+
+def _order(loaded: Loaded, names: Sequence[str]) -> list[int]:
+    """Where each variable is among those that were saved: by name, or by position where there are no names."""
+    saved = [entry["name"] for entry in loaded.variables]
+    if loaded.positional:
+        if len(saved) != len(names):
+            raise ValueError(
+                f"{loaded.where} holds {len(saved)} variables; expected {len(names)}: {brief_names(names)}"
+            )
+        return list(range(len(names)))
+    where = {name: index for index, name in enumerate(saved)}
+    known = set(names)
+    missing, unknown = [n for n in names if n not in where], [n for n in saved if n not in known]
+    if missing or unknown:
+        raise ValueError(
+            f"{loaded.where} lacks the variables {brief_names(missing)} and holds {brief_names(unknown)}; expected "
+            f"{brief_names(names)}"
+        )
+    return [where[name] for name in names]
+
+
+def _writes(
+    loaded: Loaded, names: Sequence[str], variables: Sequence[Array], slots: Sequence[dict[str, Array]]
+) -> list[Write]:
+    """What to write of every variable's arrays, once all of them were checked."""
+    writes: list[Write] = []
+    expected: set[str] = set()
+    for name, variable, own, index in zip(names, variables, slots, _matched(loaded, names, variables), strict=True):
+        saved = encoded(loaded.variables[index]["name"])
+        for slot, array in own.items():
+            value = _value_of_slot(loaded, f"{slot}/{saved}", slot, name, array)
+            if value is not None:
+                writes.append((own, slot, value))
+        value = loaded.arrays.get(f"variables/{saved}")
+        if value is not None:
+            writes += _write_of_variable(name, variable, value, loaded.where)
+        expected.update(f"{slot}/{saved}" for slot in (*own, "variables"))
+    if not expected.issuperset(loaded.arrays):
+        unexpected = sorted(set(loaded.arrays) - expected)
+        raise ValueError(f"{loaded.where} holds {brief_names(unexpected)}, which no option asks for")
+    return writes
+
+
+def _value_of_slot(loaded: Loaded, key: str, slot: str, name: str, array: Array) -> np.ndarray[Any, Any] | None:
+    """What was saved of a slot; None where another library has saved nothing, and the slot stays as it was built."""
+    value = loaded.arrays.get(key)
+    if value is None:
+        may_be_absent = loaded.partial or (slot == "master" and loaded.positional)
+        if slot in ("momentum", "velocity") or not may_be_absent:
+            raise ValueError(f"{loaded.where} lacks the {slot} of {brief(name)}; expected what the options ask for")
+    elif not _fits(value, array):
+        _check_fits(f"{loaded.where}: {slot} of {brief(name)}", value, array)
+    return value
+
+
+def _write_of_variable(name: str, variable: Array, value: np.ndarray[Any, Any], where: str) -> list[Write]:
+    _check_fits(f"{where}: {brief(name)}", value, variable)
+    if arrays.is_mutable(variable):
+        return [({name: variable}, name, value)]
+    if arrays.as_numpy(variable).tobytes() != value.tobytes():
+        raise TypeError(
+            f"variable {brief(name)} is immutable and differs from what {where} holds; expected arrays made of "
+            "`saved_variables(...)`"
+        )
+    return []
+
+
+def _write(writes: Sequence[Write]) -> None:
+    """Write into the arrays that can be written, all of them or none; others are replaced afterwards."""
+    mutable: list[tuple[Array, Array]] = []
+    replaced: list[Write] = []
+    for own, key, value in writes:
+        if arrays.is_mutable(own[key]):
+            mutable.append((arrays.bits(own[key]), value))
+        else:
+            replaced.append((own, key, arrays.like(own[key], value)))
+    arrays.write_all(mutable)
+    for own, key, array in replaced:
+        own[key] = array
+
+
+def _set_counts(engine: Any, saved: Saved) -> None:
+    engine.record.last, engine.record.skipped = None, saved.document["skipped_steps"]
+    engine.extra = saved.document["extra"]
