@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from adamw_numba import AdamW, LossScaleOptimizer, schedules
+from adamw_numba import AdamW, LossScaleOptimizer, minimize, schedules
 
 MOST = 2_000  # characters
 
@@ -142,6 +142,11 @@ CASES = {
     "boundaries that fall": (
         lambda: schedules.PiecewiseConstantDecay(list(range(9_000))[::-1], [0.1] * 9_001), ["strictly"],
     ),
+    "a payload": (lambda: built().save({}, extra=HUGE | {"a": MODULE}), ["extra['a']"]),
+    "a mapping to load": (lambda: AdamW.load(HUGE), ["manifest.json"]),
+    "a start": (lambda: minimize(lambda x: 1.0, HUGE), ["x0 at 'key_0/0'", "np.asarray"]),
+    "an objective that returns text": (lambda: minimize(lambda x: TEXT, np.ones(3), jac=True), ["`fun` returned"]),
+    "an initial scale": (lambda: LossScaleOptimizer(AdamW(), initial_scale=HUGE), ["`initial_scale`"]),
     "no optimizer to wrap": (lambda: LossScaleOptimizer(PARAMETERS), ["inner_optimizer"]),
     "unknown arguments of a wrapper": (lambda: LossScaleOptimizer(AdamW(), **HUGE), ["does not support"]),
 }  # fmt: skip
