@@ -6,6 +6,8 @@ import ml_dtypes
 import numpy as np
 import torch
 
+from . import plain_library
+
 DTYPES = {"bfloat16": ml_dtypes.bfloat16}
 
 
@@ -45,6 +47,10 @@ def transposed(array, dtype):
 
 def strict(array, dtype):
     return array_api_strict.asarray(np.array(array).astype(dtype))
+
+
+def plain(array, dtype):
+    return plain_library.Plain(np.array(array).astype(dtype))
 
 
 def to_jax(array, dtype):
