@@ -4,6 +4,8 @@ Nothing is imported; the files are parsed. An import counts wherever it stands, 
 """
 
 import ast
+import math
+import re
 from collections.abc import Iterator
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
@@ -11,17 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 # A room is a file or a folder at the top of the package; its imports run down, to rooms on lower floors.
-FLOORS = [
-    {"_version", "arrays", "plot", "update"},
-    {"coefficients", "hyperparameters"},
-    {"schedules", "state"},
-    {"array_api", "cpu", "gpu"},
-    {"step"},
-    {"saving"},
-    {"optimizer"},
-    {"loss_scale"},
-    {"interop", "minimizer"},
-]
+_TABLE = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text()
+FLOOR_OF = {room: int(number) for number, room in re.findall(r"^\| (\d+) \| (\w+)(?:\.py|/) \|", _TABLE, re.M)}
 DOORS = {"__init__", "__main__"}  # above all floors
 MOST_FLOORS, MOST_ENTRIES = 9, 20
 MOST_LINES = {"optimizer.py": 699}  # its lines are docstrings
@@ -109,10 +102,10 @@ def room_of(name: str) -> str:
     return name.partition(".")[0]
 
 
-def floor_of(name: str) -> int:
-    """The number of a module's floor, the doors' above all others; -1 of a room that is not in the table."""
-    floors = [*FLOORS, DOORS]
-    return next((number for number, rooms in enumerate(floors, 1) if room_of(name) in rooms), -1)
+def floor_of(name: str) -> float:
+    """The number of a module's floor, the doors' above all others; 0 of a room that is not in the table."""
+    room = room_of(name)
+    return math.inf if room in DOORS else FLOOR_OF.get(room, 0)
 
 
 def ours(package: Package) -> Iterator[tuple[str, Import]]:
@@ -121,11 +114,12 @@ def ours(package: Package) -> Iterator[tuple[str, Import]]:
 
 def rooms(package: Package) -> Iterator[str]:
     """Rooms that are on no floor, and floors' rooms that do not exist."""
-    there = {room_of(name) for name in package.files}
-    for room in sorted(there ^ {room for floor in [*FLOORS, DOORS] for room in floor}):
+    there = {room_of(name) for name in package.files} - DOORS
+    for room in sorted(there ^ FLOOR_OF.keys()):
         yield f"{room}: {'on no floor' if room in there else 'not there'}"
-    if len(FLOORS) > MOST_FLOORS:
-        yield f"{len(FLOORS)} floors"
+    floors = {*FLOOR_OF.values()}
+    if floors != {*range(1, len(floors) + 1)} or len(floors) > MOST_FLOORS:
+        yield f"floors {sorted(floors)}; expected 1 to {MOST_FLOORS} at most"
 
 
 def imports_up(package: Package) -> Iterator[str]:

@@ -3,8 +3,8 @@
 import types
 from collections import deque
 
+import array_api_compat
 import numpy as np
-import torch
 
 _MISSING = object()
 
@@ -29,7 +29,7 @@ class Remembered:
         """Note what an object holds, and give what can be reached from it."""
         if isinstance(one, np.ndarray) and one.flags.writeable:
             self.undo.append((np.copyto, one, one.copy()))
-        elif isinstance(one, torch.Tensor):
+        elif array_api_compat.is_torch_array(one):
             self.undo.append((one.data.copy_, one.detach().clone()))
         elif isinstance(one, list):
             self.undo.append((one.__setitem__, slice(None), one[:]))

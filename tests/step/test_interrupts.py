@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from helpers import libraries, plain_library
+from helpers.libraries import torch
 from helpers.remembered import Remembered
 
 import adamw_numba
