@@ -2,12 +2,18 @@
 
     python -m benchmarks.guard
 
-Each try is a median over rounds in which both take turns. A row fails if the best of several tries is below its bound.
-The bounds are about half of what was measured on two cores. The exit status says whether all of them hold.
+Each try is a median over rounds in which both take turns. A row of steps fails if the best of several tries is below
+its bound. Those bounds are about half of what was measured on two cores. What it takes to begin is compared with the
+import of a library that does not change; those bounds are twice what was measured. The exit status says whether all of
+them hold.
 """
 
+import json
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 
 from . import compare, contenders
 from .workloads import WORKLOADS, Shapes, gradients, interleaved, step_of, values
@@ -23,6 +29,27 @@ BOUNDS = [
 ]
 TRIES = 4
 SECONDS = 0.4
+
+# What it takes to begin, of which library's import it is a multiple, and how many times as long it takes, at most.
+STARTS = [("import", "NumPy", 3.0), ("first step", "Numba", 5.0)]
+STARTING = """
+import json, time
+def seconds(act):
+    start = time.process_time()
+    act()
+    return time.process_time() - start
+def first_step():
+    for size in (1000, 200_000):
+        optimizer = adamw_numba.AdamW()
+        optimizer.build([np.ones(size, np.float32)])
+        optimizer.apply([np.ones(size, np.float32)])
+found = {"NumPy": seconds(lambda: __import__("numpy"))}
+found["import"] = seconds(lambda: __import__("adamw_numba"))
+found["Numba"] = seconds(lambda: __import__("numba"))
+import adamw_numba, numpy as np
+found["first step"] = seconds(first_step)
+print(json.dumps(found))
+"""
 
 
 def measured(shapes: Shapes, option: str, name: str, bound: float) -> float:
@@ -42,9 +69,29 @@ def measured(shapes: Shapes, option: str, name: str, bound: float) -> float:
     return best
 
 
+def starting() -> dict[str, float]:
+    """The least processor seconds that beginning takes in a new process, with cached kernels."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"NUMBA_CACHE_DIR": folder}
+        _, *found = [
+            json.loads(
+                subprocess.run(
+                    [sys.executable, "-c", STARTING], check=True, stdout=subprocess.PIPE, env=environment
+                ).stdout
+            )
+            for _ in range(1 + TRIES)
+        ]
+    return {name: min(each[name] for each in found) for name in found[0]}
+
+
 def main() -> int:
     """Measure each row, and print which ones are too slow."""
-    failed = 0
+    failed, seconds = 0, starting()
+    for name, library, most in STARTS:
+        ratio = seconds[name] / seconds[library]
+        failed += ratio > most
+        verdict = "" if ratio <= most else "   TOO SLOW"
+        print(f"{name} over import of {library:5s} {ratio:6.2f}, at most {most:5.2f}{verdict}", flush=True)
     for workload, option, name, bound in BOUNDS:
         ratio = measured(WORKLOADS[workload], option, name, bound)
         failed += ratio < bound

@@ -5,9 +5,14 @@ Keras's NumPy backend computes in float32 also where the variables are float64.
 
 import hashlib
 import os
+import re
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
+
+collect_ignore = ["helpers"]
 PACKAGE = Path(__file__).parents[1] / "adamw_numba"
 _sources = b"".join(path.read_bytes() for path in sorted(PACKAGE.rglob("*.py")))
 _cache = Path(tempfile.gettempdir()) / f"adamw_numba-{os.getuid()}" / hashlib.sha256(_sources).hexdigest()[:16]
@@ -20,3 +25,34 @@ from hypothesis import settings  # noqa: E402
 
 settings.register_profile("tests", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("tests")
+
+# Tests that use one of these are skipped where it is missing, but only where that is said to be so.
+COMPARED = ("torch", "jax", "keras", "optax")
+MAY_BE_MISSING = os.environ.get("ADAMW_NUMBA_TESTS_WITHOUT", "").split()
+
+
+def pytest_configure(config):
+    missing = [name for name in COMPARED if name not in MAY_BE_MISSING and find_spec(name) is None]
+    if missing:
+        raise pytest.UsageError(
+            f"{', '.join(missing)}: not installed; expected the extra `test`, or "
+            f'ADAMW_NUMBA_TESTS_WITHOUT="{" ".join(missing)}" in the environment to skip the tests that need them'
+        )
+
+
+def pytest_ignore_collect(collection_path):
+    """Leave out files that import at their top what is missing; others skip the tests that need it."""
+    missing = [name for name in MAY_BE_MISSING if find_spec(name) is None]
+    if missing and collection_path.suffix == ".py":
+        top = rf"^(?:import|from) (?:{'|'.join(missing)})\b"
+        return True if re.search(top, collection_path.read_text(), re.M) else None
+    return None
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first, and of each its slow tests, so that all workers end at about the same time.
+
+    A file's tests stay together: kernels compiled in a process are not compiled again in another.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

@@ -3,12 +3,9 @@
 import copy
 import pickle
 
-import jax
-import jax.numpy as jnp
-import keras
 import numpy as np
 import pytest
-import torch
+from helpers.libraries import jax, jnp, keras, torch
 
 from adamw_numba import AdamW, LossScaleOptimizer
 

@@ -6,12 +6,10 @@ import pickle
 import re
 
 import array_api_strict
-import jax.numpy as jnp
-import keras
 import numpy as np
 import pytest
-import torch
 from helpers import libraries
+from helpers.libraries import jnp, keras, torch
 
 from adamw_numba import AdamW, LossScaleOptimizer, schedules
 

@@ -3,14 +3,10 @@
 import warnings
 from contextlib import nullcontext
 
-import jax
-import jax.numpy as jnp
-import keras
 import numpy as np
-import optax
 import pytest
-import torch
 from helpers import libraries
+from helpers.libraries import jax, jnp, keras, optax, torch
 from helpers.oracle import Oracle, pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st

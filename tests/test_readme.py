@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from helpers.libraries import torch
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -3,11 +3,9 @@
 from fractions import Fraction
 
 import array_api_strict
-import jax
-import keras
 import numpy as np
 import pytest
-import torch
+from helpers.libraries import jax, keras, torch
 
 from adamw_numba import AdamW, schedules
 

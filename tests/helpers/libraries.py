@@ -1,11 +1,28 @@
-"""The array libraries that tests run on: how to make an array of each, and how to look at one."""
+"""The array libraries that tests run on: how to make an array of each, and how to look at one.
 
+torch, JAX, Keras and optax are imported where they are first used, since the tests also run without them: a test that
+uses one that is not installed is skipped. conftest.py says which may be missing.
+"""
+
+import array_api_compat
 import array_api_strict
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import torch
+import pytest
+from helpers import plain_library
 
+
+class Library:
+    """A module that is imported when one of its names is used."""
+
+    def __init__(self, name):
+        self._name = name
+
+    def __getattr__(self, name):
+        return getattr(pytest.importorskip(self._name), name)
+
+
+torch, jax, jnp, keras, optax = map(Library, ("torch", "jax", "jax.numpy", "keras", "optax"))
 DTYPES = {"bfloat16": ml_dtypes.bfloat16}
 
 
@@ -45,6 +62,10 @@ def transposed(array, dtype):
 
 def strict(array, dtype):
     return array_api_strict.asarray(np.array(array).astype(dtype))
+
+
+def plain(array, dtype):
+    return plain_library.Plain(np.array(array).astype(dtype))
 
 
 def to_jax(array, dtype):
@@ -101,7 +122,7 @@ def look(array):
         return np.array(array.copy_to_host())
     if hasattr(array, "get"):
         return array.get()
-    if isinstance(array, torch.Tensor):
+    if array_api_compat.is_torch_array(array):
         array = array.detach().cpu()
         return (array.float() if array.dtype == torch.bfloat16 else array).numpy().copy()
     return np.array(array, copy=True)

@@ -4,7 +4,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +37,14 @@ def test_goes_on_bit_for_bit(case, tmp_path):
 SLOW = """
 import sys, time, numpy as np
 from adamw_numba import minimize
+calls = 0
 def fun(x):
+    global calls
+    calls += 1
+    if calls == 5:  # a minimization is under way, and its handler of signals in place
+        print("begun", flush=True)
     time.sleep(0.01)
     return (x**2).sum(), 2 * x
-print("begun", flush=True)
 result = minimize(fun, np.ones(2), jac=True, learning_rate=1e-4, checkpoint=sys.argv[1])
 print(result.status, result.nit, result.message)
 """
@@ -51,8 +54,7 @@ print(result.status, result.nit, result.message)
 def test_a_signal_from_outside(number, tmp_path):
     path = tmp_path / "run.npz"
     child = subprocess.Popen([sys.executable, "-c", SLOW, path], stdout=subprocess.PIPE, text=True)
-    child.stdout.readline()
-    time.sleep(1.5)
+    assert child.stdout.readline() == "begun\n"
     child.send_signal(number)
     status, nit, *message = child.communicate()[0].split()
     assert (status, child.returncode) == ("130", 0)

@@ -6,15 +6,15 @@ import sys
 import threading
 from pathlib import Path
 
-import array_api_strict
 import numpy as np
 import pytest
-import torch
-from helpers import libraries
+from helpers import libraries, plain_library
+from helpers.libraries import torch
+from helpers.remembered import Remembered
 
 import adamw_numba
 from adamw_numba import AdamW, LossScaleOptimizer
-from adamw_numba.step import commit
+from adamw_numba.step import commit, engine
 
 HOME = str(Path(adamw_numba.__file__).parent)
 
@@ -25,8 +25,8 @@ def variables(elsewhere=True):
         np.ones(5, np.float64),
         np.ones(5, np.float16),
         torch.nn.Parameter(torch.ones(3, 2)),
-        array_api_strict.ones((4,)),
-        array_api_strict.ones((2, 2), dtype=array_api_strict.float32),
+        plain_library.ones((4,)),
+        plain_library.ones((2, 2), dtype=plain_library.float32),
     ]
     return arrays if elsewhere else arrays[:4]
 
@@ -34,7 +34,7 @@ def variables(elsewhere=True):
 def gradients(k, elsewhere=True):
     random = np.random.default_rng(k)
     made = [random.normal(size=tuple(v.shape)) for v in variables()]
-    makers = [libraries.numpy] * 3 + [libraries.to_torch] + [libraries.strict] * 2
+    makers = [libraries.numpy] * 3 + [libraries.to_torch] + [libraries.plain] * 2
     kinds = ["float32", "float64", "float16", "float32", "float64", "float32"]
     return [make(g, kind) for make, g, kind in zip(makers, made, kinds, strict=True)][: 6 if elsewhere else 4]
 
@@ -64,10 +64,10 @@ def snapshot(arrays, optimizer):
 
 
 class Injector:
-    """Raises at the n-th event that Python reports from code of ours."""
+    """Raises at the n-th event that Python reports from code of ours, and keeps a list of them."""
 
     def __init__(self, n, where=HOME, opcodes=False):
-        self.n, self.where, self.opcodes, self.line = n, where, opcodes, None
+        self.n, self.where, self.opcodes, self.line, self.lines = n, where, opcodes, None, []
 
     def __call__(self, frame, event, argument):
         if not frame.f_code.co_filename.startswith(self.where):
@@ -75,6 +75,7 @@ class Injector:
         frame.f_trace_opcodes = self.opcodes
         if event == ("opcode" if self.opcodes else "line"):
             self.n -= 1
+            self.lines.append((frame.f_code, frame.f_lineno))
             if self.n == 0:
                 self.line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
                 raise KeyboardInterrupt
@@ -104,20 +105,19 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "wrap", "elsewhere", "opcodes"), CASES)
 def test_at_every_line(name, wrap, elsewhere, opcodes):
-    """Or, in commit.py, at every opcode."""
-    options = OPTIONS[name]
-    arrays, optimizer = build(options, wrap, elsewhere)
-    before = snapshot(arrays, optimizer)
+    """Or, where the commit is, at every opcode."""
+    arrays, optimizer = build(OPTIONS[name], wrap, elsewhere)
+    start, before = Remembered(arrays, optimizer), snapshot(arrays, optimizer)
     optimizer.apply(gradients(2, elsewhere))
     after = snapshot(arrays, optimizer)
     optimizer.apply(gradients(3, elsewhere))
     end = snapshot(arrays, optimizer)
-    where = commit.__file__ if opcodes else HOME
+    where = (engine.__file__, commit.__file__) if opcodes else HOME
 
     seen, n = set(), 0
     while True:
         n += 1
-        arrays, optimizer = build(options, wrap, elsewhere)
+        start.put_back()
         line = interrupted(optimizer, gradients(2, elsewhere), Injector(n, where, opcodes))
         if line is None:
             break
@@ -130,6 +130,30 @@ def test_at_every_line(name, wrap, elsewhere, opcodes):
         assert snapshot(arrays, optimizer) == end, f"the next step differs after an interrupt at {line}"
     assert seen == {False, True}
     assert n > (40 if (name, elsewhere) == ("plain", False) else 100)  # a step like the last one has few lines
+
+
+@pytest.mark.parametrize(("name", "wrap", "elsewhere"), dict.fromkeys(case[:3] for case in CASES))
+def test_what_is_put_back_is_like_new(name, wrap, elsewhere):
+    """Line by line; so that the test above may begin each time with the same optimizer."""
+
+    def lines_of(optimizer):
+        injector = Injector(-1)
+        interrupted(optimizer, gradients(2, elsewhere), injector)
+        return injector.lines
+
+    arrays, optimizer = build(OPTIONS[name], wrap, elsewhere)
+    start = Remembered(arrays, optimizer)
+    expected = lines_of(optimizer)
+    after = snapshot(arrays, optimizer)
+    for n in range(1, len(expected), 1 + len(expected) // 20):
+        start.put_back()
+        interrupted(optimizer, gradients(2, elsewhere), Injector(n))
+        start.put_back()
+        assert lines_of(optimizer) == expected
+        assert snapshot(arrays, optimizer) == after
+    arrays, optimizer = build(OPTIONS[name], wrap, elsewhere)
+    assert lines_of(optimizer) == expected
+    assert snapshot(arrays, optimizer) == after
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX timers")

@@ -5,8 +5,8 @@ from collections import OrderedDict, UserDict, defaultdict, namedtuple
 
 import numpy as np
 import pytest
-import torch
 from helpers import libraries
+from helpers.libraries import torch
 
 from adamw_numba import AdamW, coefficients, schedules
 from adamw_numba.arrays import table
