@@ -92,22 +92,6 @@ class Recipe:
         What each variable's gradient is multiplied with besides.
     """
 
-    __slots__ = (
-        *(
-            "c",
-            "variant",
-            "is_update",
-            "overwrite",
-            "alone",
-            "factor",
-            "takes_norm",
-            "nonfinite",
-            "clipnorm",
-            "global_clipnorm",
-        ),
-        *("threads", "number", "alpha", "decay", "scale", "clips"),
-    )
-
     def __init__(
         self, c: Coefficients, variant: Variant, is_update: bool, overwrite: bool, alone: bool = False
     ) -> None:
@@ -179,13 +163,14 @@ class Recipes:
         c = coefficients(hyper, 0 if is_first else 1, 0.0, 0.0, 1 / self.loss_scale, 1.0)
         accumulate = hyper.gradient_accumulation_steps is not None
         variant = Variant(hyper.amsgrad, hyper.use_ema, accumulate, hyper.clipvalue is not None)
-        recipe = self._made[is_first, is_update, overwrite] = Recipe(c, variant, is_update, overwrite)
+        recipe = Recipe(c, variant, is_update, overwrite)
         recipe.factor = 1 / self.window if accumulate else 1 / self.loss_scale
         recipe.threads = hyper.threads
         recipe.clipnorm, recipe.global_clipnorm = hyper.clipnorm, hyper.global_clipnorm
         clips = is_update and (hyper.clipnorm or hyper.global_clipnorm)
         recipe.nonfinite = self.nonfinite
         recipe.takes_norm = self.nonfinite != "propagate" or bool(clips)
+        self._made[is_first, is_update, overwrite] = recipe  # whole, or not at all
         return recipe
 
 

@@ -24,7 +24,7 @@ from ..state import Place, State, new_slots
 from . import gradients as matching
 from . import workspace as building
 from .commit import Call, commit, exhaust
-from .prepare import judge
+from .norms import judge
 from .workspace import Workspace
 
 
