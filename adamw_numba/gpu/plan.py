@@ -218,10 +218,11 @@ class Plan:
         self, recipe: Recipe, recipes: Recipes, rates_at: Callable[[int], tuple[float, float]], key: object
     ) -> tuple[list[Call], bool]:
         """The launches of a step that the GPU decides and counts by itself, and whether the host can count along."""
-        number, here = recipe.number, row(recipe)
+        number, alpha, decay, here = recipe.number, recipe.alpha, recipe.decay, row(recipe)
         clips, guarded = bool(recipe.clipnorm or recipe.global_clipnorm), recipe.nonfinite == "skip"
         self.expect(number)
         self.send_ahead(lambda k: here if k == number else row(recipes.at(k, *rates_at(k))), key)
+        recipe.number, recipe.alpha, recipe.decay = number, alpha, decay  # filled in for the steps ahead meanwhile
         knows = self.is_certain and not guarded and not self.is_capturing
         # Where the host does not know which step this is, it may be an update, of which norms are clipped.
         clipped = clips and (recipe.is_update or not knows)
