@@ -1,14 +1,14 @@
 """A GPU's memory by address: the only file that knows how the CUDA compiler spells a load, a store or an atomic.
 
-Kernels (cuda.py) are written in terms of these functions alone, so that another compiler, or numba-cuda's successor,
-means another version of this file. There are two: intrinsics for numba-cuda, and, for its simulator
-(``NUMBA_ENABLE_CUDASIM=1``), plain Python that reads the host's memory, where the simulator's "device" arrays lie.
+Kernels are written with these functions alone, so another compiler, or a successor of numba-cuda, needs only another
+version of this file. There are two: intrinsics for numba-cuda, and plain Python for its simulator
+(``NUMBA_ENABLE_CUDASIM=1``), which reads the host's memory, where the simulator's "device" arrays lie.
 
-`word`, `put_word` and `add_word` (atomic; returns what was there) treat one int64, `number(dtype)` makes a pair of
+`word`, `put_word` and `add_word` (atomic; returns the old value) access one int64. `number(dtype)` makes a pair of
 functions that read and write one float. `elements(storage, width, streaming)` makes a pair ``load(out, address)`` and
 ``store(values, address)`` for `width` neighbours, between memory and a local array of the compute type: in accesses of
-128 bits where they fill them; `streaming` says that nobody reads the same bytes again soon. `rounded(storage)` is what
-storing and loading makes of a number.
+128 bits where the neighbours fill them; `streaming` says that nobody reads the same bytes again soon.
+`rounded(storage)` is what a number becomes when it is stored and loaded again.
 """
 
 import ctypes
@@ -16,11 +16,12 @@ from functools import cache
 
 import numpy as np
 from llvmlite import ir
-from numba import config, cuda
+from numba import config, cuda, types
 
 SIMULATED = bool(config.ENABLE_CUDASIM)
 SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-ACCESS = 16  # bytes: the widest that one thread can make
+FLOATS = {"float32": types.float32, "float64": types.float64}  # the types that kernels compute in
+ACCESS = 16  # bytes: the widest access of one thread
 _GLOBAL = 1  # the address space
 
 
@@ -249,3 +250,5 @@ def _compiled():
 word, put_word, add_word, number, elements, rounded = _simulated() if SIMULATED else _compiled()
 number, elements, rounded = cache(number), cache(elements), cache(rounded)
 device_function = cuda.jit(device=True)
+# For functions of numbers and memory, which ask nothing of `cuda`: the simulator would spend most of its time wrapping.
+scalar_function = (lambda function: function) if SIMULATED else device_function

@@ -6,6 +6,7 @@ kernels read the host's memory; what the simulator has not is skipped there.
 
 import contextlib
 import math
+import sys
 import warnings
 
 import numpy as np
@@ -53,6 +54,10 @@ if SIMULATED:  # NumPy's scalars warn of what a GPU does in silence
 EXAMPLES = 6 if SIMULATED else 200
 needs_gpu = pytest.mark.skipif(SIMULATED, reason="the simulator has no streams and no graphs")
 on_every_library = pytest.mark.parametrize("make", MAKERS or [None], ids=lambda make: getattr(make, "__name__", "none"))
+if SIMULATED:
+    # The simulator's threads are Python's, and one that looks after them never sleeps: each waits for its turn at the
+    # interpreter's lock, which by default comes after 5 milliseconds.
+    sys.setswitchinterval(1e-4)
 BOUNDED = settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
 MAKE = MAKERS[0] if MAKERS else None
 
@@ -105,7 +110,7 @@ def test_every_dtype_agrees_with_the_cpu(make, run):
 @pytest.mark.parametrize("options", [{}, {"amsgrad": True, "use_ema": True, "gradient_accumulation_steps": 2}])
 @pytest.mark.parametrize("size", [1, 7, 64, 517])
 def test_alignment_and_chunks_leave_the_bits_alone(dtype, options, size, monkeypatch):
-    from adamw_numba.gpu import plan as device_plan
+    from adamw_numba.gpu import words, workload
 
     maker = libraries.torch_on_gpu if dtype == "bfloat16" and not SIMULATED else MAKE
     random = np.random.default_rng(size)
@@ -114,7 +119,7 @@ def test_alignment_and_chunks_leave_the_bits_alone(dtype, options, size, monkeyp
     for p_offset, g_offset, chunk in [(0, 0, None), (1, 1, None), (3, 0, None), (0, 5, None), (0, 0, 8), (2, 2, 8)]:
         with monkeypatch.context() as patch:
             if chunk:
-                patch.setattr(device_plan, "chunk_of", lambda elements, processors: 8 * device_plan.kernels.BLOCK)
+                patch.setattr(workload, "chunk_of", lambda elements, processors: 8 * words.THREADS)
             large = maker(np.concatenate([np.zeros(p_offset), values, np.zeros(3)]), dtype)
             variable = large[p_offset : p_offset + size]
             optimizer = AdamW(0.1, **options)
@@ -194,7 +199,7 @@ def test_the_layout_of_gradients_changes_among_skipped_steps(before):
 
 @pytest.mark.parametrize("what", ["addresses", "rows"])
 def test_an_interrupt_while_something_is_sent(what, monkeypatch):
-    from adamw_numba.gpu.plan import Mirror
+    from adamw_numba.gpu.tables import Mirror
 
     x, y = array(np.ones(4), "float64"), np.ones(4)
     optimizer, cpu = AdamW(0.1, beta_1=0.0), AdamW(0.1, beta_1=0.0)
@@ -242,9 +247,9 @@ def test_the_iteration_is_written_after_a_norm():
 
 def test_many_skips_outlast_the_rows(monkeypatch):
     """The host learns only now and then how far the GPU has counted."""
-    from adamw_numba.gpu import plan as device_plan
+    from adamw_numba.gpu import rows
 
-    monkeypatch.setattr(device_plan, "AHEAD", 4)
+    monkeypatch.setattr(rows, "AHEAD", 4)
     optimizer = AdamW(schedules.PolynomialDecay(0.1, 300, 0.01), nonfinite="skip")
     reference = AdamW(schedules.PolynomialDecay(0.1, 300, 0.01))
     x, y = array([1.0], "float64"), np.array([1.0])
@@ -399,7 +404,7 @@ def test_two_storages_take_two_launches_and_one_step():
 )
 def test_an_interrupt_among_the_launches(when, nth, options, monkeypatch):
     """Two kinds of arrays, so several launches: the step is taken, or not begun."""
-    from adamw_numba.gpu.plan import Plan
+    from adamw_numba.gpu.launcher import Launcher
 
     def run(interrupted):
         variables = [array(np.ones(4), "float32"), array(np.ones(4), "float64")]
@@ -410,10 +415,10 @@ def test_an_interrupt_among_the_launches(when, nth, options, monkeypatch):
             optimizer.apply(gradients)
         before = [libraries.look(v).copy() for v in variables]
         count = iter(range(10**6))
-        configure = Plan._configure
+        configured = Launcher.configured
 
-        def interrupting(plan, kernel, grid):
-            launch = configure(plan, kernel, grid)
+        def interrupting(launcher, kernel, grid):
+            launch = configured(launcher, kernel, grid)
 
             def call(*words):
                 here = next(count) == nth
@@ -427,7 +432,7 @@ def test_an_interrupt_among_the_launches(when, nth, options, monkeypatch):
 
         if interrupted:
             with monkeypatch.context() as patch:
-                patch.setattr(Plan, "_configure", interrupting)
+                patch.setattr(Launcher, "configured", interrupting)
                 with contextlib.suppress(KeyboardInterrupt):
                     optimizer.apply(gradients)
         else:
@@ -458,20 +463,20 @@ class Graph:
         self.recorded, self.patch = [], monkeypatch
 
     def __enter__(self):
-        from adamw_numba.gpu import plan as device_plan
+        from adamw_numba.gpu import streams
+        from adamw_numba.gpu.launcher import Launcher
+        from adamw_numba.gpu.tables import Mirror
 
-        configure = device_plan.Plan._configure
+        configured = Launcher.configured
         self.context = self.patch.context()
         patch = self.context.__enter__()
-        patch.setattr(device_plan, "_is_capturing", lambda handle: True)
+        patch.setattr(streams, "is_captured", lambda handle: True)
         patch.setattr(
-            device_plan.Plan,
-            "_configure",
-            lambda plan, kernel, grid: lambda *words: self.recorded.append((configure(plan, kernel, grid), words)),
+            Launcher,
+            "configured",
+            lambda own, kernel, grid: lambda *words: self.recorded.append((configured(own, kernel, grid), words)),
         )
-        patch.setattr(
-            device_plan.Mirror, "send_captured", lambda mirror, stream: self.recorded.append((keep(mirror), ()))
-        )
+        patch.setattr(Mirror, "send_captured", lambda mirror, stream: self.recorded.append((keep(mirror), ())))
 
     def __exit__(self, *error):
         return self.context.__exit__(*error)

@@ -1,0 +1,154 @@
+"""The work of every step on one GPU: the arrays in groups that are stored alike, each walked by one launch.
+
+An array is a list of evenly spaced runs, a run is cut into chunks, and a block of threads takes one chunk after
+another. For norms the chunks have a fixed size, so that the order of additions does not depend on the GPU.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import cuda
+
+from .. import arrays
+from ..arrays import gpu as gpu_arrays
+from ..arrays.runs import ARRAY, COUNT, P_AT, Matrix
+from ..arrays.table import AddressTable
+from ..update import Storage
+from . import words as w
+from .memory import SIMULATED
+from .streams import wait_for_all
+
+_cuda: Any = cuda  # without stubs
+_SUMS = 24  # bytes of the three sums of a chunk
+
+Kind = tuple[str, str]  # the dtypes of a variable and its gradient
+
+
+class Group(NamedTuple):
+    """Variables and gradients stored alike."""
+
+    storage: Storage
+    chunks: int
+    square_chunks: int
+    lists: tuple[Any, Any, Any]  # on the device: the runs, and the chunks that end with each
+    descriptor: Any  # on the device
+    address: int  # of the descriptor
+    words: Matrix  # the descriptor, on the host
+
+
+class Workload:
+    """The groups, and the memory that their kernels work in. Made anew when an array is laid out in another way.
+
+    Parameters
+    ----------
+    table : AddressTable
+    decayed : list of bool
+        Whether each variable is decayed.
+
+    Attributes
+    ----------
+    groups : list of Group
+        At least one, since the GPU's count of steps needs one.
+    arrays : int
+        How many variables there are, with those that lie elsewhere.
+    norms : Numba's device array, float64, shape (arrays,)
+    """
+
+    def __init__(self, table: AddressTable, decayed: Sequence[bool]) -> None:
+        self.arrays = count = len(table.names)
+        kinds = _runs_by_kind(table, decayed)
+        square_ends = [_ends(runs, w.SQUARES) for runs in kinds.values()]
+        starts = np.cumsum([0, *map(_last, square_ends)])  # of each group's partial sums
+        self.norms: Any = cuda.to_device(np.zeros(count))
+        self._partials: Any = cuda.to_device(np.zeros((max(starts[-1], 1), 3)))
+        self._ranges: Any = cuda.to_device(_ranges(count, list(kinds.values()), square_ends, starts))
+        self._scales: tuple[Any, Any] = cuda.to_device(np.zeros(count, np.float32)), cuda.to_device(np.zeros(count))
+        chunk = chunk_of(sum(int(runs[:, w.COUNT].sum()) for runs in kinds.values()), _processors())
+        self.groups: list[Group] = []
+        for k, (kind, runs) in enumerate(kinds.items()):
+            group = _group(kind, runs, chunk, square_ends[k], _has_master(table, runs))
+            group.words[[w.ARRAYS, w.GROUP, w.GROUPS]] = count, k, len(kinds)
+            group.words[w.PARTIALS] = gpu_arrays.address(self._partials) + _SUMS * int(starts[k])
+            self.groups.append(group)
+
+    def describe(self, addresses: dict[int, int]) -> None:
+        """Tell the kernels where everything is: here, and at `addresses`, by entries of the descriptor."""
+        own = {
+            w.SCALES: gpu_arrays.address(self._scales[0]),
+            w.SCALES_DOUBLE: gpu_arrays.address(self._scales[1]),
+            w.RANGES: gpu_arrays.address(self._ranges),
+            w.NORMS: gpu_arrays.address(self.norms),
+        }
+        for group in self.groups:
+            lists = zip((w.RUNS, w.ENDS, w.SQUARE_ENDS), map(gpu_arrays.address, group.lists), strict=True)
+            for entry, address in (addresses | own | dict(lists)).items():
+                group.words[entry] = address
+            group.descriptor.copy_to_device(group.words)
+        wait_for_all()  # such a copy, from ordinary memory, may still be under way, in the order of no stream
+
+
+def chunk_of(elements: int, processors: int) -> int:
+    """How many elements a block treats at once: enough chunks for all processors, and not too little in each."""
+    unit = 4 * w.THREADS
+    return unit * int(np.clip(elements // (8 * processors * unit), 1, 8))
+
+
+def _group(kind: Kind, runs: Matrix, chunk: int, square_ends: Matrix, has_master: bool) -> Group:
+    p_type, g_type = kind
+    ends = _ends(runs, chunk)
+    words = np.zeros(w.DESCRIPTOR_WORDS, np.int64)
+    words[[w.CHUNK, w.RUN_COUNT, w.CHUNKS, w.SQUARE_CHUNKS]] = chunk, len(runs), _last(ends), _last(square_ends)
+    storage = Storage(p_type, g_type, arrays.COMPUTE[p_type], strided=False, master=has_master)
+    descriptor = cuda.to_device(words)
+    lists = _on_device(runs), _on_device(ends), _on_device(square_ends)
+    return Group(storage, _last(ends), _last(square_ends), lists, descriptor, gpu_arrays.address(descriptor), words)
+
+
+def _runs_by_kind(table: AddressTable, decayed: Sequence[bool]) -> dict[Kind, Matrix]:
+    """The runs of all variables, by how they and their gradients are stored."""
+    kinds = {kind: _with_decay(runs, decayed) for kind, runs in table.runs()}
+    return kinds or {("float32", "float32"): np.zeros((0, w.RUN_COLUMNS), np.int64)}
+
+
+def _with_decay(runs: Matrix, decayed: Sequence[bool]) -> Matrix:
+    """The runs that an address table gives, in the columns that kernels read."""
+    result = np.zeros((len(runs), w.RUN_COLUMNS), np.int64)
+    result[:, w.ARRAY], result[:, w.COUNT] = runs[:, ARRAY], runs[:, COUNT]
+    result[:, w.DECAYED] = np.asarray(decayed)[runs[:, ARRAY]]
+    result[:, w.P_AT :] = runs[:, P_AT:]
+    return result
+
+
+def _ends(runs: Matrix, size: int) -> Matrix:
+    """How many chunks of a size there are up to the end of each run."""
+    ends: Matrix = np.cumsum(-(-runs[:, w.COUNT] // size))
+    return ends
+
+
+def _last(ends: Matrix) -> int:
+    return int(ends[-1]) if len(ends) else 0
+
+
+def _ranges(count: int, kinds: list[Matrix], square_ends: list[Matrix], starts: Matrix) -> Matrix:
+    """Which of all partial sums are of which array: the first, and the one after the last."""
+    ranges = np.zeros((count, 2), np.int64)
+    for runs, ends, start in zip(kinds, square_ends, starts, strict=False):
+        before = start + np.concatenate([[0], ends])
+        own, first, runs_each = np.unique(runs[:, w.ARRAY], return_index=True, return_counts=True)
+        ranges[own, 0], ranges[own, 1] = before[first], before[first + runs_each]
+    return ranges
+
+
+def _has_master(table: AddressTable, runs: Matrix) -> bool:
+    """Whether the variables of a group have master copies: all of one dtype have, or none."""
+    return bool(len(runs)) and "master" in table.slots[runs[0, w.ARRAY]]
+
+
+def _on_device(x: Matrix) -> Any:
+    """A copy there, of at least one row, since an empty array has no address."""
+    return cuda.to_device(np.ascontiguousarray(x if len(x) else np.zeros((1, *x.shape[1:]), x.dtype)))
+
+
+def _processors() -> int:
+    return 1 if SIMULATED else int(_cuda.get_current_device().MULTIPROCESSOR_COUNT)
