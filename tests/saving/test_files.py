@@ -166,7 +166,7 @@ def test_long_names_of_earlier_versions_are_found(tmp_path, monkeypatch):
     assert list(saved_variables(tmp_path / "s.zarr.zip")) == ["n" * 300]
 
 
-@pytest.mark.parametrize("count", [3, 70_000], ids=["few", "more than two bytes count"])
+@pytest.mark.parametrize("count", [3, pytest.param(70_000, marks=pytest.mark.slow)], ids=["few", "many"])
 @pytest.mark.parametrize("limit", [2**31 - 1, 300], ids=["small", "zip64"])
 def test_zips_are_as_others_write_them(count, limit, tmp_path, monkeypatch):
     """Compared with `zipfile`, which reads every byte and every checksum."""

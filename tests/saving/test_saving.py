@@ -40,6 +40,7 @@ def interrupted_runs(tmp_path_factory):
     return jobs, expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("store", STORES)
 def test_resumed_in_a_new_process_bit_for_bit(store, interrupted_runs):
     runs, expected = interrupted_runs
@@ -64,7 +65,12 @@ def remote_bucket():
 
 
 @pytest.mark.parametrize(
-    "kind", ["dict", "h5py", "zarr group", "memory URL", "memory store", "s3 fsspec", "s3 obstore"]
+    "kind",
+    [
+        *("dict", "h5py", "zarr group", "memory URL", "memory store"),
+        pytest.param("s3 fsspec", marks=pytest.mark.slow),
+        pytest.param("s3 obstore", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:botocore")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:moto")
