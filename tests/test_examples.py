@@ -16,6 +16,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 # Example -> words of what it prints; it fails by itself where its numbers are not good
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "words"),
     [

@@ -108,7 +108,15 @@ def assert_close(found, expected, tolerance):
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * largest)
 
 
-@pytest.mark.parametrize("make", libraries.IN_PLACE)
+QUICK = (libraries.numpy, libraries.to_torch)
+
+
+def quick_first(makers):
+    """The quick round takes NumPy and torch; the others are slow, for the kernels of strided arrays that they need."""
+    return [make if make in QUICK else pytest.param(make, marks=pytest.mark.slow) for make in makers]
+
+
+@pytest.mark.parametrize("make", quick_first(libraries.IN_PLACE))
 @settings(max_examples=200)
 @given(run=runs(dtypes=("float64", "complex128")))
 def test_float64_equals_the_textbook(make, run):
@@ -137,7 +145,7 @@ def assert_equals_the_textbook(make, run):
     assert optimizer.iterations == oracle.updates
 
 
-@pytest.mark.parametrize("make", [make for make in libraries.IN_PLACE if make is not libraries.numpy])
+@pytest.mark.parametrize("make", quick_first(make for make in libraries.IN_PLACE if make is not libraries.numpy))
 @settings(max_examples=20)
 @given(run=runs(dtypes=("float32", "float64")))
 def test_every_library_gives_what_numpy_gives(make, run):
@@ -155,7 +163,10 @@ def test_every_library_gives_what_numpy_gives(make, run):
         np.testing.assert_allclose(one, other, rtol=0, atol=2 * len(run[3]) * ulp)
 
 
-@pytest.mark.parametrize("make", [libraries.numpy, libraries.to_torch, libraries.strict, libraries.to_jax])
+@pytest.mark.parametrize(
+    "make",
+    [libraries.numpy, libraries.to_torch, libraries.strict, pytest.param(libraries.to_jax, marks=pytest.mark.slow)],
+)
 @settings(max_examples=15)
 @given(run=runs(dtypes=("float32",)))
 def test_stateless_apply_gives_what_apply_gives(make, run):
@@ -247,6 +258,7 @@ def test_torch_one_step_at_a_time(run):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12 * float(other.abs().max() if other.numel() else 1))
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(run=runs())
 def test_optax_one_step_at_a_time(run):

@@ -35,6 +35,7 @@ def test_links_lead_somewhere():
             assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
+@pytest.mark.slow
 def test_digits():
     done = subprocess.run(
         [sys.executable, "-W", "error", ROOT / "examples" / "digits.py"], capture_output=True, text=True
@@ -50,6 +51,7 @@ def run_gpu_pipeline(*options):
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", ["numpy", "torch"])
 def test_gpu_pipeline(library, tmp_path):
     picture = tmp_path / "picture.png"

@@ -13,9 +13,14 @@ BADLY_SCALED = {"Powell badly scaled", "Brown badly scaled", "Meyer"}  # docs/mi
 LEFT_OUT = {"Biggs EXP6", "Trigonometric", "Variably dimensioned", "Discrete boundary value", "Griewank", "Zakharov"}
 LEFT_OUT |= {"Dixon and Price", "Linear, full rank", "Sphere"}
 EVALUATIONS = 20_001  # of each start
+QUICK = {"Rosenbrock", "Himmelblau", "Rastrigin"}  # each function compiles a loop of its own
+NAMES = [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+    for name in sorted(set(PROBLEMS) - BADLY_SCALED - LEFT_OUT)
+]
 
 
-@pytest.mark.parametrize("name", sorted(set(PROBLEMS) - BADLY_SCALED - LEFT_OUT))
+@pytest.mark.parametrize("name", NAMES)
 def test_minimum_is_found(name):
     problem = PROBLEMS[name]
     function = with_gradient(problem.make)

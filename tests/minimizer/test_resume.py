@@ -20,6 +20,7 @@ def run(*arguments):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_goes_on_bit_for_bit(case, tmp_path):
     checkpoint = tmp_path / ("folder" if case == "numbered" else "run.npz")

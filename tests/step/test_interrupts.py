@@ -94,6 +94,7 @@ def interrupted(optimizer, given, injector):
     return injector.line
 
 
+# What the step does, whether with a loss scale, with arrays that have no kernels, and at every opcode
 CASES = [
     *[(name, False, True, False) for name in OPTIONS],
     ("everything", True, True, False),
@@ -101,9 +102,10 @@ CASES = [
     ("plain", False, False, False),
     ("everything", True, False, True),
 ]
+MARKED = [pytest.param(*case, marks=pytest.mark.slow) if case[2] else case for case in CASES]
 
 
-@pytest.mark.parametrize(("name", "wrap", "elsewhere", "opcodes"), CASES)
+@pytest.mark.parametrize(("name", "wrap", "elsewhere", "opcodes"), MARKED)
 def test_at_every_line(name, wrap, elsewhere, opcodes):
     """Or, where the commit is, at every opcode."""
     arrays, optimizer = build(OPTIONS[name], wrap, elsewhere)
