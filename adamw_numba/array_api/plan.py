@@ -1,4 +1,7 @@
-"""The variables of one optimizer that have no compiled kernels: a step of theirs is whole-array functions."""
+"""The variables of one optimizer that have no compiled kernels: a step of theirs is whole-array functions.
+
+They are those of other libraries and, while ``NUMBA_DISABLE_JIT`` is set, those of NumPy and torch on the host.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +22,13 @@ Slots = dict[str, Array]
 class Plan:
     """What cpu.plan.Plan is for compiled kernels. New arrays are computed first, and written in the commit.
 
+    Parameters
+    ----------
+    place : str or None
+        ``cpu`` for arrays whose memory can be seen: they are checked as those with kernels are.
+    names, variables, slots, decayed : lists
+        As of the other plans.
+
     Attributes
     ----------
     own : list of int
@@ -27,6 +37,7 @@ class Plan:
 
     def __init__(
         self,
+        place: str | None,
         names: Sequence[str],
         variables: Sequence[Array | None],
         slots: Sequence[Slots],
@@ -35,16 +46,24 @@ class Plan:
         self.names, self.slots, self.decayed = names, slots, decayed
         self.variables = {i: variable for i, variable in enumerate(variables) if variable is not None}
         self.own = list(self.variables)
+        self._table: Any = None
+        if place:
+            from ..arrays.table import AddressTable  # imports Numba, which arrays of other libraries do without
+
+            self._table = AddressTable(place, names, variables, slots)
         seen: set[int] = set()
         for i, variable in self.variables.items():
             if arrays.is_mutable(variable):
-                _check_writable(names[i], variable)
+                _check_writable(names[i], arrays.detached(variable))
             if id(variable) in seen:
                 raise ValueError(f"variable {brief(names[i])} is given twice; expected every array once")
             seen.add(id(variable))
 
     def begin(self, gradients: Sequence[Array | None]) -> None:
         """Check the variables and their gradients."""
+        if self._table is not None:
+            self._table.refresh(gradients)
+            return
         for i, variable in self.variables.items():
             arrays.check_variable(self.names[i], variable)
             if not arrays.is_mutable(variable):
@@ -60,7 +79,9 @@ class Plan:
         norms, c = np.zeros(len(self.names)), recipe.coefficients()
         for i in self.own:
             if gradients[i] is not None:
-                norms[i] = float(functions.norm(gradients[i], self.slots[i].get("gradient_accumulator"), c))
+                norms[i] = float(
+                    functions.norm(arrays.detached(gradients[i]), self.slots[i].get("gradient_accumulator"), c)
+                )
         return norms, whole_norm(norms)
 
     def work(self, recipe: Recipe, gradients: Sequence[Array | None]) -> tuple[list[Call], list[Call]]:
@@ -72,7 +93,7 @@ class Plan:
         self, recipe: Recipe, c: Coefficients, gradients: Sequence[Array | None]
     ) -> list[tuple[Array, Array]]:
         totals = {i: self.slots[i]["gradient_accumulator"] for i in self.own if gradients[i] is not None}
-        return [(total, functions.accumulated(total, gradients[i], c)) for i, total in totals.items()]
+        return [(total, functions.accumulated(total, arrays.detached(gradients[i]), c)) for i, total in totals.items()]
 
     def _updates(self, recipe: Recipe, c: Coefficients, gradients: Sequence[Array | None]) -> list[tuple[Array, Array]]:
         unused = ("average", "gradient_accumulator") if recipe.alone else ()
@@ -84,10 +105,11 @@ class Plan:
                 continue
             clip = 1.0 if recipe.clips is None else float(recipe.clips[i])
             own = c._replace(decay=c.decay * self.decayed[i], scale=c.scale * clip)
-            if gradients[i] is None:
+            p, g = arrays.detached(p), gradients[i]
+            if g is None:
                 new, changed = functions.blended(p, slots, own, recipe.overwrite)
             else:
-                new, changed = functions.updated(p, gradients[i], slots, own, limit, recipe.overwrite)
+                new, changed = functions.updated(p, arrays.detached(g), slots, own, limit, recipe.overwrite)
             writes += [(p, new), *((slots[key], changed[key]) for key in slots)]
         return writes
 

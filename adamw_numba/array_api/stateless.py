@@ -8,7 +8,18 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from ..arrays import COMPUTE, Array, check_gradient, dtype_name, is_array, is_complex, is_mutable, like, namespace
+from ..arrays import (
+    COMPUTE,
+    Array,
+    check_gradient,
+    detached,
+    dtype_name,
+    is_array,
+    is_complex,
+    is_mutable,
+    like,
+    namespace,
+)
 from ..coefficients import clip_factor, coefficients, whole_norm
 from ..update import Coefficients
 from . import functions as array_api
@@ -49,8 +60,8 @@ def apply(
         for key in own:
             _check_like(f"`optimizer_variables`: {key}/{name}", given[key], own[key])
     given_arrays = [*variables, *state]
-    variables, gradients = [_detached(p) for p in variables], [_detached(g) for g in gradients]
-    slots = [{key: _detached(array) for key, array in own.items()} for own in slots]
+    variables, gradients = [detached(p) for p in variables], [detached(g) for g in gradients]
+    slots = [{key: detached(array) for key, array in own.items()} for own in slots]
     xp = lazy_namespace([*state, *gradients, *variables])
     iteration: Any = int(named["iteration"]) if xp is None else xp.asarray(named["iteration"])
     rate = named.get("learning_rate")
@@ -85,11 +96,6 @@ def _check_like(what: str, array: Any, known: Array, complex_too: bool = False) 
         is_complex(array) != is_complex(known) and (is_complex(array) or not complex_too)
     ):
         raise TypeError(f"{what} has dtype {dtype_name(array)}; expected one like {dtype_name(known)}")
-
-
-def _detached(array: Any) -> Any:
-    """A tensor outside of autograd's graph: a step is not differentiated."""
-    return array.detach() if array_api_compat.is_torch_array(array) else array
 
 
 def _fresh(array: Any, given: Sequence[Any]) -> Any:

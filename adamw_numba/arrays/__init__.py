@@ -20,4 +20,16 @@ from .library import (
     namespace,
     place,
 )
-from .transfer import as_numpy, bits, cast, like, note_writes, to_numpy, write, write_all, writeable_copy, zeros_like
+from .transfer import (
+    as_numpy,
+    bits,
+    cast,
+    detached,
+    like,
+    note_writes,
+    to_numpy,
+    write,
+    write_all,
+    writeable_copy,
+    zeros_like,
+)

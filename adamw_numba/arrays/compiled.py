@@ -1,7 +1,7 @@
 """How this package compiles with Numba: one set of options, a cache on disk, and memory by its address."""
 
 from llvmlite import ir
-from numba import njit, types
+from numba import config, njit, types
 from numba.extending import intrinsic
 
 # `contract` lets a product and a sum become one instruction; nothing else is reordered, so that bits stay the same.
@@ -21,7 +21,12 @@ def cached(decorator, *signature, **options):
 
 
 def entry_point(function):
-    """The one compiled form of a function: a call of it does not ask for the types of its arguments first."""
+    """The one compiled form of a function: a call of it does not ask for the types of its arguments first.
+
+    With ``NUMBA_DISABLE_JIT`` there is none: the function stays as it is, and nobody calls it.
+    """
+    if config.DISABLE_JIT:
+        return function
     (compiled,) = function.overloads.values()
     return compiled.entry_point
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, config, njit, types
 from numba.extending import intrinsic
 
 from ..update import G
@@ -36,6 +36,8 @@ UNSEEN = [0] * AXES  # of no type
 
 def record(array: Any, layout: Any, low: int, high: int, flags: int) -> list[int]:
     """What is known of an array: its type, dtype, what its flags must hold, extent relative to its address, shape."""
+    if config.DISABLE_JIT:  # `read` is not compiled
+        return UNSEEN
     known = [id(type(array)), 0, 0, flags, low, high, len(layout.shape)]
     if isinstance(array, np.ndarray):
         known[DTYPE] = id(array.dtype)

@@ -110,6 +110,11 @@ def writeable_copy(array: Array) -> Array:
     return like(array.copy(), array) if read_only else array
 
 
+def detached(array: Array) -> Array:
+    """The array itself; of a tensor the same memory outside of autograd's graph."""
+    return array.detach() if array_api_compat.is_torch_array(array) else array
+
+
 def to_numpy(array: Array) -> np.ndarray[Any, Any]:
     """A NumPy copy of an array of any library; torch's bfloat16 becomes float32, which holds it exactly."""
     if family(array) == "cuda":

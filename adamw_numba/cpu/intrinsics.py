@@ -4,7 +4,10 @@ A 16-bit element is an integer to Numba: ``int16`` is float16, ``uint16`` is bfl
 """
 
 import platform
+import re
+from functools import cache
 
+import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -21,9 +24,62 @@ LEAST_FLUSHED = 2.0**-100  # a smaller factor of the gradients may itself be sub
 _HAS_MODE = platform.machine() in ("x86_64", "AMD64")
 
 
+# float16 and float32 by integers, for processors that have no instruction for it. No other arithmetic takes part than
+# an exact sum that moves the bits of a subnormal number into place, so that the loops around stay vectors.
+
+
+def half_to_float(bits):
+    """The float32 of a float16's bits: exact, a signalling NaN made quiet."""
+    word = np.uint32(np.uint16(bits))
+    magnitude = np.uint32((word & np.uint32(0x7FFF)) << np.uint32(13))  # all of float16's mantissa, and its exponent
+    # A subnormal number is so many times 2^-24: the mantissa of 2^-14, if 2^-14 is taken away again.
+    small = np.float32(np.uint32(magnitude + np.uint32(0x38800000)).view(np.float32) - np.float32(2.0**-14))
+    moved = np.uint32(magnitude + np.uint32(0x38000000))  # by the 112 between the biases of both exponents
+    special = np.uint32(magnitude + np.uint32(0x70000000))  # infinities and NaN: twice as far
+    special = np.uint32(special | np.uint32(0x00400000)) if special > np.uint32(0x7F800000) else special
+    result = special if magnitude >= np.uint32(0x0F800000) else moved
+    result = small.view(np.uint32) if magnitude < np.uint32(0x00800000) else result
+    return np.uint32(result | np.uint32((word & np.uint32(0x8000)) << np.uint32(16))).view(np.float32)
+
+
+def float_to_half(x):
+    """The bits of the float16 nearest to a float32, ties to even; NaN stay NaN, quiet, with what fits of their bits."""
+    bits = np.float32(x).view(np.uint32)
+    magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
+    # The processor rounds a subnormal number when it adds one half, whose last bit is worth as much as float16's.
+    small = np.float32(magnitude.view(np.float32) + np.float32(0.5))
+    small = np.uint32(small.view(np.uint32) - np.uint32(0x3F000000))
+    odd = np.uint32((magnitude >> np.uint32(13)) & np.uint32(1))
+    rounded = np.uint32((magnitude - np.uint32(0x38000000) + np.uint32(0xFFF) + odd) >> np.uint32(13))
+    quiet = np.uint32(np.uint32(0x7E00) | ((magnitude >> np.uint32(13)) & np.uint32(0x1FF)))
+    special = quiet if magnitude > np.uint32(0x7F800000) else np.uint32(0x7C00)
+    result = rounded if magnitude >= np.uint32(0x38800000) else small
+    result = special if magnitude >= np.uint32(0x47800000) else result
+    return np.int16(np.uint32(result | ((bits >> np.uint32(16)) & np.uint32(0x8000))))
+
+
+@cache
+def _converts_halves(triple, processor, features):
+    """Whether LLVM has instructions for float16 on a target.
+
+    Where it has none it calls a function of C's runtime library, which is not there, and ends the process. Which
+    processors have them is best known to LLVM itself: it is given one conversion.
+    """
+    module, half, single = ir.Module(), ir.HalfType(), ir.FloatType()
+    module.triple = triple
+    function = ir.Function(module, ir.FunctionType(half, [half]), "convert")
+    builder = ir.IRBuilder(function.append_basic_block())
+    wide = builder.fpext(function.args[0], single)
+    builder.ret(builder.fptrunc(builder.fmul(wide, wide), half))
+    machine = llvm.Target.from_triple(triple).create_target_machine(processor, features)
+    return not re.search("__extendhfsf2|__truncsfhf2|__gnu_", machine.emit_assembly(llvm.parse_assembly(str(module))))
+
+
 @intrinsic
 def _half_to_float(typingctx, bits):
     def codegen(context, builder, signature, args):
+        if not _converts_halves(*context.codegen().magic_tuple()):
+            return context.compile_internal(builder, half_to_float, signature, args)
         return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
 
     return types.float32(types.int16), codegen
@@ -32,6 +88,8 @@ def _half_to_float(typingctx, bits):
 @intrinsic
 def _float_to_half(typingctx, value):
     def codegen(context, builder, signature, args):
+        if not _converts_halves(*context.codegen().magic_tuple()):
+            return context.compile_internal(builder, float_to_half, signature, args)
         return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
 
     return types.int16(types.float32), codegen

@@ -1,7 +1,6 @@
 """Many starts of one minimization: in one compiled parallel loop where the objective is Numba's, else mapped."""
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
@@ -137,7 +136,7 @@ def _in_compiled_loop(
     fun: Any, starts: Sequence[Any], args: Any, jac: Any, bounds: Any, tol: Any, options: dict[str, Any]
 ) -> list[Any] | None:
     """All results, or None where Python is needed at each step."""
-    if "numba" not in sys.modules or options.get("callback") is not None:
+    if not type(fun).__module__.startswith("numba.") or options.get("callback") is not None:
         return None
     from .compiled_loop import compiled_loop
     from .loop_kernel import is_compiled

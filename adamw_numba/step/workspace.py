@@ -70,25 +70,33 @@ def build(
         If two variables share memory.
     """
     places = [arrays.place(variable) for variable in variables]
+    has_kernels = "cpu" in places and _compiles()
     decayed = [name not in excluded for name in names]
     plans = []
     for where in dict.fromkeys(places):
         here = [v if place == where else None for v, place in zip(variables, places, strict=True)]
-        plans.append(_plan(where, names, here, slots, decayed))
+        plans.append(_plan(where, has_kernels, names, here, slots, decayed))
     gpus = [plan for plan, where in zip(plans, dict.fromkeys(places), strict=True) if where not in ("cpu", None)]
     alone = plans[0] if len(plans) == 1 else None
-    host, resident = (alone, None) if places[0] == "cpu" else (None, alone if gpus else None)
+    host, resident = alone if has_kernels else None, alone if gpus else None
     versioned = [(i, variable) for i, variable in enumerate(variables) if arrays.has_version(variable)]
     tensors = [variable for _, variable in versioned]
     return Workspace(names, variables, slots, decayed, plans, host, resident, gpus, versioned, tensors)
 
 
-def _plan(where: str | None, *described: Any) -> Any:
+def _compiles() -> bool:
+    """Whether there are kernels: ``NUMBA_DISABLE_JIT``, which users set to debug their own code, takes them away."""
+    from numba import config
+
+    return not config.DISABLE_JIT  # type: ignore[attr-defined]
+
+
+def _plan(where: str | None, has_kernels: bool, *described: Any) -> Any:
     """The plan of one place; compiled code is imported where the first array needs it."""
-    if where is None:
+    if where is None or (where == "cpu" and not has_kernels):
         from ..array_api.plan import Plan as ArrayPlan
 
-        return ArrayPlan(*described)
+        return ArrayPlan(where, *described)
     if where == "cpu":
         from ..cpu.plan import Plan
 

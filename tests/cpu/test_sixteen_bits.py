@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 from helpers import libraries
+from numba import njit
 
 from adamw_numba import AdamW
+from adamw_numba.cpu import intrinsics
 
 MAKERS = [libraries.numpy, libraries.strided, libraries.to_torch]
 
@@ -103,3 +105,35 @@ def test_a_nan_of_any_bits_stays_a_nan():
     optimizer.build([variable])
     optimizer.apply([np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7FC00000], np.uint32).view(np.float32)])
     assert np.isnan(variable.astype(np.float32)).all()
+
+
+def compiled_map(function, values, dtype):
+    """A function of every value, compiled."""
+    function, results = njit(function), np.empty(values.size, dtype)
+
+    @njit
+    def fill(values, results):
+        for i in range(values.size):
+            results[i] = function(values[i])
+
+    fill(values, results)
+    return results
+
+
+def test_float16_by_integers():
+    """What runs where the processor has no instruction for it, against NumPy's own; NaN stay what they were, but quiet."""
+    every = np.arange(2**16, dtype=np.uint16)
+    expected = every.view(np.float16).astype(np.float32)
+    expected[np.isnan(expected)] = (expected.view(np.uint32)[np.isnan(expected)] | 0x00400000).view(np.float32)
+    found = compiled_map(intrinsics.half_to_float, every.view(np.int16), np.float32)
+    np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
+
+    # For every sign, exponent and upper bits of a mantissa: what is exact, what lies in the middle, and what is beside.
+    endings = np.array([0, 1, 0x0FFF, 0x1000, 0x1001, 0x1FFF, 0x2000, 0x3000, 0x7FFF, 0xF000, 0xFFFF], np.uint32)
+    wide = ((every.astype(np.uint32) << 16)[:, None] | endings).ravel()
+    with np.errstate(all="ignore"):
+        expected = wide.view(np.float32).astype(np.float16).view(np.uint16)
+    is_nan = np.isnan(wide.view(np.float32))
+    expected[is_nan] = ((wide >> 16 & 0x8000) | 0x7E00 | (wide >> 13 & 0x1FF))[is_nan]
+    found = compiled_map(intrinsics.float_to_half, wide.view(np.float32), np.int16)
+    np.testing.assert_array_equal(found.view(np.uint16), expected)

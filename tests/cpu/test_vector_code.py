@@ -25,10 +25,11 @@ KINDS = {
     "bfloat16": (Storage("bfloat16", "bfloat16", "float32", False, True), PLAIN),
     "float16": (Storage("float16", "float16", "float32", False, True), PLAIN),
 }
+OLD = {"NUMBA_CPU_NAME": "x86-64-v2", "NUMBA_CPU_FEATURES": ""}  # vectors of 4, and nothing for float16
 
 
-def assembly(storage, variant, tmp_path):
-    environment = {"NUMBA_CACHE_DIR": str(tmp_path), "PATH": ""}
+def assembly(storage, variant, tmp_path, **environment):
+    environment |= {"NUMBA_CACHE_DIR": str(tmp_path), "PATH": ""}
     code = ASSEMBLY.format(storage=storage, variant=variant)
     return subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment
@@ -49,3 +50,11 @@ def test_update_kernel(kind, tmp_path):
     if kind == "float16":
         assert re.search(r"vcvtph2ps", code)
         assert re.search(r"vcvtps2ph", code)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="reads x86-64 assembly")
+def test_float16_without_an_instruction_for_it(tmp_path):
+    """Vectors of integers, and no call of a function that may not be there."""
+    code = assembly(*KINDS["float16"], tmp_path, **OLD)
+    assert re.search(r"sqrtps\s.*%xmm", code)
+    assert not re.search(r"extendhfsf2|truncsfhf2|vcvtph2ps", code)
