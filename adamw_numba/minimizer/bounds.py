@@ -1,4 +1,4 @@
-"""Lower and upper bounds, as SciPy takes them, for arrays of any library and nestings of them."""
+"""Lower and upper bounds: as SciPy takes them, for arrays of any library and nestings of them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,13 +8,14 @@ import numpy as np
 
 from .. import arrays
 from ..arrays import Array
+from ..arrays.brief import brief, brief_names
+from ..arrays.tree import Container, rebuild
 
 Matrix = np.ndarray[Any, Any]
+Bounds = list[tuple[Array, Array]]  # lower and upper ones of each array
 
 
-def read_bounds(
-    bounds: Any, names: Sequence[str], leaves: Sequence[Array], nested: bool
-) -> list[tuple[Array, Array]] | None:
+def read_bounds(bounds: Any, container: Container, names: Sequence[str], leaves: Sequence[Array]) -> Bounds | None:
     """Bounds as a pair of arrays like each variable; None where there are none.
 
     Raises
@@ -26,11 +27,10 @@ def read_bounds(
     """
     if bounds is None:
         return None
-    if nested:
-        _check_names(bounds, [tuple(name.split("/")) for name in names])
+    nested = isinstance(container, (dict, list, tuple))
+    each = _of_each(bounds, container, len(names)) if nested else [bounds]
     pairs = []
-    for name, leaf in zip(names, leaves, strict=True):
-        own = _of_path(bounds, name) if nested else bounds
+    for own, name, leaf in zip(each, names, leaves, strict=True):
         lower, upper = _pair(own, name, tuple(leaf.shape), nested)
         _check(name, lower, upper)
         pairs.append((_like(leaf, lower), _like(leaf, upper)))
@@ -38,33 +38,49 @@ def read_bounds(
     return pairs
 
 
-def _check_names(bounds: Any, paths: list[tuple[str, ...]]) -> None:
-    """Refuse bounds of what is no variable."""
-    if paths == [()] or _is_bounds(bounds) or _is_pair(bounds) or not isinstance(bounds, (Mapping, list, tuple)):
+# Nested bounds
+
+
+def _of_each(bounds: Any, container: Container, count: int) -> list[Any]:
+    """What bounds, nested like the variables, say about each of them; what is not mentioned is not bounded.
+
+    The two are walked side by side: a name does not tell where in the container its array is, since keys may hold "/".
+    """
+    found: list[Any] = [None] * count
+    _walk(bounds, rebuild(container, range(count)), found)
+    return found
+
+
+def _walk(bounds: Any, positions: Any, found: list[Any]) -> None:
+    """Note the bounds of a container in which each array's position stands for the array."""
+    if isinstance(positions, int):
+        found[positions] = bounds
         return
-    known = list(dict.fromkeys(path[0] for path in paths))
-    items = bounds if isinstance(bounds, Mapping) else dict(enumerate(bounds))
-    unknown = [key for key in items if str(key) not in known]
+    children = {str(key): child for key, child in _items(positions).items()}
+    if bounds is None or _is_bounds(bounds) or _is_pair(bounds):
+        bounds = dict.fromkeys(children, bounds)  # one for all that is below
+    elif not isinstance(bounds, (Mapping, list, tuple)):
+        raise TypeError(
+            f"`bounds` holds {brief(bounds)} for {brief_names(children)}; expected `Bounds`, pairs, or a dict or list "
+            "of them like x0"
+        )
+    items = _items(bounds)
+    unknown = [key for key in items if str(key) not in children]
     if unknown:
-        raise ValueError(f"`bounds` holds {unknown}, which x0 does not; expected bounds of {known}")
+        raise ValueError(
+            f"`bounds` holds {brief_names(unknown)}, which x0 does not; expected bounds of {brief_names(children)}"
+        )
     for key, own in items.items():
-        _check_names(own, [path[1:] for path in paths if path[0] == str(key)])
+        _walk(own, children[str(key)], found)
 
 
-def _of_path(bounds: Any, name: str) -> Any:
-    """What bounds, nested like the variables, say about one of them; what is not named is not bounded."""
-    for key in name.split("/"):
-        if bounds is None or _is_bounds(bounds) or _is_pair(bounds):
-            return bounds
-        if isinstance(bounds, Mapping):
-            bounds = {str(own): value for own, value in bounds.items()}.get(key)
-        elif isinstance(bounds, Sequence) and key.isdigit() and int(key) < len(bounds):
-            bounds = bounds[int(key)]
-        else:
-            raise TypeError(
-                f"`bounds` is {bounds!r} at {name!r}; expected `Bounds`, or a dict or list like the variables of them"
-            )
-    return bounds
+def _items(container: Any) -> dict[Any, Any]:
+    """What a dict, a list of (name, value) pairs or another list holds, by key, name or position."""
+    if isinstance(container, Mapping):
+        return dict(container)
+    if container and all(isinstance(item, tuple) and len(item) == 2 and type(item[0]) is str for item in container):
+        return dict(container)
+    return dict(enumerate(container))
 
 
 def _is_bounds(bounds: Any) -> bool:
@@ -72,9 +88,18 @@ def _is_bounds(bounds: Any) -> bool:
 
 
 def _is_pair(bounds: Any) -> bool:
-    """Whether bounds are one pair for all that lies below."""
-    pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2
-    return pair and all(bound is None or np.ndim(bound) == 0 for bound in bounds)
+    """Whether bounds are one pair for all that is below."""
+    return isinstance(bounds, (tuple, list)) and len(bounds) == 2 and all(map(_is_number, bounds))
+
+
+def _is_number(bound: Any) -> bool:
+    if bound is None:
+        return True
+    # NumPy takes a dict, text and SciPy's Bounds for arrays of no dimensions.
+    return not isinstance(bound, (Mapping, list, tuple, str)) and not _is_bounds(bound) and np.ndim(bound) == 0
+
+
+# The bounds of one array
 
 
 def _pair(bounds: Any, name: str, shape: tuple[int, ...], nested: bool) -> tuple[Matrix, Matrix]:
@@ -90,7 +115,9 @@ def _pair(bounds: Any, name: str, shape: tuple[int, ...], nested: bool) -> tuple
     try:
         return tuple(np.broadcast_to(np.asarray(b, np.float64), shape) for b in (lower, upper))  # type: ignore[return-value]
     except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"`bounds` of {name!r} do not fit: {error}; expected bounds of shape {shape}") from None
+        raise ValueError(
+            f"`bounds` of {brief(name)} do not fit: {error!s:.200}; expected bounds of shape {shape}"
+        ) from None
 
 
 def _columns(bounds: Any, name: str, shape: tuple[int, ...]) -> tuple[Matrix, Matrix]:
@@ -99,21 +126,24 @@ def _columns(bounds: Any, name: str, shape: tuple[int, ...]) -> tuple[Matrix, Ma
         pairs = [tuple(pair) for pair in bounds]
     except TypeError:
         raise TypeError(
-            f"`bounds` of {name!r} is {bounds!r}; expected `scipy.optimize.Bounds`, or one (lower, upper) pair for "
-            "each element"
+            f"`bounds` of {brief(name)} is {brief(bounds)}; expected `scipy.optimize.Bounds`, or one (lower, upper) "
+            "pair for each element"
         ) from None
     count = int(np.prod(shape))
     if len(pairs) != count or any(len(pair) != 2 for pair in pairs):
+        lengths = sorted({len(pair) for pair in pairs})
         raise ValueError(
-            f"`bounds` of {name!r} has {len(pairs)} entries of lengths {sorted({len(pair) for pair in pairs})}; "
-            f"expected {count} pairs (lower, upper), for shape {shape}"
+            f"`bounds` of {brief(name)} has {len(pairs)} entries of lengths {brief_names(lengths)}; expected {count} "
+            f"pairs (lower, upper), for shape {shape}"
         )
     lower = [-np.inf if low is None else low for low, _ in pairs]
     upper = [np.inf if high is None else high for _, high in pairs]
     try:
         return np.asarray(lower, np.float64).reshape(shape), np.asarray(upper, np.float64).reshape(shape)
     except (TypeError, ValueError, OverflowError) as error:
-        raise TypeError(f"`bounds` of {name!r} is {bounds!r}; expected pairs of numbers or None: {error}") from None
+        raise TypeError(
+            f"`bounds` of {brief(name)} is {brief(bounds)}; expected pairs of numbers or None: {error!s:.200}"
+        ) from None
 
 
 def _check(name: str, lower: Matrix, upper: Matrix) -> None:
@@ -121,14 +151,15 @@ def _check(name: str, lower: Matrix, upper: Matrix) -> None:
     if wrong.any():
         where = tuple(int(i) for i in np.argwhere(wrong)[0])
         raise ValueError(
-            f"`bounds` of {name!r} at {where} are {lower[where]} and {upper[where]}; expected lower <= upper, not NaN"
+            f"`bounds` of {brief(name)} at {where} are {lower[where]} and {upper[where]}; expected lower <= upper, not "
+            "NaN"
         )
 
 
 def _check_cast(name: str, lower: Array, upper: Array) -> None:
     if bool(arrays.namespace(lower).any((lower == np.inf) | (upper == -np.inf))):
         raise ValueError(
-            f"`bounds` of {name!r} lie beyond the range of {arrays.dtype_name(lower)}; expected bounds within it"
+            f"`bounds` of {brief(name)} lie beyond the range of {arrays.dtype_name(lower)}; expected bounds within it"
         )
 
 
@@ -139,3 +170,27 @@ def _like(leaf: Array, bound: Matrix) -> Array:
         bound = bound.astype("float64" if arrays.dtype_name(leaf) == "float64" else "float32")
     xp = arrays.namespace(leaf)
     return xp.astype(xp.asarray(bound, device=array_api_compat.device(leaf)), leaf.dtype)
+
+
+# What bounds do
+
+
+def within(leaves: Sequence[Array], bounds: Bounds) -> list[Array]:
+    """Arrays projected onto their bounds."""
+    return [_within(x, *pair) for x, pair in zip(leaves, bounds, strict=True)]
+
+
+def _within(x: Array, lower: Array, upper: Array) -> Array:
+    # Not `clip`: what lies within stays as it is, the sign of a zero included, as in the compiled loop.
+    xp = arrays.namespace(x)
+    x = xp.where(x < lower, lower, x)
+    return xp.where(x > upper, upper, x)
+
+
+def inward(x: Sequence[Array], gradients: Sequence[Array], bounds: Bounds) -> list[Array]:
+    """Gradients without what pushes out of the bounds."""
+    result = []
+    for leaf, g, (lower, upper) in zip(x, gradients, bounds, strict=True):
+        xp = arrays.namespace(g)
+        result.append(xp.where(((leaf <= lower) & (g > 0)) | ((leaf >= upper) & (g < 0)), xp.zeros_like(g), g))
+    return result

@@ -1,4 +1,4 @@
-"""The compiled loop: coefficients of the next iterations go in, what happened comes out (kernels/loop.py)."""
+"""The compiled loop seen from Python: coefficients of the next iterations go in, what happened comes out."""
 
 import math
 import time
@@ -15,9 +15,15 @@ from ..cpu.pool import WOKEN_FROM, call_helpers, helpers_of, job_call
 from ..schedules import HOST, LearningRateSchedule, Schedule
 from ..update import Variant
 from . import loop_kernel as kernel
+from .history import COLUMNS
+from .objective import is_compiled
+from .objective_kernel import argument_words, objective_kernel
 
-MOST_ROWS = 2**12
-SECONDS = 0.05  # of a block, about
+# A block of iterations is one compiled call. It has as many as take about SECONDS: signals are seen and progress is
+# shown between two of them.
+_MOST_ROWS = 2**12
+_SECONDS = 0.05
+_CACHE_LINE = 64  # bytes
 _BLOCKWISE = SimpleNamespace(expm1=kernel.expm1, sqrt=np.sqrt, where=np.where)
 
 
@@ -43,6 +49,7 @@ def _rates(optimizer: Any, first: int, count: int) -> Any:
         return np.broadcast_to(np.array(rates_at(first)), (count, 2))
     if decay is None and isinstance(learning_rate.function, Schedule):
         formula = learning_rate.function.formula
+        # Its formula alone: the checks of each value take longer than an iteration of a small objective.
         rates = np.full((count, 2), optimizer.weight_decay)
         rates[:, 0] = [formula(HOST, float(step)) for step in range(first, first + count)]
         if np.isfinite(rates).all() and (rates >= 0).all():
@@ -64,35 +71,30 @@ class Loop:
 
     def __init__(self, runs: Sequence[Any], evaluate: Any, words: Any, kept: Any) -> None:
         self.runs, self._kept, self.optimizer = list(runs), (evaluate, kept), runs[0].optimizer
-        x = runs[0].get("x")[0]
+        optimizer, x = self.optimizer, runs[0].get("x")[0]
         self.rows = 16
-        self.threads = 1 if _is_parallel(runs[0].objective) else self.optimizer.threads
+        self.threads = 1 if _is_parallel(runs[0].objective) else optimizer.threads
         self.limits = runs[0].limits
-        self.clips = np.array([self.optimizer.clipnorm or 0.0, self.optimizer.global_clipnorm or 0.0])
-        variant = Variant(self.optimizer.amsgrad, self.optimizer.use_ema, False, bool(self.optimizer.clipvalue))
+        self.clips = np.array([optimizer.clipnorm or 0.0, optimizer.global_clipnorm or 0.0])
+        variant = Variant(optimizer.amsgrad, optimizer.use_ema, False, bool(optimizer.clipvalue))
         self.kernel = kernel.loop_kernel(x.dtype.name, variant).address
         self.words = [words.copy() for _ in runs]
+        self._lay_out(x, evaluate.address)
+
+    def _lay_out(self, x: np.ndarray[Any, Any], evaluate: int) -> None:
+        """Write the table of addresses; small arrays get places of their own, padded to whole vectors."""
         self.size, self.padded = x.size, _padded(x)
-        self.copies = np.zeros((len(runs), self.padded), x.dtype)
         moved = self.padded > self.size
-        self.inside = np.zeros((len(runs), kernel.ARRAYS, self.padded * moved), x.dtype)
-        self.sums = np.zeros((len(runs), cpu.LANES))
-        self.homes = np.array([self._array_addresses(run) for run in self.runs], np.int64)
-        self.table = np.array([self._addresses(r, evaluate.address) for r in range(len(runs))], np.int64)
-        self.homes *= moved
+        self.copies = _aligned_zeros((len(self.runs), self.padded), x.dtype)
+        self.inside = _aligned_zeros((len(self.runs), kernel.ARRAYS, self.padded * moved), x.dtype)
+        self.sums = np.zeros((len(self.runs), cpu.LANES))
+        self.homes = np.array([_array_addresses(run) for run in self.runs], np.int64)
+        self.table = np.array([self._addresses(r, evaluate) for r in range(len(self.runs))], np.int64)
+        self.homes *= moved  # 0: worked on where it is
         self.block = np.zeros(kernel.BLOCK_ENTRIES, np.int64)
 
-    def _array_addresses(self, run: Any) -> list[int]:
-        """Where the arrays of a run are between one call and the next."""
-        slots = run.optimizer.engine.state.slots[0]
-        best = [run.get(role)[0] if role in run.roles else None for role in ("best", "best_gradient")]
-        found = [run.get("x")[0], None, run.get("gradient")[0]]
-        found += [slots.get(key) for key in ("momentum", "velocity", "velocity_hat", "average")]
-        found += [*best, run.get("previous")[0], *(run.bounds[0] if run.bounds else (None, None))]
-        return [0 if array is None else array.ctypes.data for array in found]
-
     def _addresses(self, r: int, evaluate: int) -> list[int]:
-        """Where the kernel finds the arrays: padded, if they are small, to whole vectors; and all else."""
+        """Where the kernel finds the arrays of a run, and all else of it."""
         run, arrays = self.runs[r], list(self.homes[r])
         if self.padded > self.size:
             arrays = [array and row.ctypes.data for array, row in zip(arrays, self.inside[r], strict=True)]
@@ -104,20 +106,21 @@ class Loop:
     def advance(self, most: int) -> None:
         """Advance every run that is going on by at most so many iterations."""
         count = max(1, min(self.rows, most))
-        going = [run for run in self.runs if not run.reason]
-        iterations = [int(run.optimizer.engine.state.scalars["iteration"]) for run in going]
-        first = min(iterations)
+        first = min(run.iteration for run in self.runs if not run.reason)
         start = time.perf_counter()
         rows, rates = coefficient_rows(self.optimizer, first, count)
         records = np.empty((len(self.runs), count, kernel.RECORD))
-        times = [(run.nit, run.elapsed) for run in self.runs]
+        before = [(run.nit, run.elapsed) for run in self.runs]
         self._call(rows, records, first, count)
         for r, run in enumerate(self.runs):
-            self._take_over(r, run, records[r], rates, first, times[r])
-        spent = time.perf_counter() - start
-        if spent < SECONDS / 2:
-            self.rows = min(2 * self.rows, MOST_ROWS)
-        elif spent > 2 * SECONDS:
+            self._take_over(r, run, records[r], rates, first, before[r])
+        self._adapt(time.perf_counter() - start)
+
+    def _adapt(self, spent: float) -> None:
+        """Take more iterations at once, or fewer, after a block that took so many seconds."""
+        if spent < _SECONDS / 2:
+            self.rows = min(2 * self.rows, _MOST_ROWS)
+        elif spent > 2 * _SECONDS:
             self.rows = max(self.rows // 2, 1)
 
     def _call(self, rows: Any, records: Any, first: int, count: int) -> None:
@@ -135,30 +138,55 @@ class Loop:
         function(*arguments)
 
     def _take_over(self, r: int, run: Any, records: Any, rates: Any, first: int, before: tuple[int, float]) -> None:
-        """Note what a run has done; one iteration in Python where the compiled loop could not."""
+        """Note what a run has done; the rest of an iteration in Python where the compiled loop could not."""
         left, (nit, elapsed) = self.table[r, kernel.LEFT], before
-        done = run.nit - nit - (left == kernel.AFTER_UPDATE)
+        unfinished = left == kernel.AFTER_UPDATE  # counted, and not evaluated
+        done = run.nit - nit - unfinished
         if done:
-            at = int(run.optimizer.engine.state.scalars["iteration"]) - (left == kernel.AFTER_UPDATE) - first
-            kept = np.arange(-(nit + 1) % run.history.stride, done, run.history.stride)  # others would be thinned out
-            kept = kept if kept.size and kept[-1] == done - 1 else np.append(kept, done - 1)
-            table = np.empty((kept.size, 6))
-            table[:, 0] = nit + 1 + kept
-            table[:, [1, 2, 4]] = records[at - done + kept, :3]
-            table[:, 3] = rates[at - done + kept]
-            table[:, 5] = elapsed + (run.elapsed - elapsed) * (kept + 1) / done
-            run.history.extend(table)
+            end = run.iteration - unfinished - first
+            _note(run, records[end - done : end], rates[end - done : end], nit, elapsed)
         if left == kernel.BEFORE_UPDATE:
             run.advance()
-        elif left == kernel.AFTER_UPDATE:
-            run.rate[0] = rates[int(run.optimizer.engine.state.scalars["iteration"]) - 1 - first]
+        elif unfinished:
+            run.rate[0] = rates[run.iteration - 1 - first]
             run.finish()
+
+
+def _array_addresses(run: Any) -> list[int]:
+    """Where the arrays of a run are between one call and the next, in the order of loop_kernel.py."""
+    slots = run.optimizer.engine.state.slots[0]
+    best = [run.get(role)[0] if role in run.roles else None for role in ("best", "best_gradient")]
+    found = [run.get("x")[0], None, run.get("gradient")[0]]
+    found += [slots.get(key) for key in ("momentum", "velocity", "velocity_hat", "average")]
+    found += [*best, run.get("previous")[0], *(run.bounds[0] if run.bounds else (None, None))]
+    return [0 if array is None else array.ctypes.data for array in found]
+
+
+def _note(run: Any, records: Any, rates: Any, nit: int, elapsed: float) -> None:
+    """Add the iterations of a block to the history of a run that had taken `nit` of them in `elapsed` seconds."""
+    done, stride = len(records), run.history.stride
+    kept = np.arange(-(nit + 1) % stride, done, stride)  # others would be thinned out
+    kept = kept if kept.size and kept[-1] == done - 1 else np.append(kept, done - 1)
+    table = np.empty((kept.size, len(COLUMNS)))
+    table[:, 0] = nit + 1 + kept
+    table[:, [1, 2, 4]] = records[kept, :3]
+    table[:, 3] = rates[kept]
+    table[:, 5] = elapsed + (run.elapsed - elapsed) * (kept + 1) / done
+    run.history.extend(table)
 
 
 def _is_parallel(objective: Any) -> bool:
     """Whether the objective has threads of its own: Numba's simplest layer of them ends the process if two enter it."""
-    functions = [function for function in (objective.fun, objective.jac) if kernel.is_compiled(function)]
+    functions = [function for function in (objective.fun, objective.jac) if is_compiled(function)]
     return any(function.targetoptions.get("parallel") for function in functions)
+
+
+def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """Zeros that start with a cache line, so that no vector of a padded array lies across two."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(size + _CACHE_LINE, np.uint8)
+    start = -memory.ctypes.data % _CACHE_LINE
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _padded(x: np.ndarray[Any, Any]) -> int:
@@ -172,19 +200,18 @@ def compiled_loop(runs: Sequence[Any]) -> Loop | None:
     objective, optimizer = runs[0].objective, runs[0].optimizer
     functions = [objective.fun] if objective.jac is True else [objective.fun, objective.jac]
     leaves = runs[0].get("x")
-    if not all(map(kernel.is_compiled, functions)) or objective.batches is not None or len(leaves) != 1:
+    if not all(map(is_compiled, functions)) or objective.batches is not None or len(leaves) != 1:
         return None
     x = leaves[0]
     if type(x) is not np.ndarray or x.dtype.name not in ("float32", "float64") or not x.size:
         return None
-    if isinstance(objective.container, (dict, list, tuple)) or not _in_advance(optimizer):
+    if isinstance(objective.problem.container, (dict, list, tuple)) or not _in_advance(optimizer):
         return None
-    described = kernel.argument_words(objective.args)
+    described = argument_words(objective.args)
     if described is None:
         return None
     words, specs, kept = described
-    jac = True if objective.jac is True else objective.jac
-    evaluate = kernel.objective_kernel(objective.fun, jac, objective.fills, x.dtype.name, x.shape, specs)
+    evaluate = objective_kernel(objective.fun, objective.jac, objective.fills, x.dtype.name, x.shape, specs)
     return None if evaluate is None else Loop(runs, evaluate, words, kept)
 
 

@@ -30,7 +30,7 @@ class History:
         return int(self.marks[1])
 
     def extend(self, block: Rows) -> None:
-        """Add the rows of consecutive iterations; those between strides, but for the last one, may be left out."""
+        """Add the rows of consecutive iterations; those between strides, except the last, may be left out."""
         self.last[:] = block[-1]
         if not len(self.rows):
             return

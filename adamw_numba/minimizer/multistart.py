@@ -9,9 +9,13 @@ from typing import Any
 import numpy as np
 
 from .. import arrays
-from .minimize import drive_all, minimize, prepare, read_settings
-from .objective import processes
+from ..arrays.brief import brief
+from .driver import compiled, drive_all, prepare
+from .minimize import minimize
+from .objective import is_compiled
+from .options import read_settings
 from .result import new_result
+from .workers import mapper
 
 
 def multistart(
@@ -33,7 +37,7 @@ def multistart(
     Parameters
     ----------
     fun, args, jac, bounds, tol, **options
-        As in `minimize`, but for ``checkpoint``.
+        As in `minimize`, except for ``checkpoint``.
     x0s : array of shape (starts, ...), list of starting points, or int
         An integer asks for so many points of a Sobol sequence (`scipy.stats.qmc`) within the bounds, which must be
         finite: `scipy.optimize.Bounds` of arrays, or pairs.
@@ -62,33 +66,20 @@ def multistart(
     (array([-9.525]), 5)
     """
     if options.get("checkpoint") is not None:
-        raise ValueError(f"`checkpoint` is {options['checkpoint']!r}; expected None: many starts have no single state")
+        where = brief(options["checkpoint"])
+        raise ValueError(f"`checkpoint` is {where}; expected None: many starts have no single state")
     if not (callable(workers) or (isinstance(workers, int) and (workers == -1 or workers >= 1))):
-        raise ValueError(f"`workers` is {workers!r}; expected an integer >= 1, -1, or a function like `map`")
+        raise ValueError(f"`workers` is {brief(workers)}; expected an integer >= 1, -1, or a function like `map`")
     starts = _starts(x0s, bounds, rng)
     results = _in_compiled_loop(fun, starts, args, jac, bounds, tol, options)
     if results is None:
         one = partial(_one, fun, args, {"jac": jac, "bounds": bounds, "tol": tol, **options})
-        with _mapper(workers) as mapper:
-            results = list(mapper(one, starts))
+        with mapper(workers) as mapped:
+            results = list(mapped(one, starts))
         if len(results) != len(starts):
             raise ValueError(f"`workers` gave {len(results)} results; expected {len(starts)}, one for each start")
     results = sorted(results, key=lambda result: result.fun if math.isfinite(result.fun) else math.inf)
     return new_result({**deepcopy(dict(results[0])), "results": results})
-
-
-def _mapper(workers: Any) -> Any:
-    return _AsContext(workers) if callable(workers) else processes(workers)
-
-
-class _AsContext(processes):
-    """A function like `map`, as a context."""
-
-    def __enter__(self) -> Any:
-        return self.workers
-
-    def __exit__(self, *error: object) -> None:
-        pass
 
 
 def _one(fun: Any, args: Any, keywords: dict[str, Any], x0: Any) -> Any:
@@ -102,7 +93,7 @@ def _starts(x0s: Any, bounds: Any, rng: Any) -> list[Any]:
     if isinstance(x0s, (int, np.integer)) and not isinstance(x0s, bool):
         return _sobol(int(x0s), bounds, rng)
     if not (arrays.is_array(x0s) or isinstance(x0s, (list, tuple))):
-        raise TypeError(f"`x0s` is {x0s!r}; expected an array of starts, a list of them, or how many")
+        raise TypeError(f"`x0s` is {brief(x0s)}; expected an array of starts, a list of them, or how many")
     if arrays.is_array(x0s) and x0s.ndim < 2:
         raise ValueError(f"`x0s` has shape {tuple(x0s.shape)}; expected (starts, ...)")
     starts = [x0s[k, ...] for k in range(x0s.shape[0])] if arrays.is_array(x0s) else list(x0s)
@@ -113,42 +104,50 @@ def _starts(x0s: Any, bounds: Any, rng: Any) -> list[Any]:
 
 def _sobol(count: int, bounds: Any, rng: Any) -> list[Any]:
     if count < 1:
-        raise ValueError(f"`x0s` is {count}; expected at least one start")
+        raise ValueError(f"`x0s` is {brief(count)}; expected at least one start")
     if bounds is None:
-        raise ValueError(f"`x0s` is {count} and `bounds` is None; expected finite bounds to draw the starts from")
+        raise ValueError(
+            f"`x0s` is {brief(count)} and `bounds` is None; expected finite bounds to draw the starts from"
+        )
     try:
         from scipy.stats import qmc
     except ImportError:
         raise ImportError(
             "Sobol points need SciPy: pip install 'adamw-numba[scipy]', or give the starts as an array"
         ) from None
+    lower, upper = _box(bounds)
+    # A power of two, cut: Sobol points are evenly spread only in such numbers, and SciPy warns of others.
+    points = qmc.Sobol(lower.size, rng=rng).random_base2(max(1, math.ceil(math.log2(count))))[:count]
+    return list(lower + points * (upper - lower))
+
+
+def _box(bounds: Any) -> Any:
+    """The lower and the upper bounds of all elements."""
     if hasattr(bounds, "lb"):
         lower, upper = np.broadcast_arrays(*np.atleast_1d(bounds.lb, bounds.ub))
     else:
         lower, upper = np.array([(-np.inf if a is None else a, np.inf if b is None else b) for a, b in bounds]).T
     if lower.ndim != 1 or not (np.isfinite(lower).all() and np.isfinite(upper).all() and (lower <= upper).all()):
-        raise ValueError(f"`bounds` are {lower} and {upper}; expected finite ones, lower <= upper, to draw starts from")
-    points = qmc.Sobol(lower.size, rng=rng).random_base2(max(1, math.ceil(math.log2(count))))[:count]
-    return list(lower + points * (upper - lower))
+        raise ValueError(
+            f"`bounds` are {brief(lower.tolist())} and {brief(upper.tolist())}; expected finite ones, lower <= upper, "
+            "to draw the starts from"
+        )
+    return lower, upper
 
 
 def _in_compiled_loop(
     fun: Any, starts: Sequence[Any], args: Any, jac: Any, bounds: Any, tol: Any, options: dict[str, Any]
 ) -> list[Any] | None:
     """All results, or None where Python is needed at each step."""
-    if not type(fun).__module__.startswith("numba.") or options.get("callback") is not None:
+    if not is_compiled(fun) or not options.get("compiled", True) or options.get("callback") is not None:
         return None
-    from .compiled_loop import compiled_loop
-    from .loop_kernel import is_compiled
-
-    if not is_compiled(fun) or not options.get("compiled", True):
-        return None
-    given = {key: value for key, value in options.items() if key not in ("callback", "hess", "hessp", "constraints")}
-    settings = read_settings(given, tol, *(options.get(key) for key in ("hess", "hessp", "constraints")))
+    unused = {key: options.get(key) for key in ("hess", "hessp", "constraints")}
+    given = {key: value for key, value in options.items() if key != "callback" and key not in unused}
+    settings = read_settings(given, tol, **unused)
     runs = [prepare(fun, x0, args, jac, bounds, settings) for x0 in starts]
     if len({(len(run.names), run.get("x")[0].shape, run.get("x")[0].dtype) for run in runs}) > 1:
         return None
-    loop = compiled_loop(runs)
+    loop = compiled(runs)
     if loop is None:
         return None
     drive_all(runs, loop, settings)

@@ -7,7 +7,7 @@ from typing import Any
 
 
 class _Attributes(dict[str, Any]):
-    """A dict whose items are attributes too, as SciPy's."""
+    """A dict whose items are attributes too, like SciPy's."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -28,6 +28,7 @@ class _Attributes(dict[str, Any]):
 
 @cache
 def _result_type() -> Any:
+    """Made at the first result, so that importing the package does not import SciPy."""
     base: Any = _Attributes
     with suppress(ImportError):
         from scipy.optimize import OptimizeResult
@@ -45,7 +46,7 @@ def _result_type() -> Any:
 
         def _repr_html_(self) -> str:
             keys = ["message", "status", "success", "fun", "x", "nit", "nfev", "njev"]
-            cells = [(key, html.escape(_short(self[key]))) for key in keys if key in self]
+            cells = [(key, html.escape(short(str(self[key])))) for key in keys if key in self]
             rows = "".join(f"<tr><th>{key}</th><td><pre>{text}</pre></td></tr>" for key, text in cells)
             return f"<table>{rows}</table>"
 
@@ -60,6 +61,6 @@ def new_result(fields: dict[str, Any]) -> Any:
     return _result_type()(fields)
 
 
-def _short(value: Any, most: int = 300) -> str:
-    text = str(value)
+def short(text: str, most: int = 300) -> str:
+    """The start of a text."""
     return text if len(text) <= most else f"{text[:most]} ..."

@@ -4,7 +4,7 @@ import math
 import time
 import zlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -13,18 +13,12 @@ from ..arrays import Array
 from ..arrays.tree import Container, rebuild
 from ..optimizer import AdamW
 from . import stopping
+from .bounds import inward, within
+from .evaluation import Evaluation
 from .history import COLUMNS, History
-from .objective import Evaluation, Objective
+from .objective import Objective
+from .problem import Problem
 from .result import new_result
-
-
-class Problem(NamedTuple):
-    """Where a minimization starts."""
-
-    names: list[str]
-    container: Container
-    leaves: list[Array]  # copies, within the bounds
-    bounds: list[tuple[Array, Array]] | None
 
 
 class Run:
@@ -57,13 +51,17 @@ class Run:
     ) -> None:
         self.objective, self.problem, self.optimizer, self.limits = objective, problem, optimizer, limits
         self.names, self.bounds = problem.names, problem.bounds
-        objective.bounds = problem.bounds
         optimizer.build(rebuild(problem.container, problem.leaves))
         self.mutable = all(map(arrays.is_mutable, problem.leaves))
-        self._own: list[str] = []
+        self._own: list[str] = []  # the names of what is no array of AdamW's
+        self._add_numbers(capacity)
+        self._add_arrays(return_best)
+        self.started = time.perf_counter()
+
+    def _add_numbers(self, capacity: int) -> None:
         self.values = self._numbers("values", (stopping.HOW_MANY_VALUES,))
-        self.counts = self._numbers("counts", (stopping.HOW_MANY_COUNTS,), np.int64)
         self.values[[stopping.PREVIOUS, stopping.BEST, stopping.REFERENCE]] = math.inf
+        self.counts = self._numbers("counts", (stopping.HOW_MANY_COUNTS,), np.int64)
         rows = self._numbers("history", (capacity, len(COLUMNS)))
         last = self._numbers("history_last", (len(COLUMNS),))
         self.history = History(rows, last, self._numbers("history_marks", (2,), np.int64))
@@ -71,17 +69,20 @@ class Run:
         self.rate = self._numbers("rate", (1,))  # of the last update; NaN where there was none
         self.rate[0] = math.nan
         self.origin = self._numbers("origin", (2,), np.int64)  # checksums of x0 and the bounds, where it is saved
-        roles = ["gradient", "previous", *["best", "best_gradient"] * return_best, *["x"] * (not self.mutable)]
-        self._arrays = {role: [self._array_like(role, k, x) for k, x in enumerate(problem.leaves)] for role in roles}
-        for role in ("best", "x", "previous"):
-            if role in self._arrays:
-                self.put(role, problem.leaves)
-        self.started = time.perf_counter()
 
     def _numbers(self, name: str, shape: tuple[int, ...], dtype: Any = np.float64) -> np.ndarray[Any, Any]:
         self._own.append(name)
         array: np.ndarray[Any, Any] = self.optimizer.add_variable(shape, dtype=dtype, name=name)
         return array
+
+    def _add_arrays(self, return_best: bool) -> None:
+        leaves = self.problem.leaves
+        # Immutable arrays are replaced at each update, so that the state has to hold the present ones.
+        roles = ["gradient", "previous", *["best", "best_gradient"] * return_best, *["x"] * (not self.mutable)]
+        self._arrays = {role: [self._array_like(role, k, x) for k, x in enumerate(leaves)] for role in roles}
+        for role in ("best", "x", "previous"):
+            if role in self._arrays:
+                self.put(role, leaves)
 
     def _array_like(self, role: str, k: int, x: Array) -> str:
         name = f"{role}_{k}"
@@ -107,15 +108,15 @@ class Run:
             added = self.optimizer.engine.state.added[True]
             added[name] = arrays.like(added[name], value)
 
-    def state(self) -> dict[str, Array]:
-        """Copies of AdamW's own arrays, by name."""
-        live = {name: array for name, array in self.optimizer.state.items() if name not in self._own}
-        return {name: np.array(a) if isinstance(a, np.ndarray) else arrays.like(a, a) for name, a in live.items()}
-
     @property
     def roles(self) -> set[str]:
-        """What arrays it has besides AdamW's."""
+        """Which arrays it has besides AdamW's."""
         return {"x", *self._arrays}
+
+    @property
+    def iteration(self) -> int:
+        """Calls of the optimizer so far, those of an earlier result that it goes on from included."""
+        return int(self.optimizer.engine.state.scalars["iteration"])
 
     @property
     def reason(self) -> int:
@@ -138,7 +139,7 @@ class Run:
         """Evaluate where nothing has been evaluated yet, and decide whether to go on."""
         if not self.counts[stopping.EVALUATED]:
             self.evaluate()
-        self.counts[stopping.REASON] = stopping.verdict(self.values, self.counts, self.limits)
+        self.decide()
 
     def advance(self) -> None:
         """One update, and the evaluation of where it leads."""
@@ -148,7 +149,15 @@ class Run:
     def finish(self) -> None:
         """The second half of an iteration: evaluate, and decide whether to go on."""
         self.evaluate()
-        self.counts[stopping.REASON] = stopping.verdict(self.values, self.counts, self.limits)
+        self.decide()
+
+    def decide(self) -> None:
+        """Stop, if there is a reason to."""
+        self.stop(stopping.verdict(self.values, self.counts, self.limits))
+
+    def stop(self, reason: int) -> None:
+        """Stop for one of the reasons of stopping.py."""
+        self.counts[stopping.REASON] = reason
 
     def update(self) -> None:
         """Move the arrays against their gradients, and into the bounds."""
@@ -177,7 +186,7 @@ class Run:
     def evaluate(self) -> None:
         """Value and gradient where the last update has led, and what they mean for the tolerances."""
         evaluation = self.objective.evaluate(self.get("x"), self.nit)
-        self._record(evaluation)
+        self._measure(evaluation)
         stopping.note(self.values, self.counts, self.limits)
         self.counts[stopping.EVALUATED] = 1
         if "best" in self._arrays and self.counts[stopping.BEST_AT] == self.nit:
@@ -185,17 +194,15 @@ class Run:
             self.put("best_gradient", self.get("gradient"))
         self.history.extend(np.array([[self.nit, *self.values[:2], self.rate[0], self.values[2], self.elapsed]]))
 
-    def _record(self, evaluation: Evaluation) -> None:
-        x = self.get("x")
-        self.put(
-            "gradient", [_cast(g, like) for g, like in zip(evaluation.gradients, self.get("gradient"), strict=True)]
-        )
-        self.values[stopping.FUN] = evaluation.value
-        gradients = self.get("gradient") if self.bounds is None else _inward(x, self.get("gradient"), self.bounds)
-        self.values[stopping.GRADIENT_NORM] = largest(gradients)
-        self.values[stopping.SIZE] = largest(x)
+    def _measure(self, evaluation: Evaluation) -> None:
+        x, likes = self.get("x"), self.get("gradient")
+        self.put("gradient", [_cast(g, like) for g, like in zip(evaluation.gradients, likes, strict=True)])
+        gradients = self.get("gradient") if self.bounds is None else inward(x, self.get("gradient"), self.bounds)
         moves = [_difference(*pair) for pair in zip(x, self.get("previous"), strict=True)]
-        self.values[stopping.STEP_NORM] = largest(moves)
+        self.values[stopping.FUN] = evaluation.value
+        self.values[stopping.GRADIENT_NORM] = _largest(gradients)
+        self.values[stopping.SIZE] = _largest(x)
+        self.values[stopping.STEP_NORM] = _largest(moves)
         self.counts[stopping.NFEV] += evaluation.calls
         self.counts[stopping.NJEV] += 1
         self.counts[stopping.COST] = evaluation.calls
@@ -219,13 +226,10 @@ class Run:
             "fun_last": float(self.values[stopping.FUN]),
             "x_last": self._out("x"),
             "history": self.history.columns(),
-            "state": self.state(),
+            "state": self._state(),
         }
         if self.optimizer.use_ema and self.optimizer.iterations:
-            average = [arrays.like(x, a) for x, a in zip(self.get("x"), self.optimizer.averages, strict=True)]
-            fields["x_average"] = rebuild(
-                self.problem.container, average if self.bounds is None else within(average, self.bounds)
-            )
+            fields["x_average"] = self._average()
         return new_result(fields)
 
     def intermediate(self) -> Any:
@@ -242,6 +246,15 @@ class Run:
     def _out(self, role: str) -> Container:
         return rebuild(self.problem.container, [arrays.like(array, array) for array in self.get(role)])
 
+    def _state(self) -> dict[str, Array]:
+        """Copies of AdamW's own arrays, by name."""
+        live = {name: array for name, array in self.optimizer.state.items() if name not in self._own}
+        return {name: np.array(a) if isinstance(a, np.ndarray) else arrays.like(a, a) for name, a in live.items()}
+
+    def _average(self) -> Container:
+        average = [arrays.like(x, a) for x, a in zip(self.get("x"), self.optimizer.averages, strict=True)]
+        return rebuild(self.problem.container, average if self.bounds is None else within(average, self.bounds))
+
     # Saving
 
     def stamp(self) -> None:
@@ -254,18 +267,6 @@ class Run:
         self.origin[:] = [_checksum(self.problem.leaves), _checksum(bounds)]
 
 
-def within(leaves: Sequence[Array], bounds: Sequence[tuple[Array, Array]]) -> list[Array]:
-    """Arrays projected onto their bounds."""
-    return [_within(x, *pair) for x, pair in zip(leaves, bounds, strict=True)]
-
-
-def _within(x: Array, lower: Array, upper: Array) -> Array:
-    """What lies within stays as it is, the sign of a zero included, as in the compiled loop."""
-    xp = arrays.namespace(x)
-    x = xp.where(x < lower, lower, x)
-    return xp.where(x > upper, upper, x)
-
-
 def _checksum(leaves: Sequence[Array]) -> int:
     total = 0
     for leaf in leaves:
@@ -273,7 +274,7 @@ def _checksum(leaves: Sequence[Array]) -> int:
     return total
 
 
-def largest(leaves: Sequence[Array]) -> float:
+def _largest(leaves: Sequence[Array]) -> float:
     """The largest magnitude of any element; NaN if one is."""
     found = [float(_magnitude(leaf)) for leaf in leaves if 0 not in leaf.shape]
     return float(np.max(found, initial=0.0))
@@ -289,15 +290,6 @@ def _magnitude(leaf: Array) -> Array:
 def _difference(x: Array, before: Array) -> Array:
     with np.errstate(all="ignore"):
         return x - before
-
-
-def _inward(x: Sequence[Array], gradients: Sequence[Array], bounds: Sequence[tuple[Array, Array]]) -> list[Array]:
-    """Gradients without what pushes out of the bounds."""
-    result = []
-    for leaf, g, (lower, upper) in zip(x, gradients, bounds, strict=True):
-        xp = arrays.namespace(g)
-        result.append(xp.where(((leaf <= lower) & (g > 0)) | ((leaf >= upper) & (g < 0)), xp.zeros_like(g), g))
-    return result
 
 
 def _cast(gradient: Array, like: Array) -> Array:

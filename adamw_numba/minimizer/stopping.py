@@ -1,12 +1,20 @@
-"""When a minimization stops: one set of rules, run as it stands and, for the compiled loop, compiled by Numba."""
+"""When a minimization stops: one set of rules, run as they stand and, for the compiled loop, compiled by Numba.
+
+What is known is kept in arrays, by the indices below: compiled code reads and writes them, and a checkpoint holds them.
+"""
 
 import math
+import sys
+from collections.abc import Mapping
 from typing import Any
 
-# What is known of the last evaluation, in float64.
+import numpy as np
+
+# What is known of the last evaluation, in float64; REFERENCE is the value that `patience` compares with.
 FUN, GRADIENT_NORM, STEP_NORM, SIZE, PREVIOUS, BEST, REFERENCE, HOW_MANY_VALUES = range(8)
-# What is counted, in int64; EVALUATED is 0 where the arrays have moved since the last evaluation, UPDATED is 1 where an
-# update with a rate above 0 came before it: not while gradients accumulate, for one.
+# What is counted, in int64. EVALUATED is 0 where the arrays have moved since the last evaluation. UPDATED is 1 where an
+# update with a rate above 0 came before it, which is not so while gradients accumulate: nothing has moved then, and
+# this must not count as convergence. COST is how many evaluations the last iteration took.
 NIT, NFEV, NJEV, COST, BEST_AT, STALE, FLAT, STILL, REASON, EVALUATED, UPDATED, HOW_MANY_COUNTS = range(12)
 # What is allowed, in float64: infinity for no limit, -1 for a tolerance that is off.
 GTOL, FTOL, XTOL, PATIENCE, MAXITER, MAXFEV, STOP_AT_NONFINITE, HOW_MANY_LIMITS = range(8)
@@ -28,6 +36,17 @@ STATUS = {
     CALLBACK: (99, "`callback` raised `StopIteration`."),
     INTERRUPTED: (130, "Interrupted by a signal; the state is saved."),
 }
+
+
+def limits_of(settings: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+    """The limits that the options ask for."""
+    limits = np.empty(HOW_MANY_LIMITS)
+    for index, key in ((GTOL, "gtol"), (FTOL, "ftol"), (XTOL, "xtol")):
+        limits[index] = -1 if settings[key] is None else settings[key]
+    for index, key in ((PATIENCE, "patience"), (MAXITER, "maxiter"), (MAXFEV, "maxfev")):
+        limits[index] = math.inf if settings[key] is None else min(settings[key], sys.maxsize)
+    limits[STOP_AT_NONFINITE] = settings["nonfinite"] == "stop"
+    return limits
 
 
 def note(values: Any, counts: Any, limits: Any) -> None:

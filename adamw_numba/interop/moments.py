@@ -1,0 +1,111 @@
+"""What torch and optax have in common: moments, a count, and an epsilon that is added after the bias correction."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .. import arrays
+from ..arrays import Array
+from ..arrays.brief import brief
+from ..arrays.tree import Container, flatten
+from ..optimizer import AdamW
+from ..saving.manifest import encoded
+from ..saving.restore import Loaded
+from .exact import Matrix
+
+# What only our optimizer and Keras's have.
+_OURS = ("clipnorm", "clipvalue", "global_clipnorm", "use_ema", "loss_scale_factor", "gradient_accumulation_steps")
+
+
+def epsilon_factor(beta_2: float, updates: int) -> float:
+    """What the others' eps is multiplied by at the next update to be the epsilon of Keras."""
+    return math.sqrt(-math.expm1((updates + 1) * math.log(beta_2))) if beta_2 else 1.0
+
+
+def assembled(
+    options: Mapping[str, Any],
+    moments: Sequence[Mapping[str, Any] | None],
+    excluded: Sequence[bool],
+    updates: int,
+    variables: Container | None,
+    where: str,
+    names: Sequence[str] | None = None,
+) -> AdamW:
+    """An optimizer with these options, whose state is that of another library.
+
+    Parameters
+    ----------
+    options : dict
+        Arguments of `AdamW`.
+    moments : list of dict or None
+        For each parameter its slots, in our words; None before the first step.
+    excluded : list of bool
+        Whether weight decay leaves a parameter out.
+    updates : int
+    variables : container or None
+        What to build it on; by default the first `build` takes the state.
+    where : str
+        What errors call the state.
+    names : list of str, optional
+        Of the parameters; by default they are known by their positions.
+    """
+    optimizer = AdamW(**options)
+    if any(moment is None for moment in moments):
+        _build_anew(optimizer, excluded, variables, where)
+        return optimizer
+    named = list(map(str, range(len(moments)))) if names is None else list(names)
+    found = {
+        f"{key}/{encoded(name)}": _moment(array)
+        for name, moment in zip(named, moments, strict=True)
+        for key, array in (moment or {}).items()
+    }
+    described = [
+        {"name": n, "dtype": None, "shape": list(found[f"momentum/{encoded(n)}"].shape), "excluded": bool(e)}
+        for n, e in zip(named, excluded, strict=True)
+    ]
+    state = optimizer.engine.state.scalars["iteration"]
+    state[...] = updates * (optimizer.gradient_accumulation_steps or 1)
+    optimizer.engine.loaded = Loaded(described, found, where, positional=names is None, partial=True)
+    if variables is not None:
+        optimizer.build(variables)
+    return optimizer
+
+
+def _build_anew(optimizer: AdamW, excluded: Sequence[bool], variables: Container | None, where: str) -> None:
+    """Build an optimizer that takes no state: the other one has not taken a step."""
+    if variables is None:
+        raise ValueError(f"{where} holds no moments yet; expected `variables`")
+    leaves = flatten(variables)[1]
+    if len(leaves) != len(excluded):
+        raise ValueError(f"{where} has {len(excluded)} parameters; expected {len(leaves)}, as many as `variables` has")
+    optimizer.exclude_from_weight_decay([leaf for leaf, left_out in zip(leaves, excluded, strict=True) if left_out])
+    optimizer.build(variables)
+
+
+def _moment(array: Array) -> Matrix:
+    """16-bit moments in float32, in which ours are kept."""
+    value = arrays.to_numpy(array)
+    return value.astype(np.float32) if value.dtype.name in ("bfloat16", "float16") else value
+
+
+def exportable(optimizer: AdamW, library: str, leave_out: Iterable[str], amsgrad: bool = True) -> Any:
+    """The workspace of an optimizer, if the other library can go on with it."""
+    if not isinstance(optimizer, AdamW):
+        raise TypeError(
+            f"`optimizer` is a {type(optimizer).__name__}; expected an AdamW, `inner_optimizer` for example"
+        )
+    built = optimizer.engine.require_built(f"to_{library}")
+    left_out = set(leave_out)
+    lacking = [key for key in _OURS if getattr(optimizer, key) and key not in left_out]
+    if lacking:
+        raise ValueError(f"{library}'s AdamW has no {brief(lacking)}; expected them in `leave_out`, if you do without")
+    if optimizer.amsgrad and not amsgrad:
+        raise ValueError(
+            f"amsgrad=True: {library} takes the maximum after the bias correction; no exact conversion exists"
+        )
+    window = optimizer.gradient_accumulation_steps or 1
+    if int(optimizer.engine.state.scalars["iteration"]) % window:
+        raise ValueError(f"the optimizer is inside a window of {window} accumulated gradients; expected its end")
+    return built

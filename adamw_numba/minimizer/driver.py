@@ -1,0 +1,147 @@
+"""Runs are laid out, and driven until they stop: in Python or in a compiled loop, one alone or many together."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..optimizer import AdamW
+from . import stopping
+from .checkpointing import Checkpointing
+from .objective import Objective, is_compiled
+from .options import Settings
+from .problem import read_problem
+from .progress import Progress
+from .result import short
+from .run import Run
+from .signals import caught_signals
+from .warm_start import read_start, take_state
+
+Callback = Callable[[Run], None]
+
+
+def prepare(fun: Any, x0: Any, args: Any, jac: Any, bounds: Any, settings: Settings) -> Run:
+    """Check everything, and lay out a run; nothing is evaluated."""
+    fun, jac = _unwrapped(fun, None if jac is False else jac)
+    x0, state = read_start(x0, settings["state"])
+    problem = read_problem(x0, bounds)
+    args = args if isinstance(args, tuple) else (args,)
+    objective = Objective(
+        fun, jac, args, problem, settings["batches"], settings["workers"], settings["finite_diff_rel_step"]
+    )
+    # With batches the values of two points are of different functions, and so no reason to prefer one.
+    best = settings["batches"] is None if settings["return_best"] is None else settings["return_best"]
+    optimizer = AdamW(**settings["hyper"])
+    run = Run(objective, problem, optimizer, stopping.limits_of(settings), settings["history"], best)
+    if state is not None:
+        take_state(optimizer, state)
+    return run
+
+
+def _unwrapped(fun: Any, jac: Any) -> tuple[Any, Any]:
+    """SciPy hands over ``jac=True`` as a function that remembers its last value: undone, so that both doors are one."""
+    owner: Any = getattr(jac, "__self__", None)
+    if type(owner).__name__ == "MemoizeJac" and owner is fun:
+        return owner.fun, True
+    return fun, jac
+
+
+def drive(run: Run, settings: Settings, callback: Callback | None) -> Any:
+    """Advance one run until it stops; its result."""
+    checkpointing = Checkpointing(settings["checkpoint"], run)
+    progress = Progress(settings["progress"], settings["maxiter"])
+    with caught_signals(checkpointing.is_on) as signals:
+        try:
+            checkpointing.restore()
+            run.start()
+            loop = compiled([run]) if settings["compiled"] else None
+            while not run.reason:
+                if loop is None:
+                    run.advance()
+                else:
+                    loop.advance(_iterations_alone(run, settings, callback, checkpointing))
+                _after_iterations(run, settings, callback, checkpointing, signals)
+                progress.show(run)
+            checkpointing.finish()
+        except BaseException as error:
+            _explain(error, run, checkpointing)
+            raise
+        finally:
+            progress.close()
+            run.objective.close()
+    return run.result()
+
+
+def drive_all(runs: Sequence[Run], loop: Any, settings: Settings) -> None:
+    """Advance many runs together, in a compiled loop, until all have stopped."""
+    progress = Progress(settings["progress"], settings["maxiter"])
+    try:
+        for run in runs:
+            run.start()
+        while going := [run for run in runs if not run.reason]:
+            loop.advance(sys.maxsize)
+            for run in going:
+                _stop_in_time(run, settings)
+            progress.show(min(going, key=lambda run: run.nit))
+    except BaseException as error:
+        best = min(runs, key=lambda run: float(run.values[stopping.BEST]))
+        _explain(error, best, Checkpointing(None, best))
+        raise
+    finally:
+        progress.close()
+
+
+def compiled(runs: Sequence[Run]) -> Any:
+    """The compiled loop over runs of one objective, or None where Python is needed at each step."""
+    if not is_compiled(runs[0].objective.fun):
+        return None
+    from .compiled_loop import compiled_loop  # which takes Numba to compile
+
+    return compiled_loop(runs)
+
+
+def _iterations_alone(run: Run, settings: Settings, callback: Callback | None, checkpointing: Checkpointing) -> int:
+    """How many iterations the compiled loop may take before Python has something to do."""
+    most = checkpointing.iterations_left()
+    if callback is not None:
+        most = min(most, settings["callback_every"] - run.nit % settings["callback_every"])
+    return most
+
+
+def _after_iterations(
+    run: Run, settings: Settings, callback: Callback | None, checkpointing: Checkpointing, signals: list[int]
+) -> None:
+    """What is due after an iteration, or after a block of them."""
+    finite = run.reason != stopping.NONFINITE
+    if callback is not None and finite and (run.reason or run.nit % settings["callback_every"] == 0):
+        try:
+            callback(run)
+        except StopIteration:
+            run.stop(stopping.CALLBACK)
+    _stop_in_time(run, settings)
+    if not run.reason and signals:
+        run.stop(stopping.INTERRUPTED)
+    if not run.reason:
+        checkpointing.save_if_due()
+
+
+def _stop_in_time(run: Run, settings: Settings) -> None:
+    if not run.reason and settings["maxtime"] is not None and run.elapsed > settings["maxtime"]:
+        run.stop(stopping.TIME)
+
+
+def _explain(error: BaseException, run: Run, checkpointing: Checkpointing) -> None:
+    """Say in the exception's notes how far the run got, and save it where there is a place for it."""
+    result = run.result()
+    best = f"best value so far {result.fun!r} at x = {short(repr(result.x))}"
+    error.add_note(f"adamw_numba.minimize: at iteration {run.nit}; {best}")
+    try:
+        error.intermediate_result = result  # type: ignore[attr-defined]
+        error.add_note("the result so far is the `intermediate_result` of this exception")
+    except AttributeError:  # a class with slots has no room for it
+        pass
+    if checkpointing.is_read and checkpointing.is_on:
+        try:
+            checkpointing.finish()
+            error.add_note(f"the state is saved in {checkpointing.place}")
+        except Exception as failure:
+            error.add_note(f"the state could not be saved: {short(repr(failure))}")

@@ -1,0 +1,88 @@
+"""What an objective returns: a number and gradients, checked."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import arrays
+from ..arrays import Array
+from ..arrays.brief import brief
+from ..arrays.tree import Container, matched
+
+
+class Evaluation(NamedTuple):
+    """What one iteration learns."""
+
+    value: float
+    gradients: list[Array]
+    calls: int  # of `fun`
+
+
+def number_of(value: Any) -> float:
+    """The value of the objective as a float.
+
+    Raises
+    ------
+    TypeError
+        If it is no real number.
+    ValueError
+        If no float is as large.
+    """
+    try:
+        if isinstance(value, (bool, int, float)):
+            return float(value)
+        size = int(np.prod(value.shape)) if hasattr(value, "shape") else None
+        name = arrays.dtype_name(value) if size == 1 else ""
+        if name and not name.startswith(("complex", "object", "str")):
+            return float(value if value.shape == () else value.reshape(-1)[0])
+    except (TypeError, AttributeError):
+        pass
+    except OverflowError:
+        raise ValueError(f"`fun` returned {returned(value)}; expected a number within the range of float64") from None
+    raise TypeError(f"`fun` returned {returned(value)}; expected a real number")
+
+
+def gradients_of(gradient: Container, container: Container, names: list[str], leaves: Sequence[Array]) -> list[Array]:
+    """The gradients of all variables, in their order, from a container like theirs.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If one is of another shape, library or kind than its variable, or is missing.
+    """
+    if len(leaves) == 1 and not isinstance(container, (dict, list, tuple)):
+        return [gradient_of("", gradient, leaves[0])]
+    ordered = matched(gradient, names, "the gradient")
+    return [gradient_of(name, g, x) for name, g, x in zip(names, ordered, leaves, strict=True)]
+
+
+def gradient_of(name: str, gradient: Any, x: Array) -> Array:
+    """The gradient of one variable, checked; errors say the name, if there is one."""
+    what = f"the gradient of {brief(name)}" if name else "the gradient"
+    if not isinstance(x, np.ndarray):
+        _check_shape(what, gradient, x)
+        arrays.check_gradient(name or "x", gradient, x)
+        return gradient
+    if type(gradient) is not np.ndarray:
+        if type(gradient).__module__.partition(".")[0] == "torch" and "torch" in sys.modules:
+            gradient = gradient.detach()
+        gradient = np.asarray(gradient)
+    if gradient.dtype.kind not in "fiub":
+        raise TypeError(f"{what} has dtype {gradient.dtype!s:.100}; expected real numbers")
+    if gradient.shape == () and x.shape == (1,):
+        gradient = gradient.reshape(1)
+    _check_shape(what, gradient, x)
+    return gradient
+
+
+def _check_shape(what: str, gradient: Any, x: Array) -> None:
+    shape = tuple(getattr(gradient, "shape", ()))
+    if arrays.is_array(gradient) and shape != tuple(x.shape):
+        raise ValueError(f"{what} has shape {shape}; expected {tuple(x.shape)}, the shape of x")
+
+
+def returned(value: Any) -> str:
+    """A value that was returned, for a message."""
+    return f"{brief(value)} of type {type(value).__name__}"

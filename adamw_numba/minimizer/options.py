@@ -1,0 +1,106 @@
+"""The options of `minimize`: what each may be, and what it is by default."""
+
+import warnings
+from contextlib import suppress
+from typing import Any
+
+from .. import hyperparameters as hp
+from ..arrays.brief import brief
+from ..optimizer import HYPERPARAMETERS, SYNONYMS
+
+Settings = dict[str, Any]
+
+_tolerance = hp.real("a float >= 0, or None", lambda value: value >= 0, optional=True)
+_seconds = hp.real("a number of seconds > 0, or None", lambda value: value > 0, optional=True)
+
+
+def _flag_or_none(name: str, value: Any) -> bool | None:
+    return None if value is None else hp.flag(name, value)
+
+
+def _verbose(name: str, value: Any) -> bool:
+    return bool(value) if hp.is_real(value) else hp.flag(name, value)
+
+
+def _history(name: str, value: Any) -> int:
+    return 1000 * value if isinstance(value, bool) else int(hp.integer(0, optional=False)(name, value))
+
+
+def _progress(name: str, value: Any) -> Any:
+    return value if callable(value) else hp.flag(name, value)
+
+
+def _anything(name: str, value: Any) -> Any:
+    return value
+
+
+# Option -> default and check; AdamW's hyperparameters are added to them.
+_OPTIONS: dict[str, tuple[Any, hp.Check]] = {
+    "maxiter": (10_000, hp.integer(0, optional=False)),
+    "maxfev": (None, hp.integer(1)),
+    "maxtime": (None, _seconds),
+    "gtol": (1e-5, _tolerance),
+    "ftol": (None, _tolerance),
+    "xtol": (None, _tolerance),
+    "patience": (None, hp.integer(1)),
+    "disp": (False, _verbose),
+    "progress": (False, _progress),
+    "history": (True, _history),
+    "return_best": (None, _flag_or_none),
+    "checkpoint": (None, _anything),
+    "state": (None, _anything),
+    "nonfinite": ("stop", hp.choice("stop", "propagate", "skip", "raise")),
+    "batches": (None, _anything),
+    "workers": (None, _anything),
+    "finite_diff_rel_step": (None, _anything),
+    "callback_every": (1, hp.integer(1, optional=False)),
+    "compiled": (True, hp.flag),
+}
+_HYPERPARAMETERS = ["learning_rate", *(key for key in HYPERPARAMETERS if key not in ("name", "nonfinite"))]
+
+
+def read_settings(options: dict[str, Any], tol: Any, hess: Any, hessp: Any, constraints: Any) -> Settings:
+    """All options, checked; AdamW's own are under ``hyper``."""
+    _warn_of_unused(hess, hessp, constraints)
+    _warn_of_unknown(options)
+    settings = {key: check(key, options.get(key, default)) for key, (default, check) in _OPTIONS.items()}
+    tol = _tolerance("tol", options.get("tol", tol))
+    if tol is not None and "gtol" not in options:
+        settings["gtol"] = tol
+    hyper = {key: options[key] for key in _HYPERPARAMETERS if key in options}
+    # A run that stops looks at the value and the gradient itself: the optimizer need not read the gradient again.
+    hyper["nonfinite"] = "propagate" if settings["nonfinite"] == "stop" else settings["nonfinite"]
+    return settings | {"hyper": {"weight_decay": 0.0} | hyper}
+
+
+def _warn_of_unused(hess: Any, hessp: Any, constraints: Any) -> None:
+    for name, value in (("hess", hess), ("hessp", hessp)):
+        if value is not None:
+            message = f"Method AdamW does not use Hessian information ({name})."
+            warnings.warn(message, RuntimeWarning, stacklevel=5)
+    if not (constraints is None or (isinstance(constraints, (tuple, list)) and not constraints)):
+        warnings.warn("Method AdamW cannot handle constraints.", RuntimeWarning, stacklevel=5)
+
+
+def _warn_of_unknown(options: dict[str, Any]) -> None:
+    known = {*_OPTIONS, *_HYPERPARAMETERS, "tol"}
+    unknown = [key for key in options if key not in known]
+    if not unknown:
+        return
+    hints = [f"`{key}` is `{SYNONYMS[key]}` here" for key in unknown if key in SYNONYMS]
+    # SciPy's words
+    warnings.warn("; ".join([f"Unknown solver options: {_listed(unknown)}", *hints]), _warning(), stacklevel=5)
+
+
+def _listed(names: list[str], most: int = 10) -> str:
+    shown = [brief(name)[1:-1] for name in names[:most]]
+    return ", ".join(shown + [f"... {len(names) - most} more"] * (len(names) > most))
+
+
+def _warning() -> Any:
+    """SciPy's class of warnings for unknown options, where SciPy is installed."""
+    with suppress(ImportError):
+        from scipy.optimize import OptimizeWarning
+
+        return OptimizeWarning
+    return UserWarning

@@ -1,0 +1,31 @@
+"""A map over several processes: what SciPy's methods call `workers`."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+
+@contextmanager
+def mapper(workers: Any) -> Iterator[Callable[..., Any]]:
+    """What maps a function over items: `workers` itself if it does, the built-in `map`, or so many processes."""
+    if callable(workers):
+        yield workers
+    elif workers in (None, 1):
+        yield map
+    else:
+        from concurrent.futures import ProcessPoolExecutor
+
+        count = (os.cpu_count() or 1) if workers == -1 else workers
+        pool = ProcessPoolExecutor(count)
+        try:
+            yield partial(_map_in_chunks, pool, count)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _map_in_chunks(pool: Any, count: int, function: Callable[[Any], Any], items: Iterable[Any]) -> Any:
+    items = list(items)
+    # A few chunks for each process: one alone would wait for the slowest, single items cost a message each.
+    return pool.map(function, items, chunksize=max(1, len(items) // (4 * count)))
