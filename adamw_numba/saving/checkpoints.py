@@ -37,13 +37,13 @@ class Checkpoints:
     Parameters
     ----------
     directory : path
-        Made if need be.
+        Made where it does not exist.
     keep : int, default 3
         How many files to keep; older ones are removed once a newer one is on disk.
     every : int, default 1
-        `save` does nothing at a step that is no multiple of it.
+        `save` does nothing at a step that is not a multiple of it.
     background : bool, default False
-        Copy the state and write it from one other thread, one file at a time; an error is raised by the next call.
+        Copy the state and write it from another thread, one file at a time; the next call raises what went wrong.
     suffix : str, default ".npz"
         The kind of file: see `AdamW.save`.
     durable : bool, default True
@@ -88,7 +88,7 @@ class Checkpoints:
         check_target(self._path(0))
         self.directory.mkdir(parents=True, exist_ok=True)
         self._writer: ThreadPoolExecutor | None = None
-        self._writing: list[Future[None]] = []  # at most one, until its outcome was told
+        self._writing: list[Future[None]] = []  # at most one, until its outcome was reported
         weakref.finalize(self, _tell_unless_told, self._writing)
         self._process = os.getpid()
 
@@ -103,7 +103,7 @@ class Checkpoints:
     ) -> Path | None:
         """Save at a step that is a multiple of `every`, or, with `force`, at any.
 
-        Files of later steps, from before a return to an earlier one, are removed once this one is on disk.
+        Where a run has gone back to an earlier step, the files of later steps are removed once this one is on disk.
 
         Parameters
         ----------
@@ -117,7 +117,7 @@ class Checkpoints:
         Returns
         -------
         pathlib.Path or None
-            The file, which with ``background=True`` is still to be written; None where nothing is saved.
+            The file, which with ``background=True`` may still be being written; None where nothing is saved.
 
         Raises
         ------
@@ -147,14 +147,14 @@ class Checkpoints:
         Warns
         -----
         UserWarning
-            For every newer one that is damaged.
+            For every newer file that is damaged.
 
         Raises
         ------
         CorruptFileError
             If there are files and none is whole.
         OSError
-            If one cannot be read: this does not tell that it is damaged.
+            If one cannot be read, which does not mean that it is damaged.
         """
         found = self._newest(archive.verify)
         return None if found is None else self._path(found[0])
@@ -175,20 +175,20 @@ class Checkpoints:
         Warns
         -----
         UserWarning
-            For every newer one that is damaged.
+            For every newer file that is damaged.
 
         Raises
         ------
         CorruptFileError
             If there are files and none is whole.
         OSError
-            If one cannot be read: this does not tell that it is damaged.
+            If one cannot be read, which does not mean that it is damaged.
         """
         found = self._newest(lambda path: restore.restore(optimizer, path))
         return None if found is None else Restored(*found, self._path(found[0]))
 
     def _newest(self, act: Callable[[Path], Any]) -> tuple[int, Any] | None:
-        """The newest step of which something can be done with the file, and what came of it."""
+        """The newest step whose file can be used, and what `act` returned for it."""
         self._finish()
         damaged = []
         for step in reversed(self._steps()):
@@ -209,7 +209,7 @@ class Checkpoints:
         try:
             self._finish()
         finally:
-            if not self._writing and self._writer is not None:  # else interrupted: to be called again
+            if not self._writing and self._writer is not None:  # otherwise interrupted, and to be called again
                 self._writer.shutdown()
                 self._writer = None
 
@@ -226,17 +226,17 @@ class Checkpoints:
         self._prune(step)
 
     def _prune(self, newest: int) -> None:
-        """Remove later steps, which are of a course that was given up, and the oldest beyond those to keep."""
+        """Remove later steps, which belong to a run that was given up, and the oldest beyond those to keep."""
         steps = self._steps()
         earlier = [step for step in steps if step < newest]
         for step in [*earlier[: max(0, len(earlier) + 1 - self.keep)], *(step for step in steps if step > newest)]:
             remove(self._path(step))
 
     def _finish(self) -> None:
-        if self._process != os.getpid():  # a fork: the thread is the parent's, and so is what it writes
+        if self._process != os.getpid():  # a fork: the thread is in the parent, and so is what it writes
             self._process, self._writer = os.getpid(), None
             self._writing.clear()
-        wait(self._writing)  # an interrupt here forgets nothing
+        wait(self._writing)  # nothing is removed before, so that an interrupt here loses no error
         errors = [writing.exception() for writing in self._writing]
         self._writing.clear()
         for error in filter(None, errors):
@@ -244,7 +244,7 @@ class Checkpoints:
 
 
 def _tell_unless_told(writing: list[Future[None]]) -> None:
-    """What is left to say where nobody has called `close`: at once, or when the file is written."""
+    """Warn of an error that nobody has asked for, since `close` was not called: now, or when the file is written."""
     for future in writing:
         future.add_done_callback(_tell)
 
@@ -252,4 +252,4 @@ def _tell_unless_told(writing: list[Future[None]]) -> None:
 def _tell(future: Future[None]) -> None:
     error = future.exception()
     if error is not None:
-        warnings.warn(f"a checkpoint could not be written, and nobody has asked: {error!r}", stacklevel=2)
+        warnings.warn(f"a checkpoint could not be written, and nobody has called `close`: {error!r:.400}", stacklevel=2)

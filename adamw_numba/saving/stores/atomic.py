@@ -82,7 +82,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Wait until all that lies in a folder is on disk."""
+    """Wait until everything in a folder is on disk."""
     for parent, _, names in os.walk(folder):
         for name in names:
             sync(Path(parent, name))
