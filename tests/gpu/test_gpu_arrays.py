@@ -8,8 +8,8 @@ import warnings
 
 import numpy as np
 import pytest
-import torch
 from helpers import libraries
+from helpers.libraries import torch
 from helpers.on_gpu import array, equal, marks, needs_gpu
 
 from adamw_numba import AdamW

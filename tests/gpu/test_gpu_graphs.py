@@ -7,8 +7,8 @@ import contextlib
 
 import numpy as np
 import pytest
-import torch
 from helpers import libraries
+from helpers.libraries import torch
 from helpers.on_gpu import SIMULATED, array, equal, marks
 
 from adamw_numba import AdamW, schedules

@@ -1,7 +1,4 @@
-"""The kernels of the GPU, without a GPU: each file of GPU tests in Numba's simulator, in a process of its own.
-
-A file at a time, so that workers share them.
-"""
+"""The kernels of the GPU, without a GPU: each file of GPU tests in Numba's simulator, in a process of its own."""
 
 import os
 import re
@@ -17,7 +14,9 @@ HERE = Path(__file__).parent
 PASS = {"test_gpu_arrays": 9, "test_gpu_counting": 48, "test_gpu_graphs": 11, "test_gpu_numbers": 50}  # at least
 
 
-@pytest.mark.parametrize("file", PASS)
+@pytest.mark.parametrize(
+    "file", [pytest.param(file, marks=pytest.mark.slow if file == "test_gpu_numbers" else ()) for file in PASS]
+)
 def test_the_gpu_tests_pass_in_the_simulator(file):
     environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1"}
     options = ["-q", "-m", "gpu", "-p", "no:cacheprovider"]

@@ -10,8 +10,8 @@ import time
 
 import numpy as np
 import pytest
-import torch
 from helpers import libraries
+from helpers.libraries import torch
 from hypothesis import HealthCheck, settings
 from numba import config
 
