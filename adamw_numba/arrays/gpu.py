@@ -1,9 +1,11 @@
-"""Arrays on a GPU: which library's they are, where they lie, and how they are made, copied and ordered in time.
+"""Arrays on a GPU: which library made them, where they lie, and how they are made, copied and ordered in time.
 
-CuPy arrays, torch tensors, Numba's own device arrays, and whatever has ``shape``, ``dtype`` and the CUDA array
-interface or DLPack. State is allocated by the array's own library; for the last kind by Numba.
+These are CuPy arrays, torch tensors, Numba's own device arrays, and everything that has ``shape``, ``dtype`` and the
+CUDA array interface or DLPack ("foreign" arrays). State is allocated by the array's own library; for foreign arrays by
+Numba.
 
-No module of this package may be called ``cuda...``: numba-cuda's import hook takes ``adamw_numba.cuda`` for its own.
+No module of this package may be called ``cuda...``: numba-cuda redirects every import whose dotted name contains
+``numba.cuda``, which ``adamw_numba.cuda`` does.
 """
 
 import importlib.util
@@ -43,7 +45,7 @@ def is_foreign(array: Array) -> bool:
 
 
 def require(name: str, array: Array) -> None:
-    """Refuse a GPU array that cannot be used here, with what to install.
+    """Refuse a GPU array that cannot be used here, and say what to install.
 
     Raises
     ------
@@ -77,7 +79,7 @@ def device_index(array: Array) -> int:
         return index
     try:
         return int(_view(array).device_id)
-    except (ImportError, RuntimeError, BufferError):  # no driver, which `require` has words for
+    except (ImportError, RuntimeError, BufferError):  # there is no driver; `require` says so
         return 0
 
 
@@ -98,7 +100,7 @@ def layout(array: Array) -> tuple[int, tuple[int, ...], tuple[int, ...], str]:
 
 
 def signature(array: Array) -> object:
-    """All that a verdict on an array rests on, other than its address; None where it cannot be read."""
+    """Everything that decides whether an array is accepted, except for its address; None if it cannot be read."""
     try:
         return type(array), *layout(array)[1:], device_index(array)
     except (ImportError, RuntimeError, BufferError):
@@ -106,7 +108,7 @@ def signature(array: Array) -> object:
 
 
 def address(array: Array) -> int:
-    """Where one of Numba's device arrays lies (in the simulator: on the host)."""
+    """Where one of Numba's device arrays lies; in the simulator, where its array on the host does."""
     if _is_simulated():
         host: int = array._ary.ctypes.data
         return host
@@ -149,7 +151,10 @@ def write(array: Array, value: np.ndarray[Any, Any]) -> None:
 
 
 def to_numpy(array: Array) -> np.ndarray[Any, Any]:
-    """A copy on the host, through pinned memory, which a GPU copies to without help; torch's bfloat16 as float32."""
+    """A copy on the host; of torch's bfloat16 as float32.
+
+    It is made through pinned memory, to which a GPU copies several times as fast.
+    """
     if array_api_compat.is_torch_array(array):
         torch = sys.modules["torch"]
         array = array.detach().resolve_conj().resolve_neg()
@@ -176,9 +181,10 @@ def to_numpy(array: Array) -> np.ndarray[Any, Any]:
 
 
 def current_stream(array: Array, device: int, consumer: int = 0) -> tuple[int, Any]:
-    """The handle of the stream on which an array's library, or the array, works now, and what keeps it alive.
+    """The handle of the stream in which an array's library, or the array, works now, and what keeps it alive.
 
-    Of an array that speaks DLPack alone, its library makes the stream `consumer` wait for it.
+    An array that has nothing but DLPack does not tell its stream. There the library is asked to make the stream
+    `consumer` wait, and 0 is returned.
     """
     if array_api_compat.is_torch_array(array):
         stream = sys.modules["torch"].cuda.current_stream(device)
@@ -190,11 +196,11 @@ def current_stream(array: Array, device: int, consumer: int = 0) -> tuple[int, A
     if interface is None and not is_numba(array):
         _view(array, consumer or 1)
     handle = (interface or {}).get("stream") or 0
-    return (0 if handle == 1 else int(handle)), None  # 1 is another name of the legacy default stream
+    return (0 if handle == 1 else int(handle)), None  # 1 also means the legacy default stream
 
 
 def _wait(array: Array) -> None:
-    """Wait for a GPU, before and after copies that no stream orders."""
+    """Wait for a GPU: before and after copies that are not ordered by a stream."""
     from numba import cuda as compiler
 
     cuda: Any = compiler
@@ -222,7 +228,7 @@ def _dlpack_device(array: Array) -> tuple[int, int]:
 
 
 def _view(array: Array, stream: int = -1) -> Any:
-    """What an array's CUDA array interface or DLPack says of it; -1 is no stream that would have to wait for it."""
+    """What an array's CUDA array interface or DLPack says; a stream of -1 means that none has to wait for it."""
     from cuda.core.utils import StridedMemoryView
 
     return StridedMemoryView.from_any_interface(array, stream_ptr=stream)

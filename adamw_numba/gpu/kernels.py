@@ -5,7 +5,8 @@ that changes from step to step (coefficients, decisions, the count of steps) is 
 captured graph follows a schedule.
 
 The kernels are assembled from parts that know their options: where an option is off, a part that does nothing is put
-in. So a kernel holds no code for what it does not do, without a single branch over options.
+in. So a kernel holds no code for what it does not do, without a single branch over options. Parts that several kernels
+have in common are cached, since Numba takes longer to compile them than CUDA does.
 """
 
 import math
@@ -93,7 +94,7 @@ def update_kernel(storage: Storage, variant: Variant):
 def update_function(storage: Storage, variant: Variant):
     """The kernel that takes a step with all chunks of a group: an update, an accumulation, or an average alone."""
     row_at, _ = parts.coefficients_in(storage.compute)
-    scale_of, step_chunk = _scale_of(storage), _step_chunk(storage, variant)
+    scale_of, step_chunk = _scale_of(storage.compute), _step_chunk(storage, variant)
 
     def update_kernel(group, flags, expected):
         index = parts.row_index(group, flags, expected)
@@ -111,10 +112,11 @@ def update_function(storage: Storage, variant: Variant):
     return update_kernel
 
 
-def _scale_of(storage):
+@cache
+def _scale_of(compute):
     """What gradients are multiplied with: a number of the row, or what clipping by norm has left for their array."""
-    get, size = memory.number(storage.compute)[0], SIZES[storage.compute]
-    scales = SCALES if storage.compute == "float32" else SCALES_DOUBLE
+    get, size = memory.number(compute)[0], SIZES[compute]
+    scales = SCALES if compute == "float32" else SCALES_DOUBLE
 
     @scalar_function
     def scale_of(group, row, run, flags):
@@ -132,7 +134,7 @@ def _step_chunk(storage, variant):
     step_many, step_one = _step_lanes(storage, variant, width), _step_lanes(storage, variant, 1)
     addresses_of, mode_of, head_of = (
         _addresses_of(storage, variant),
-        _mode_of(storage, variant),
+        _mode_of(storage.compute, variant.average),
         _head_of(storage, width),
     )
     _, coefficients = parts.coefficients_in(storage.compute)
@@ -162,10 +164,11 @@ def _step_chunk(storage, variant):
     return step_chunk
 
 
-def _mode_of(storage, variant):
+@cache
+def _mode_of(compute, has_average):
     """What a step does to an array: without a gradient, an update changes its average alone."""
-    get, at = memory.number(storage.compute)[0], IS_UPDATE * SIZES[storage.compute]
-    without_gradient = _BLEND if variant.average else _NOTHING
+    get, at = memory.number(compute)[0], IS_UPDATE * SIZES[compute]
+    without_gradient = _BLEND if has_average else _NOTHING
 
     @scalar_function
     def mode_of(group, row, run):
@@ -217,6 +220,7 @@ def _moved(at, k, steps):
     )
 
 
+@cache
 def _head_of(storage, width):
     """How many elements come before the first that is aligned in every array; all of them, if none is."""
     p_size, g_size, size = SIZES[storage.p], SIZES[storage.g], SIZES[storage.compute]
@@ -236,7 +240,7 @@ def _head_of(storage, width):
 def _step_lanes(storage, variant, width):
     """What a thread does with `width` neighbours, given where the first lies."""
     update_lanes = _update_lanes(storage, variant, width)
-    accumulate_lanes = _accumulate_lanes(storage, width) if variant.accumulate else _do_nothing
+    accumulate_lanes = _accumulate_lanes(storage.g, storage.compute, width) if variant.accumulate else _do_nothing
     blend_lanes = _blend_lanes(storage, width) if variant.average else _do_nothing
 
     @device_function
@@ -297,11 +301,12 @@ def _update_lanes(storage, variant, width):
     return update_lanes
 
 
-def _accumulate_lanes(storage, width):
+@cache
+def _accumulate_lanes(g_type, compute, width):
     """Add neighbours of the gradient to the sum of the window."""
-    dtype = FLOATS[storage.compute]
-    load_g, _ = memory.elements(storage.g, width, False)
-    load, store = memory.elements(storage.compute, width, True)
+    dtype = FLOATS[compute]
+    load_g, _ = memory.elements(g_type, width, False)
+    load, store = memory.elements(compute, width, True)
 
     @device_function
     def accumulate_lanes(at, overwrite, c):
@@ -315,6 +320,7 @@ def _accumulate_lanes(storage, width):
     return accumulate_lanes
 
 
+@cache
 def _blend_lanes(storage, width):
     """Take neighbours of a variable that has no gradient into its average."""
     dtype = FLOATS[storage.compute]

@@ -37,12 +37,12 @@ from .words import (
     STILL,
 )
 
-_SIGNATURE = types.void(types.int64, types.int64, types.int64)  # descriptor of a group, flags, expected iteration
+SIGNATURE = types.void(types.int64, types.int64, types.int64)  # descriptor of a group, flags, expected iteration
 
 
 def kernel(function):
     """Compile a function for the current device, without asking for the types of its arguments at each launch."""
-    return cuda.jit(_SIGNATURE)(function)
+    return cuda.jit(SIGNATURE)(function)
 
 
 @scalar_function

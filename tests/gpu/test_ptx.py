@@ -1,114 +1,124 @@
-"""The CUDA kernels as machine code, compiled without a GPU: what they must hold, and what they must not."""
+"""The CUDA kernels as machine code, compiled without a GPU: what they must hold, and what they must not.
+
+One test for each kernel: compiling it takes nearly all the time.
+"""
 
 import itertools
-import multiprocessing
 import re
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
 
+from adamw_numba.update import Storage, Variant
+
 pytest.importorskip("numba_cuda")
 
-NO_YES = (None, True)
-STORAGES = [("float32", "float32", "float32", None), ("float64", "float64", "float64", None)] + [
-    (p, g, "float32", master) for p in ("float16", "bfloat16") for g in (p, "float32") for master in NO_YES
+NO_YES = (False, True)
+STORAGES = [
+    Storage("float32", "float32", "float32", strided=False, master=False),
+    Storage("float64", "float64", "float64", strided=False, master=False),
+    *(
+        Storage(p, g, "float32", strided=False, master=master)
+        for p in ("float16", "bfloat16")
+        for g in (p, "float32")
+        for master in NO_YES
+    ),
 ]
-UPDATES = [
-    ("update_function", (p, g, compute, *options, master))
-    for (p, g, compute, master), options in itertools.product(STORAGES, itertools.product(NO_YES, repeat=3))
-]
+VARIANTS = [Variant(*options, clip=False) for options in itertools.product(NO_YES, repeat=3)]
+UPDATES = [("update", storage, variant) for storage in STORAGES for variant in VARIANTS]
 SQUARES = [
-    ("square_function", (g, "float64" if g == "float64" else "float32", total))
+    ("square", g, "float64" if g == "float64" else "float32", accumulates)
     for g in ("float16", "bfloat16", "float32", "float64")
-    for total in NO_YES
+    for accumulates in NO_YES
 ]
-OTHERS = [("norm_function", ()), ("decide_function", ())]
+KERNELS = [*UPDATES, *SQUARES, ("norm",), ("decision",)]
+IN_FLOAT32 = [kernel for kernel in UPDATES if kernel[1].compute == "float32"]
+QUICK = [UPDATES[0], UPDATES[-1], SQUARES[-1], ("norm",), ("decision",)]
 CAPABILITIES = [(8, 0), (9, 0)]
 
 
-def ptx_of(job):
-    """One kernel variant for each GPU generation; the parts that are the same are compiled once."""
+def name_of(kernel):
+    """What pytest calls a kernel's test."""
+    if kernel[0] != "update":
+        return "-".join(map(str, kernel))
+    _, storage, variant = kernel
+    options = [name for name, wanted in {"master": storage.master, **variant._asdict()}.items() if wanted]
+    return "-".join(["update", storage.p, storage.g, *options])
+
+
+def function_of(kernel):
+    from adamw_numba.gpu import kernels, norm_kernels
+
+    name, *arguments = kernel
+    if name == "update":
+        return kernels.update_function(*arguments)
+    if name == "square":
+        return norm_kernels.square_function(*arguments)
+    return {"norm": norm_kernels.norm_function, "decision": norm_kernels.decision_function}[name]
+
+
+@cache
+def ptx_of(kernel):
+    """The PTX of a kernel for each GPU generation; what is the same for both is compiled once."""
     import numba.cuda.dispatcher as dispatcher
     from numba.cuda import compiler
 
-    from adamw_numba.gpu import kernels
+    from adamw_numba.gpu import parts
 
-    function, arguments = job
     dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=CAPABILITIES[0])  # there is no GPU
     options = dict.fromkeys(("debug", "opt", "abi_info", "launch_bounds")) | dict.fromkeys(
         ("lineinfo", "device", "fastmath", "forceinline", "lto"), False
     )
     library, _ = compiler._compile_pyfunc_with_fixup(
-        getattr(kernels, function)(*arguments), kernels.SIGNATURE, cc=CAPABILITIES[0], abi="numba", **options
+        function_of(kernel), parts.SIGNATURE, cc=CAPABILITIES[0], abi="numba", **options
     )
-    return ["".join(library.get_asm_strs(cc=capability)) for capability in CAPABILITIES]
-
-
-@pytest.fixture(scope="module")
-def compiled():
-    """The PTX of every kernel variant for every GPU generation, made by two processes."""
-    jobs = [*UPDATES, *SQUARES, *OTHERS]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, mp_context=context) as pool:
-        results = pool.map(ptx_of, jobs, chunksize=4)
-        return {
-            (job, at): ptx
-            for job, made in zip(jobs, results, strict=True)
-            for at, ptx in zip(CAPABILITIES, made, strict=True)
-        }
+    return {capability: "".join(library.get_asm_strs(cc=capability)) for capability in CAPABILITIES}
 
 
 def accesses(ptx, instruction):
     return Counter(re.findall(rf"\s{instruction}\.global((?:\.cs)?\.v\d\.\w+)", ptx))
 
 
-def test_every_variant_is_made_for_its_generation(compiled):
-    assert len(compiled) == 2 * (80 + 8 + 2)
-    for (_, (major, minor)), ptx in compiled.items():
+def test_these_are_all_variants():
+    assert len({name_of(kernel) for kernel in KERNELS}) * len(CAPABILITIES) == 2 * (80 + 8 + 2)
+    assert len(IN_FLOAT32) == 72
+
+
+@pytest.mark.parametrize(
+    "kernel", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in KERNELS], ids=name_of
+)
+def test_machine_code(kernel):
+    for (major, minor), ptx in ptx_of(kernel).items():
         assert f".target sm_{major}{minor}" in ptx
         assert ".local" not in ptx  # everything stays in registers
         assert "call.uni" not in ptx
+        if kernel in IN_FLOAT32:
+            assert ".f64" not in ptx
+        if kernel[0] == "update":
+            check_that_main_loops_move_128_bits(ptx, *kernel[1:])
+        if kernel[0] == "square":
+            wide = {"float32": ".v4.f32", "float64": ".v2.f64"}.get(kernel[1], ".v4.b32")
+            assert accesses(ptx, "ld")[wide] >= 1
 
 
-def test_a_float32_update_has_no_float64(compiled):
-    found = [
-        ptx
-        for ((name, arguments), _), ptx in compiled.items()
-        if name == "update_function" and "float64" not in arguments
-    ]
-    assert len(found) == 2 * 72
-    for ptx in found:
-        assert ".f64" not in ptx
-
-
-def test_main_loops_move_128_bits(compiled):
+def check_that_main_loops_move_128_bits(ptx, storage, variant):
     """How many wide accesses there are: each array once in the main loop of each of what a kernel can do."""
-    for ((name, arguments), _), ptx in compiled.items():
-        if name != "update_function":
-            continue
-        p, g, compute, top, average, total, master = arguments
-        width = 16 // min({"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}[kind] for kind in (p, g))
-        size = {"float32": 4, "float64": 8}[compute]
-        per_slot = width * size // 16
-        loads, stores = accesses(ptx, "ld"), accesses(ptx, "st")
-        slots = 2 + sum(x is True for x in (top, average, total, master))
-        blends = (1 + (master is True)) * per_slot if average else 0
-        sums = per_slot if total else 0
-        streaming = f".cs.v{16 // size}.f{8 * size}"
-        assert loads[streaming] >= slots * per_slot + blends + sums, (arguments, loads)
-        assert stores[streaming] >= slots * per_slot + (per_slot if average else 0) + sums, (arguments, stores)
-        narrow = ".v4.b32" if size == 4 and p != "float32" else f".v{16 // size}.f{8 * size}"
-        assert loads[narrow] >= 1, (arguments, loads)
-        assert stores[narrow] >= 1, (arguments, stores)
-        assert all(kind in (streaming, narrow, ".v4.f32") for kind in loads | stores), (loads, stores)
-
-
-def test_the_norm_reads_128_bits(compiled):
-    for ((name, (g, *_)), _), ptx in ((job, ptx) for job, ptx in compiled.items() if job[0][0] == "square_function"):
-        wide = {"float32": ".v4.f32", "float64": ".v2.f64"}.get(g, ".v4.b32")
-        assert accesses(ptx, "ld")[wide] >= 1, name
+    width = 16 // min({"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}[kind] for kind in storage[:2])
+    size = {"float32": 4, "float64": 8}[storage.compute]
+    per_slot = width * size // 16
+    loads, stores = accesses(ptx, "ld"), accesses(ptx, "st")
+    slots = 2 + sum((variant.amsgrad, variant.average, variant.accumulate, storage.master))
+    blends = (1 + storage.master) * per_slot if variant.average else 0
+    sums = per_slot if variant.accumulate else 0
+    streaming = f".cs.v{16 // size}.f{8 * size}"
+    assert loads[streaming] >= slots * per_slot + blends + sums, loads
+    assert stores[streaming] >= slots * per_slot + (per_slot if variant.average else 0) + sums, stores
+    narrow = ".v4.b32" if size == 4 and storage.p != "float32" else f".v{16 // size}.f{8 * size}"
+    assert loads[narrow] >= 1, loads
+    assert stores[narrow] >= 1, stores
+    assert all(kind in (streaming, narrow, ".v4.f32") for kind in loads | stores), (loads, stores)
 
 
 def shapes_of_results(ptx):
@@ -130,10 +140,9 @@ def shapes_of_results(ptx):
     return Counter(shape(register.strip()) for group in stored for register in group.split(","))
 
 
-def test_an_element_has_the_same_arithmetic_in_vectors_and_alone(compiled):
+def test_an_element_has_the_same_arithmetic_in_vectors_and_alone():
     """Which product and sum are fused must not depend on where an element lies."""
-    for capability in CAPABILITIES:
-        ptx = compiled[UPDATES[0], capability]
+    for ptx in ptx_of(UPDATES[0]).values():
         found = shapes_of_results(ptx)
         moments = [s for s in found if s != "x" and s[0].startswith(("fma", "add"))]
         assert found

@@ -1,0 +1,232 @@
+"""What a GPU counts by itself: steps that it skips, that an interrupt cuts off, that the host has to ask about.
+
+See helpers/on_gpu.py for where these tests run.
+"""
+
+import contextlib
+import math
+
+import numpy as np
+import pytest
+from helpers import libraries
+from helpers.on_gpu import array, equal, marks
+
+from adamw_numba import AdamW, schedules
+
+pytestmark = marks
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"clipnorm": 0.5}, {"gradient_accumulation_steps": 2}, {"global_clipnorm": 1.0}]
+)
+def test_the_gpu_skips_by_itself(options):
+    good, bad = [np.ones(5), np.full(3, 2.0)], [np.array([1, np.nan, 1, 1, 1.0]), np.ones(3)]
+    skipping = AdamW(schedules.ExponentialDecay(0.1, 1, 0.5), nonfinite="skip", **options)
+    plain = AdamW(schedules.ExponentialDecay(0.1, 1, 0.5), **options)
+    found, expected = [array(np.ones(n), "float64") for n in (5, 3)], [array(np.ones(n), "float64") for n in (5, 3)]
+    skipping.build(found)
+    plain.build(expected)
+    for gradients in (good, bad, good, bad, bad, good, good):
+        skipping.apply([array(g, "float64") for g in gradients])
+        if gradients is good:
+            plain.apply([array(g, "float64") for g in gradients])
+    assert equal(found, expected)
+    assert skipping.skipped_steps == 3
+    assert skipping.last_step.applied
+    assert skipping.iterations == plain.iterations
+    assert equal(skipping.variables, plain.variables)
+    skipping.apply([array(g, "float64") for g in bad])
+    assert not skipping.last_step.applied
+    assert skipping.skipped_steps == 4
+    assert equal(found, expected)
+
+
+@pytest.mark.parametrize("before", [0, 3])
+def test_the_layout_of_gradients_changes_among_skipped_steps(before):
+    """What the GPU has counted alone is not lost when the tables are made anew."""
+    x, y = array(np.ones(6), "float64"), np.ones(6)
+    optimizer, cpu = AdamW(0.1), AdamW(0.1)
+    optimizer.build([x])
+    cpu.build([y])
+    g, wide = np.linspace(1, 2, 6), np.repeat(np.linspace(1, 2, 6), 2)
+    bad = g * np.nan
+    for _ in range(before):
+        optimizer.apply([array(g, "float64")])
+        cpu.apply([g])
+    optimizer.nonfinite = cpu.nonfinite = "skip"
+    for gradient in (g, bad, g, g):
+        optimizer.apply([array(gradient, "float64")])
+        cpu.apply([gradient])
+    optimizer.apply([array(wide, "float64")[::2]])
+    cpu.apply([wide[::2]])
+    np.testing.assert_allclose(libraries.look(x), y, rtol=1e-14)
+    assert (optimizer.iterations, optimizer.skipped_steps) == (cpu.iterations, cpu.skipped_steps) == (before + 4, 1)
+
+
+@pytest.mark.parametrize("what", ["addresses", "rows"])
+def test_an_interrupt_while_something_is_sent(what, monkeypatch):
+    from adamw_numba.gpu.tables import Mirror
+
+    x, y = array(np.ones(4), "float64"), np.ones(4)
+    optimizer, cpu = AdamW(0.1, beta_1=0.0), AdamW(0.1, beta_1=0.0)
+    optimizer.build([x])
+    cpu.build([y])
+    gradients = [array(np.ones(4), "float64"), array(np.full(4, -3.0), "float64")]
+    optimizer.apply([gradients[0]])
+    cpu.apply([np.ones(4)])
+    if what == "rows":
+        optimizer.learning_rate = cpu.learning_rate = 0.01
+    send = Mirror.send
+
+    class Interrupted:
+        def copy_to_device(self, *args):
+            raise KeyboardInterrupt
+
+    def interrupted(mirror, stream):
+        device, mirror.device = mirror.device, Interrupted()
+        try:
+            send(mirror, stream)
+        finally:
+            mirror.device = device
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Mirror, "send", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.apply([gradients[what == "addresses"]])
+    for _ in range(2):
+        optimizer.apply([gradients[1]])
+        cpu.apply([np.full(4, -3.0)])
+    np.testing.assert_allclose(libraries.look(x), y, rtol=1e-14)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("nth", range(6))
+@pytest.mark.parametrize(
+    "options",
+    [{"global_clipnorm": 1.0}, {"nonfinite": "skip"}, {"global_clipnorm": 1.0, "gradient_accumulation_steps": 2}],
+)
+def test_an_interrupt_among_the_launches(when, nth, options, monkeypatch):
+    """Two kinds of arrays, so several launches: the step is taken, or not begun."""
+    from adamw_numba.gpu.launcher import Launcher
+
+    def run(interrupted):
+        variables = [array(np.ones(4), "float32"), array(np.ones(4), "float64")]
+        optimizer = AdamW(0.1, **options)
+        optimizer.build(variables)
+        gradients = [array(np.ones(4), "float32"), array(np.ones(4), "float64")]
+        for _ in range(3 if "gradient_accumulation_steps" in options else 1):
+            optimizer.apply(gradients)
+        before = [libraries.look(v).copy() for v in variables]
+        count = iter(range(10**6))
+        configured = Launcher.configured
+
+        def interrupting(launcher, kernel, grid):
+            launch = configured(launcher, kernel, grid)
+
+            def call(*words):
+                here = next(count) == nth
+                if here and when == "before":
+                    raise KeyboardInterrupt
+                launch(*words)
+                if here:
+                    raise KeyboardInterrupt
+
+            return call
+
+        if interrupted:
+            with monkeypatch.context() as patch:
+                patch.setattr(Launcher, "configured", interrupting)
+                with contextlib.suppress(KeyboardInterrupt):
+                    optimizer.apply(gradients)
+        else:
+            optimizer.apply(gradients)
+        return (
+            before,
+            [libraries.look(v).copy() for v in variables],
+            optimizer.iterations,
+            optimizer,
+            variables,
+            gradients,
+        )
+
+    before, after, *_ = run(False)
+    _, found, iterations, optimizer, variables, gradients = run(True)
+    assert iterations in (1, 2)
+    assert equal(found, after if iterations == 2 else before)
+    for _ in range(options.get("gradient_accumulation_steps", 1)):
+        optimizer.apply(gradients)
+    assert optimizer.iterations == iterations + 1
+    assert not equal(variables, found)
+
+
+def test_the_iteration_is_written_after_a_norm():
+    optimizer = AdamW(0.1, global_clipnorm=1.0)
+    optimizer.build([array(np.ones(3))])
+    optimizer.apply([array(np.ones(3))])
+    iteration = optimizer.variables[0]
+    iteration[...] = 40
+    assert optimizer.iterations == 40
+    assert math.isclose(optimizer.last_step.gradient_norm, math.sqrt(3))
+    optimizer.apply([array(np.ones(3))])
+    assert optimizer.iterations == 41
+
+
+def test_many_skips_outlast_the_rows(monkeypatch):
+    """The host learns only now and then how far the GPU has counted."""
+    from adamw_numba.gpu import rows
+
+    monkeypatch.setattr(rows, "AHEAD", 4)
+    optimizer = AdamW(schedules.PolynomialDecay(0.1, 300, 0.01), nonfinite="skip")
+    reference = AdamW(schedules.PolynomialDecay(0.1, 300, 0.01))
+    x, y = array([1.0], "float64"), np.array([1.0])
+    optimizer.build([x])
+    reference.build([y])
+    good, bad = array([1.0], "float64"), array([np.inf], "float64")
+    for k in range(45):
+        optimizer.apply([bad if k % 3 else good])
+        if not k % 3:
+            reference.apply([np.array([1.0])])
+    assert optimizer.iterations == 15
+    np.testing.assert_allclose(libraries.look(x), y, rtol=1e-14)
+
+
+def test_raise_names_the_variable_and_writes_nothing():
+    variables = [array([1.0, 2.0]), array([3.0])]
+    optimizer = AdamW(0.1, nonfinite="raise", clipnorm=1.0)
+    optimizer.build({"a": variables[0], "b": variables[1]})
+    with pytest.raises(FloatingPointError, match=r"\['b'\]"):
+        optimizer.apply([array([1.0, 1.0]), array([np.inf])])
+    assert optimizer.iterations == 0
+    assert equal(variables, [np.float32([1, 2]), np.float32([3])])
+    optimizer.apply([array([1.0, 1.0]), array([1.0])])
+    reference = [np.float32([1, 2]), np.float32([3])]
+    cpu = AdamW(0.1, clipnorm=1.0)
+    cpu.build(reference)
+    cpu.apply([np.float32([1, 1]), np.float32([1])])
+    for found, expected in zip(variables, reference, strict=True):
+        np.testing.assert_allclose(libraries.look(found), expected, rtol=1e-6)
+
+
+def test_state_goes_from_the_gpu_to_the_host_and_back():
+    """Saved on one, restored on the other, also among steps that the GPU has skipped by itself."""
+    g, bad = np.linspace(1, 2, 5), np.full(5, np.nan)
+    x, y = array(np.ones(5), "float64"), np.ones(5)
+    optimizer, cpu = AdamW(0.1, nonfinite="skip", amsgrad=True), AdamW(0.1, nonfinite="skip", amsgrad=True)
+    optimizer.build({"x": x})
+    cpu.build({"x": y})
+    for gradient in (g, bad, g):
+        optimizer.apply([array(gradient, "float64")])
+    store, back = {}, {}
+    optimizer.save(store, variables=True)
+    cpu.restore(store)
+    assert (cpu.iterations, cpu.skipped_steps) == (2, 1)
+    assert np.array_equal(libraries.look(x), y)
+    cpu.apply([g])
+    optimizer.apply([array(bad, "float64")])  # counted on the GPU alone when it is restored
+    cpu.save(back, variables=True)
+    optimizer.restore(back)
+    assert (optimizer.iterations, optimizer.skipped_steps) == (3, 1)
+    optimizer.apply([array(g, "float64")])
+    cpu.apply([g])
+    assert optimizer.iterations == 4
+    np.testing.assert_allclose(libraries.look(x), y, rtol=1e-14)

@@ -1,0 +1,189 @@
+"""Captured graphs: their replays follow the schedules, and what they cannot follow is refused.
+
+See helpers/on_gpu.py for where these tests run.
+"""
+
+import contextlib
+
+import numpy as np
+import pytest
+from helpers import libraries
+from helpers.libraries import torch
+from helpers.on_gpu import SIMULATED, array, equal, marks
+
+from adamw_numba import AdamW, schedules
+
+pytestmark = marks
+
+
+class Graph:
+    """A stand-in for a captured graph in the simulator: what is launched meanwhile is kept, and can be replayed."""
+
+    def __init__(self, monkeypatch):
+        self.recorded, self.patch = [], monkeypatch
+
+    def __enter__(self):
+        from adamw_numba.gpu import streams
+        from adamw_numba.gpu.launcher import Launcher
+        from adamw_numba.gpu.tables import Mirror
+
+        configured = Launcher.configured
+        self.context = self.patch.context()
+        patch = self.context.__enter__()
+        patch.setattr(streams, "is_captured", lambda handle: True)
+        patch.setattr(
+            Launcher,
+            "configured",
+            lambda own, kernel, grid: lambda *words: self.recorded.append((configured(own, kernel, grid), words)),
+        )
+        patch.setattr(Mirror, "send_captured", lambda mirror, stream: self.recorded.append((keep(mirror), ())))
+
+    def __exit__(self, *error):
+        return self.context.__exit__(*error)
+
+    def replay(self):
+        for call, words in self.recorded:
+            call(*words)
+
+
+def keep(mirror):
+    buffer = mirror.host.copy()
+    return lambda: mirror.device.copy_to_device(buffer)
+
+
+@contextlib.contextmanager
+def captured(monkeypatch, stream=None):
+    if SIMULATED:
+        graph = Graph(monkeypatch)
+        with graph:
+            yield graph
+    else:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            yield graph
+
+
+GRAPH_OPTIONS = [
+    {},
+    {"global_clipnorm": 0.5, "amsgrad": True},
+    {"gradient_accumulation_steps": 3, "use_ema": True, "ema_overwrite_frequency": 2},
+    {"nonfinite": "skip", "clipnorm": 1.0},
+    {"gradient_accumulation_steps": 2, "global_clipnorm": 0.5},
+]
+
+
+@pytest.mark.parametrize("options", GRAPH_OPTIONS)
+def test_a_captured_graph_follows_the_schedules(options, monkeypatch):
+    """20 replays with changing rates have the bits of 20 eager steps."""
+    maker = array if SIMULATED else (lambda a: libraries.torch_on_gpu(a, "float32"))
+    rates = {
+        "learning_rate": schedules.CosineDecay(0.1, 30, 0.1),
+        "weight_decay": schedules.PolynomialDecay(0.1, 25, 0.01),
+    }
+    results = []
+    for is_captured in (False, True):
+        sizes = (11, 3) if SIMULATED else (100_037, 6)
+        variables, gradients = [maker(np.ones(n)) for n in sizes], [maker(np.ones(n)) for n in sizes]
+        optimizer = AdamW(**rates, **options)
+        optimizer.build(variables)
+        optimizer.apply(gradients)
+        if is_captured:
+            with captured(monkeypatch) as graph:
+                optimizer.apply(gradients)
+            assert optimizer.iterations == 1 // (options.get("gradient_accumulation_steps") or 1)
+            for _ in range(19):
+                graph.replay()
+        else:
+            for _ in range(19):
+                optimizer.apply(gradients)
+        optimizer.apply(gradients)  # an eager step after the replays
+        results.append([*variables, *optimizer.variables])
+        assert optimizer.skipped_steps == 0
+    assert equal(*results)
+
+
+def stepped_once():
+    maker = array if SIMULATED else (lambda a: libraries.torch_on_gpu(a, "float32"))
+    x, g = maker(np.ones(5)), maker(np.ones(5))
+    optimizer = AdamW(0.1)
+    optimizer.build([x])
+    optimizer.apply([g])
+    return x, g, optimizer
+
+
+def test_eager_steps_of_other_kinds_between_replays(monkeypatch):
+    """After a step for which the host waits, replays are still counted, and the rows have to be sent again."""
+    x, g, optimizer = stepped_once()
+    with captured(monkeypatch) as graph:
+        optimizer.apply([g])
+    optimizer.nonfinite = "raise"
+    optimizer.apply([g])
+    optimizer.nonfinite = "propagate"
+    optimizer.update_hyperparameters(20)
+    for _ in range(3):
+        graph.replay()
+    assert optimizer.iterations == 5
+    assert int(optimizer.variables[0]) == 5
+    with pytest.raises(RuntimeError, match="captured"):
+        optimizer.update_step(g, x, 0.1)
+    for option, value in (("global_clipnorm", 0.1), ("nonfinite", "skip")):
+        before = getattr(optimizer, option)
+        setattr(optimizer, option, value)
+        with pytest.raises(RuntimeError, match="another capture"):
+            optimizer.update_hyperparameters(5)
+        setattr(optimizer, option, before)
+    graph.replay()
+    assert optimizer.iterations == 6
+
+
+def test_rows_survive_a_callable_that_raises(monkeypatch):
+    _, g, optimizer = stepped_once()
+    with captured(monkeypatch) as graph:
+        optimizer.apply([g])
+    good = optimizer.learning_rate
+    optimizer.learning_rate = lambda step: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        optimizer.update_hyperparameters(1000)
+    optimizer.learning_rate = good
+    graph.replay()
+    assert optimizer.iterations == 2
+
+
+def test_a_graph_that_runs_out_of_rows_stops_and_says_so(monkeypatch):
+    x, g, optimizer = stepped_once()
+    optimizer.update_hyperparameters(70)
+    with captured(monkeypatch) as graph:
+        optimizer.apply([g])
+    optimizer.update_hyperparameters(70)
+    for _ in range(140):
+        graph.replay()
+    with pytest.raises(RuntimeError, match=r"replayed beyond iteration.*update_hyperparameters"):
+        _ = optimizer.iterations
+    reached = optimizer.iterations
+    assert 71 <= reached < 140
+    optimizer.learning_rate = 0.0
+    optimizer.weight_decay = 0.0
+    optimizer.update_hyperparameters(70)
+    before = libraries.look(x).copy()
+    graph.replay()
+    assert np.array_equal(libraries.look(x), before)  # the replay follows the new learning rate
+    assert optimizer.iterations == reached + 1
+
+
+@pytest.mark.parametrize(
+    ("options", "prepare"),
+    [({}, None), ({"nonfinite": "raise"}, "step"), ({"learning_rate": 0.2}, "change")],
+)
+def test_what_cannot_be_captured_is_refused(options, prepare, monkeypatch):
+    maker = array if SIMULATED else (lambda a: libraries.torch_on_gpu(a, "float32"))
+    x, g = maker(np.ones(5)), maker(np.ones(5))
+    optimizer = AdamW(**options)
+    optimizer.build([x])
+    if prepare:
+        optimizer.apply([g])
+    if prepare == "change":
+        optimizer.beta_1 = 0.5
+    before = libraries.look(x).copy()
+    with pytest.raises(RuntimeError, match="captured"), captured(monkeypatch):
+        optimizer.apply([g])
+    assert np.array_equal(libraries.look(x), before)
