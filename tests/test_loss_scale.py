@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import array_api_strict
 import numpy as np
 import pytest
 from helpers.libraries import jax, jnp, keras, torch
@@ -89,3 +90,55 @@ def test_saving_and_copies():
     for other in (loaded_variable, copied_variable, pickled_variable):
         np.testing.assert_array_equal(other, variable)
     assert "dynamic_scale" in repr(optimizer)
+
+
+def test_scale_loss_under_a_trace():
+    optimizer = LossScaleOptimizer(AdamW(0.1), initial_scale=4.0, dynamic_growth_steps=2)
+    optimizer.build([jnp.ones(3)])
+    with pytest.raises(ValueError, match="optimizer_variables"):
+        jax.jit(optimizer.scale_loss)(1.0)
+
+    @jax.jit
+    def step(p, state):
+        g = jax.grad(lambda p: optimizer.scale_loss(p.sum(), state))(p)
+        return optimizer.stateless_apply(state, [g], [p])
+
+    p, state = jnp.ones(3), optimizer.variables
+    for _ in range(6):
+        (p,), state = step(p, state)
+    assert float(state[3]) == 32
+    np.testing.assert_allclose(np.asarray(state[6]), 1 - 0.9**6, rtol=1e-5)
+
+
+def test_no_gradients_leave_the_scale_alone():
+    optimizer = LossScaleOptimizer(AdamW(), initial_scale=8.0)
+    optimizer.build([np.ones(2)])
+    _, state = optimizer.stateless_apply(optimizer.variables, [], [np.ones(2)])
+    assert float(state[3]) == 8
+
+
+@pytest.mark.parametrize("index", [2, 3])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_loss_scale_that_cannot_be_written(index, elsewhere):
+    variables = [np.ones(2), array_api_strict.ones(2)][: 1 + elsewhere]
+    optimizer = LossScaleOptimizer(AdamW(0.1))
+    optimizer.build(variables)
+    optimizer.variables[index].flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        optimizer.apply([np.ones(2), array_api_strict.ones(2)][: 1 + elsewhere])
+    assert variables[0].tolist() == [1, 1]
+    assert optimizer.iterations == 0
+
+
+def test_a_loss_scale_of_zero():
+    optimizer = LossScaleOptimizer(AdamW())
+    optimizer.build([np.ones(2)])
+    weights = [np.array(a) for a in optimizer.variables]
+    weights[3][...] = 0
+    for act in (
+        lambda: optimizer.set_weights(weights),
+        lambda: optimizer.stateless_apply(weights, [np.ones(2)], [np.ones(2)]),
+        lambda: (optimizer.inner_optimizer.assign(optimizer.variables[3], 0.0), optimizer.apply([np.ones(2)])),
+    ):
+        with pytest.raises(ValueError, match="dynamic_scale"):
+            act()

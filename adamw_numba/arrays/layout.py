@@ -11,7 +11,7 @@ import numpy as np
 from . import gpu
 from .library import ITEMSIZE, Array, dtype_name
 
-_TENSOR_TYPES: set[type] = set()
+_TENSOR_TYPES: set[type] = set()  # those met so far; looking here is faster than asking array_api_compat
 _NDARRAYS = {np.ndarray, np.memmap}
 _ALIGNED_WRITEABLE = 0x500  # of NumPy's flags
 _OF_TENSOR = operator.attrgetter("dtype", "device", "shape", "is_leaf")
@@ -57,7 +57,7 @@ def memory(array: Array) -> tuple[int, int]:
 
 
 def signature(array: Array) -> object:
-    """All that a verdict on an array rests on, other than its address; None where that cannot be read quickly."""
+    """Everything that a check of an array depends on, except for its address; None if it cannot be read quickly."""
     kind = type(array)
     if kind in _NDARRAYS:
         return kind, array.dtype, array.shape, array.strides, array.flags.num & _ALIGNED_WRITEABLE
@@ -68,6 +68,7 @@ def signature(array: Array) -> object:
             return gpu.signature(array) if gpu.is_cuda_array(array) else None
         _TENSOR_TYPES.add(kind)
     try:
+        # A storage that is resized leaves shape and strides of its tensors as they were.
         held = array.untyped_storage().nbytes(), array.storage_offset()
         return kind, *_OF_TENSOR(array), array.stride(), array.is_conj(), array.is_neg(), held
     except (RuntimeError, NotImplementedError):  # a sparse tensor has no strides, a fake one no storage
@@ -92,6 +93,8 @@ def share_memory(one: Layout, other: Layout) -> bool:
     (low, high), (other_low, other_high) = extent(one), extent(other)
     if low >= other_high or other_low >= high or low == high or other_low == other_high:
         return False
+    # Extents that cross are not enough: the columns of a matrix lie between each other. The exact answer can take
+    # exponential time, so that the search is given up where it is hard, which no ordinary layout is.
     try:
         return bool(np.shares_memory(_shadow(one), _shadow(other), max_work=100_000))  # type: ignore[arg-type]
     except np.exceptions.TooHardError:

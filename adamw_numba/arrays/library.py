@@ -1,6 +1,6 @@
-"""What an array is: its library, its device and its dtype, by one word each.
+"""What an array is: its library, its device and its dtype, in one word each.
 
-No array library other than NumPy is imported here: a library that made one of the arrays is already imported.
+No array library except for NumPy is imported here: one that has made an array is imported already.
 """
 
 import math
@@ -40,7 +40,7 @@ def is_array(value: object) -> bool:
 
 
 def are_arrays(values: Iterable[object]) -> bool:
-    """Whether all values are of types that were seen to be arrays'; quick, and False for a type never seen."""
+    """Whether the types of all values are known to be types of arrays: quick, and False for a type not met before."""
     return _ARRAY_TYPES.issuperset(map(type, values))
 
 
@@ -54,7 +54,7 @@ def family(array: Array) -> str:
 
 
 def place(array: Array) -> str | None:
-    """Which plan an array belongs to: ``cpu``, ``cuda:0``, ...; None for arrays without compiled kernels."""
+    """Which plan an array belongs to: ``cpu``, ``cuda:0``, ...; None for an array without compiled kernels."""
     kind = family(array)
     if kind == "cuda":
         return f"cuda:{gpu.device_index(array)}"

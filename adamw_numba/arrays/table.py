@@ -256,6 +256,9 @@ class AddressTable:
         cast(self._scratch[i], gradient)
         return address(self._scratch[i])
 
+    # A gradient that shares memory with a variable or a slot would change while it is read, and what came out would
+    # depend on the number of threads.
+
     def _not_apart(self, addresses: Addresses) -> Addresses:
         """Which gradients may share memory with what a step writes."""
         known = self._gradients

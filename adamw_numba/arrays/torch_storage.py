@@ -1,4 +1,9 @@
-"""What a torch tensor's header does not tell: how much its storage holds, and whether its values are lazily changed."""
+"""What a torch tensor's header does not tell: how much its storage holds, and whether its values are yet to be changed.
+
+A tensor keeps its shape and address when its storage is resized, and a kernel would then write beyond the end. `conj`
+and some views of complex numbers only set a bit, and the values in memory are not those of the tensor. DLPack tells
+neither. One fact is asked of all tensors at a time, since `map` over a function of C is the fastest loop there is.
+"""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -11,7 +16,7 @@ _IS_LEAF = attrgetter("is_leaf")
 
 
 class Tensors:
-    """The tensors that a step writes and reads, to be compared with what is known of them, all of one fact at a time.
+    """The tensors that a step writes and reads, which are compared with what is known of them.
 
     Parameters
     ----------
@@ -22,7 +27,7 @@ class Tensors:
     columns : list of int
         The positions of their gradients.
     signatures : list of tuple or None
-        What `arrays.signature` has said of each gradient, None of one that has not been seen.
+        What `arrays.signature` said of each gradient; None for one that has not been seen.
     """
 
     def __init__(

@@ -76,7 +76,7 @@ def write(array: Array, value: Array) -> None:
 
 
 def write_all(writes: Sequence[tuple[Array, Array]]) -> None:
-    """Write several arrays, all or none: what comes in between, an interrupt say, is kept until all are written."""
+    """Write several arrays, all or none: an interrupt that comes in between is raised when all are written."""
     for array, _ in writes:
         if not is_mutable(array) or not getattr(getattr(array, "flags", None), "writeable", True):
             raise ValueError(f"an array of shape {tuple(array.shape)} is read-only; expected one that can be written")
@@ -84,7 +84,7 @@ def write_all(writes: Sequence[tuple[Array, Array]]) -> None:
         for array, value in writes:
             write(array, value)
     except BaseException:
-        for array, value in writes:
+        for array, value in writes:  # again from the first one: any of them may have been written in part
             write(array, value)
         raise
 
@@ -147,6 +147,10 @@ def as_numpy(array: Array) -> np.ndarray[Any, Any]:
 
 
 def note_writes(tensors: Sequence[Array]) -> None:
-    """Tell torch's autograd that tensors are about to change in place, so that stale graphs are still noticed."""
+    """Tell torch's autograd that tensors are about to change in place.
+
+    It counts the versions of each tensor and refuses to run backward through one that has changed since the forward
+    pass. Compiled code writes behind its back, and without this the gradients would be silently wrong.
+    """
     if tensors:
         sys.modules["torch"].autograd.graph.increment_version(tensors)

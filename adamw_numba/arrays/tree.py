@@ -52,12 +52,14 @@ def paths_of(container: Container, what: str) -> tuple[list[Path], list[Any]]:
 
 
 class Form:
-    """A container as it once was, all of it: another one like it is taken apart without a second look at its paths.
+    """How a container was nested: another one like it is flattened at once, without working out its paths again.
+
+    A training loop passes gradients of the same form at every step.
 
     Parameters
     ----------
     tree : tuple
-        The container's type, its keys, and for each key a tree, or None for a leaf; None instead of leaves only.
+        The container's type, its keys, and for each key a tree, or None for a leaf; None in place of leaves alone.
     order : list of int
         Where each name's leaf is among those of the container.
     """
@@ -67,7 +69,7 @@ class Form:
         self._sort = None if order == sorted(order) else itemgetter(*order)
 
     def flat(self, container: Container) -> Container:
-        """A list of the leaves, in the order of the names; the container itself if it is not like this one."""
+        """A list of the leaves, in the order of the names; the container itself if it is nested in another way."""
         leaves: list[Any] = []
         try:
             if not _take(self._tree, container, leaves) or not are_arrays(leaves):
@@ -78,7 +80,7 @@ class Form:
 
 
 def form_of(container: Container, expected: list[str]) -> Form | None:
-    """The form of a container that holds a leaf for each expected name; None if it is a list of leaves, or unusual."""
+    """The form of a container that holds a leaf for each expected name; None for a flat list or an odd container."""
     try:
         tree = _tree(container)
     except RecursionError:
