@@ -12,6 +12,7 @@ from . import arrays, schedules
 from . import hyperparameters as hp
 from .arrays import Array
 from .arrays.brief import brief, brief_names
+from .arrays.torch_graphs import outside_graphs
 from .arrays.tree import Container, flatten
 from .saving import own_variables, restore, snapshot
 from .saving.manifest import DTYPES
@@ -234,6 +235,7 @@ class AdamW:
 
     # Setting up
 
+    @outside_graphs
     def build(self, variables: Container) -> None:
         """Allocate the state for the variables to train.
 
@@ -357,6 +359,7 @@ class AdamW:
 
     # Stepping
 
+    @outside_graphs
     def apply(self, grads: Container, trainable_variables: Container | None = None) -> None:
         """Take one step: update the variables in place; all of them or, on any error or interrupt, none.
 
@@ -385,6 +388,7 @@ class AdamW:
         """
         self.engine.apply(grads, trainable_variables)
 
+    @outside_graphs
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Array | None, Array]]) -> int:
         """Take one step with ``(gradient, variable)`` pairs, as `zip` makes them.
 
@@ -396,6 +400,7 @@ class AdamW:
         self.apply(*matching.pairs(grads_and_vars))
         return int(self.engine.state.scalars["iteration"])
 
+    @outside_graphs
     def update_step(self, gradient: Array, variable: Array, learning_rate: float) -> None:
         """Adam alone for one variable: no clip, decay, average or accumulation, and no count of steps.
 
@@ -443,6 +448,7 @@ class AdamW:
         """The loss times ``loss_scale_factor``, whose gradients `apply` divides by it again."""
         return loss if self.loss_scale_factor is None else loss * self.loss_scale_factor
 
+    @outside_graphs
     def update_hyperparameters(self, steps: int = 1024) -> None:
         """Send a GPU the coefficients of the next `steps` steps, for the replays of a captured graph; waits for it.
 
@@ -466,6 +472,7 @@ class AdamW:
     # Averages
 
     @contextmanager
+    @outside_graphs
     def averaged(self) -> Iterator[None]:
         """Inside the block the variables hold their averages; after it they are, bit for bit, what they were.
 
@@ -499,6 +506,7 @@ class AdamW:
                 finally:
                     engine.swapped, engine.host = False, built.host
 
+    @outside_graphs
     def finalize_variable_values(self, var_list: Container) -> None:
         """Put the averages into variables for good; without ``use_ema``, or before the first update, nothing happens.
 
@@ -563,6 +571,7 @@ class AdamW:
                 config[key] = schedules.deserialize(config[key], custom_objects)
         return cls(**config)
 
+    @outside_graphs
     def save(self, target: Any, extra: Any = None, variables: bool = False, durable: bool = True) -> None:
         """Save everything that a run needs to go on bit for bit: all of it, or on an error nothing.
 
@@ -599,6 +608,7 @@ class AdamW:
         snapshot.save(self, target, extra, variables, durable)
 
     @classmethod
+    @outside_graphs
     def load(
         cls, target: Any, variables: Container | None = None, custom_objects: Mapping[str, Any] | None = None
     ) -> Self:
@@ -623,6 +633,7 @@ class AdamW:
         optimizer: Self = restore.load(cls, target, variables, custom_objects)
         return optimizer
 
+    @outside_graphs
     def restore(self, target: Any) -> Any:
         """Take the state that `save` has written into this optimizer, all of it or on an error nothing.
 
@@ -649,6 +660,7 @@ class AdamW:
         """
         return restore.restore(self, target)
 
+    @outside_graphs
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Give every array of `variables` another value: all of them, or on an error none.
 
@@ -661,11 +673,13 @@ class AdamW:
         with self.engine.lock:
             own_variables.replace(self.engine.places(), list(weights), "weights")
 
+    @outside_graphs
     def save_own_variables(self, store: Any) -> None:
         """Put a NumPy copy of every array of `variables` into a mapping, under ``"0"``, ``"1"``, ... as Keras does."""
         with self.engine.lock:
             own_variables.save(self.engine.places(), store)
 
+    @outside_graphs
     def load_own_variables(self, store: Any) -> None:
         """Take every array of `variables` from a mapping that `save_own_variables`, of ours or of Keras, has filled.
 
