@@ -31,6 +31,7 @@ _INNER_ONLY = {
 }
 
 
+@outside_graphs(traced=("stateless_apply", "scale_loss"))
 class LossScaleOptimizer:
     """Scale the loss as high as gradients stay finite: doubled now and then, halved (and the step skipped) if not.
 
@@ -166,7 +167,6 @@ class LossScaleOptimizer:
         """Where every array of `variables` is kept."""
         return self.scale_state.places() + self.inner_optimizer.engine.places()
 
-    @outside_graphs
     def build(self, variables: Container) -> None:
         """Build the inner optimizer: see `AdamW.build`."""
         self.inner_optimizer.build(variables)
@@ -187,7 +187,6 @@ class LossScaleOptimizer:
             raise ValueError("`scale_loss` is traced; expected `optimizer_variables`, whose scale can change")
         return loss * self.dynamic_scale
 
-    @outside_graphs
     def apply(self, grads: Container, trainable_variables: Container | None = None) -> None:
         """Take one step with scaled gradients, or skip it and halve the scale if one of them is not finite.
 
@@ -197,7 +196,6 @@ class LossScaleOptimizer:
         with engine.lock:
             engine.apply(grads, trainable_variables, hp.scale("dynamic_scale", self.dynamic_scale), self._after)
 
-    @outside_graphs
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Array | None, Array]]) -> int:
         """Take one step with ``(gradient, variable)`` pairs: see `AdamW.apply_gradients`."""
         self.apply(*matching.pairs(grads_and_vars))
@@ -248,13 +246,11 @@ class LossScaleOptimizer:
             raise ValueError(f"`inner_optimizer` is a {brief(inner.get('class_name'))}; expected 'AdamW'")
         return cls(AdamW.from_config(inner["config"], custom_objects), **config)
 
-    @outside_graphs
     def save(self, target: Any, extra: Any = None, variables: bool = False, durable: bool = True) -> None:
         """Save the loss scale and all of the inner optimizer: see `AdamW.save`."""
         snapshot.save(self, target, extra, variables, durable)
 
     @classmethod
-    @outside_graphs
     def load(
         cls, target: Any, variables: Container | None = None, custom_objects: Mapping[str, Any] | None = None
     ) -> Self:
@@ -262,25 +258,21 @@ class LossScaleOptimizer:
         optimizer: Self = restore.load(cls, target, variables, custom_objects)
         return optimizer
 
-    @outside_graphs
     def restore(self, target: Any) -> Any:
         """Take the state that `save` has written: see `AdamW.restore`."""
         return restore.restore(self, target)
 
-    @outside_graphs
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Give every array of `variables` another value: see `AdamW.set_weights`."""
         self.inner_optimizer.engine.require_built("set_weights")
         with self.inner_optimizer.engine.lock:
             own_variables.replace(self.places(), list(weights), "weights")
 
-    @outside_graphs
     def save_own_variables(self, store: Any) -> None:
         """Put a NumPy copy of every array of `variables` into a mapping: see `AdamW.save_own_variables`."""
         with self.inner_optimizer.engine.lock:
             own_variables.save(self.places(), store)
 
-    @outside_graphs
     def load_own_variables(self, store: Any) -> None:
         """Take every array of `variables` from a mapping: see `AdamW.load_own_variables`."""
         self.inner_optimizer.engine.require_built("load_own_variables")

@@ -41,6 +41,7 @@ def _checked(check: hp.Check, fixed: bool = False) -> Any:
     return hp.Hyperparameter(check, fixed)
 
 
+@outside_graphs(traced=("stateless_apply", "scale_loss"))
 class AdamW:
     """AdamW over plain arrays, updated in place in one fused pass: the constructor and methods of Keras 3.
 
@@ -235,7 +236,6 @@ class AdamW:
 
     # Setting up
 
-    @outside_graphs
     def build(self, variables: Container) -> None:
         """Allocate the state for the variables to train.
 
@@ -359,7 +359,6 @@ class AdamW:
 
     # Stepping
 
-    @outside_graphs
     def apply(self, grads: Container, trainable_variables: Container | None = None) -> None:
         """Take one step: update the variables in place; all of them or, on any error or interrupt, none.
 
@@ -388,7 +387,6 @@ class AdamW:
         """
         self.engine.apply(grads, trainable_variables)
 
-    @outside_graphs
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Array | None, Array]]) -> int:
         """Take one step with ``(gradient, variable)`` pairs, as `zip` makes them.
 
@@ -400,7 +398,6 @@ class AdamW:
         self.apply(*matching.pairs(grads_and_vars))
         return int(self.engine.state.scalars["iteration"])
 
-    @outside_graphs
     def update_step(self, gradient: Array, variable: Array, learning_rate: float) -> None:
         """Adam alone for one variable: no clip, decay, average or accumulation, and no count of steps.
 
@@ -448,7 +445,6 @@ class AdamW:
         """The loss times ``loss_scale_factor``, whose gradients `apply` divides by it again."""
         return loss if self.loss_scale_factor is None else loss * self.loss_scale_factor
 
-    @outside_graphs
     def update_hyperparameters(self, steps: int = 1024) -> None:
         """Send a GPU the coefficients of the next `steps` steps, for the replays of a captured graph; waits for it.
 
@@ -472,7 +468,6 @@ class AdamW:
     # Averages
 
     @contextmanager
-    @outside_graphs
     def averaged(self) -> Iterator[None]:
         """Inside the block the variables hold their averages; after it they are, bit for bit, what they were.
 
@@ -506,7 +501,6 @@ class AdamW:
                 finally:
                     engine.swapped, engine.host = False, built.host
 
-    @outside_graphs
     def finalize_variable_values(self, var_list: Container) -> None:
         """Put the averages into variables for good; without ``use_ema``, or before the first update, nothing happens.
 
@@ -571,7 +565,6 @@ class AdamW:
                 config[key] = schedules.deserialize(config[key], custom_objects)
         return cls(**config)
 
-    @outside_graphs
     def save(self, target: Any, extra: Any = None, variables: bool = False, durable: bool = True) -> None:
         """Save everything that a run needs to go on bit for bit: all of it, or on an error nothing.
 
@@ -608,7 +601,6 @@ class AdamW:
         snapshot.save(self, target, extra, variables, durable)
 
     @classmethod
-    @outside_graphs
     def load(
         cls, target: Any, variables: Container | None = None, custom_objects: Mapping[str, Any] | None = None
     ) -> Self:
@@ -633,7 +625,6 @@ class AdamW:
         optimizer: Self = restore.load(cls, target, variables, custom_objects)
         return optimizer
 
-    @outside_graphs
     def restore(self, target: Any) -> Any:
         """Take the state that `save` has written into this optimizer, all of it or on an error nothing.
 
@@ -660,7 +651,6 @@ class AdamW:
         """
         return restore.restore(self, target)
 
-    @outside_graphs
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Give every array of `variables` another value: all of them, or on an error none.
 
@@ -673,13 +663,11 @@ class AdamW:
         with self.engine.lock:
             own_variables.replace(self.engine.places(), list(weights), "weights")
 
-    @outside_graphs
     def save_own_variables(self, store: Any) -> None:
         """Put a NumPy copy of every array of `variables` into a mapping, under ``"0"``, ``"1"``, ... as Keras does."""
         with self.engine.lock:
             own_variables.save(self.engine.places(), store)
 
-    @outside_graphs
     def load_own_variables(self, store: Any) -> None:
         """Take every array of `variables` from a mapping that `save_own_variables`, of ours or of Keras, has filled.
 
