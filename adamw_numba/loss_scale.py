@@ -10,6 +10,7 @@ from . import hyperparameters as hp
 from .array_api.stateless import is_traced, lazy_namespace, select_number
 from .arrays import Array, writeable_copy
 from .arrays.brief import brief, cut
+from .arrays.torch_graphs import outside_graphs
 from .arrays.tree import Container
 from .optimizer import AdamW
 from .saving import own_variables, restore, snapshot
@@ -30,6 +31,7 @@ _INNER_ONLY = {
 }
 
 
+@outside_graphs(traced=("stateless_apply", "scale_loss"))
 class LossScaleOptimizer:
     """Scale the loss as high as gradients stay finite: doubled now and then, halved (and the step skipped) if not.
 

@@ -12,6 +12,7 @@ from . import arrays, schedules
 from . import hyperparameters as hp
 from .arrays import Array
 from .arrays.brief import brief, brief_names
+from .arrays.torch_graphs import outside_graphs
 from .arrays.tree import Container, flatten
 from .saving import own_variables, restore, snapshot
 from .saving.manifest import DTYPES
@@ -40,6 +41,7 @@ def _checked(check: hp.Check, fixed: bool = False) -> Any:
     return hp.Hyperparameter(check, fixed)
 
 
+@outside_graphs(traced=("stateless_apply", "scale_loss"))
 class AdamW:
     """AdamW over plain arrays, updated in place in one fused pass: the constructor and methods of Keras 3.
 

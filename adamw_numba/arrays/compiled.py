@@ -1,15 +1,16 @@
-"""How this package compiles with Numba: one set of options, a cache on disk, and memory by its address."""
+"""How this package compiles with Numba: one set of options, a cache on disk, and memory reached by its address."""
 
 from llvmlite import ir
 from numba import config, njit, types
 from numba.extending import intrinsic
 
-# `contract` lets a product and a sum become one instruction; nothing else is reordered, so that bits stay the same.
+# `contract` allows a product and a sum to become one instruction. Nothing else of "fast math" is allowed: it would
+# reorder sums, and the same inputs would no longer give the same bits.
 OPTIONS = {"error_model": "numpy", "fastmath": {"contract"}}
 
 
 def cached(decorator, *signature, **options):
-    """A Numba decorator with its disk cache, or without where no folder can be written."""
+    """A Numba decorator with a cache on disk, or without one where no folder can be written."""
 
     def decorate(function):
         try:
@@ -21,9 +22,9 @@ def cached(decorator, *signature, **options):
 
 
 def entry_point(function):
-    """The one compiled form of a function: a call of it does not ask for the types of its arguments first.
+    """The compiled form of a function of fixed types, whose calls skip Numba's look at the types of their arguments.
 
-    With ``NUMBA_DISABLE_JIT`` there is none: the function stays as it is, and nobody calls it.
+    With ``NUMBA_DISABLE_JIT`` there is none: the function stays Python, and nothing calls it.
     """
     if config.DISABLE_JIT:
         return function
@@ -31,12 +32,14 @@ def entry_point(function):
     return compiled.entry_point
 
 
-jit = cached(njit, no_cpython_wrapper=True, no_cfunc_wrapper=True)  # for compiled code to call; Python cannot
+jit = cached(njit, no_cpython_wrapper=True, no_cfunc_wrapper=True)  # for compiled code only
 jit_for_python = cached(njit)
 
 
 @intrinsic
 def pointer(typingctx, address, like):
+    """An address as a pointer to elements of the type of `like`."""
+
     def codegen(context, builder, signature, args):
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
@@ -45,6 +48,8 @@ def pointer(typingctx, address, like):
 
 @intrinsic
 def call_plain(typingctx, address):
+    """Call a C function that takes nothing, by its address, and ignore what it returns."""
+
     def codegen(context, builder, signature, args):
         builder.call(builder.inttoptr(args[0], ir.FunctionType(ir.IntType(32), []).as_pointer()), [])
         return context.get_dummy_value()
@@ -54,7 +59,7 @@ def call_plain(typingctx, address):
 
 @jit
 def first_above(ascending, bound):
-    """Where the first integer above a bound is; half a second less to compile than `numpy.searchsorted`."""
+    """The position of the first integer above a bound. It compiles half a second faster than `numpy.searchsorted`."""
     low, high = 0, ascending.size
     while low < high:
         middle = (low + high) >> 1

@@ -1,6 +1,6 @@
-"""What Numba has no words for: 16-bit floats, the processor's floating-point mode, prefetching.
+"""What Numba itself does not offer: 16-bit floats, the processor's floating-point mode, and prefetching.
 
-A 16-bit element is an integer to Numba: ``int16`` is float16, ``uint16`` is bfloat16.
+Numba sees a 16-bit element as an integer: ``int16`` stands for float16 and ``uint16`` for bfloat16.
 """
 
 import platform
@@ -16,26 +16,30 @@ from numba.extending import intrinsic, overload
 
 from ..arrays.compiled import jit
 
-AHEAD = 1024  # bytes before their turn, at which a loop asks for elements
-# Modes of an x86 processor: no exceptions, round to nearest; and subnormal results become 0. A momentum whose
-# gradients have stopped gets there after 830 steps, and stays; with such numbers a step takes twenty times as long.
+AHEAD = 1024  # how many bytes ahead a loop asks for elements
+# Modes of an x86 processor (its register MXCSR). Both mask all exceptions and round to nearest; the second also turns
+# subnormal results into 0. A float32 momentum becomes subnormal 830 steps after its gradients have stopped, and stays
+# so, and the processor takes twenty times as long for a step with such numbers.
 EXACT, FLUSHING = np.uint32(0x1F80), np.uint32(0x9F80)
-LEAST_FLUSHED = 2.0**-100  # a smaller factor of the gradients may itself be subnormal, and their product is not
+# Gradients may be multiplied by a factor that is itself nearly subnormal (a tiny clip norm, a huge loss scale) although
+# their product is not. Such a factor must not become 0.
+LEAST_FLUSHED = 2.0**-100
 _HAS_MODE = platform.machine() in ("x86_64", "AMD64")
 
 
-# float16 and float32 by integers, for processors that have no instruction for it. No other arithmetic takes part than
-# an exact sum that moves the bits of a subnormal number into place, so that the loops around stay vectors.
+# float16 to float32 and back with integers, for processors that have no instruction for it. There are no branches, only
+# choices between values, so that the loops around them still become vectors. Subnormal numbers need one addition of
+# floats, which moves their bits into place.
 
 
 def half_to_float(bits):
     """The float32 of a float16's bits: exact, a signalling NaN made quiet."""
     word = np.uint32(np.uint16(bits))
     magnitude = np.uint32((word & np.uint32(0x7FFF)) << np.uint32(13))  # all of float16's mantissa, and its exponent
-    # A subnormal number is so many times 2^-24: the mantissa of 2^-14, if 2^-14 is taken away again.
+    # A subnormal number is a multiple of 2^-24, the unit of 2^-14's mantissa: put it there, and take 2^-14 away again.
     small = np.float32(np.uint32(magnitude + np.uint32(0x38800000)).view(np.float32) - np.float32(2.0**-14))
-    moved = np.uint32(magnitude + np.uint32(0x38000000))  # by the 112 between the biases of both exponents
-    special = np.uint32(magnitude + np.uint32(0x70000000))  # infinities and NaN: twice as far
+    moved = np.uint32(magnitude + np.uint32(0x38000000))  # 112 is the difference of the exponents' biases
+    special = np.uint32(magnitude + np.uint32(0x70000000))  # infinities and NaN, from exponent 31 to 255: twice that
     special = np.uint32(special | np.uint32(0x00400000)) if special > np.uint32(0x7F800000) else special
     result = special if magnitude >= np.uint32(0x0F800000) else moved
     result = small.view(np.uint32) if magnitude < np.uint32(0x00800000) else result
@@ -46,7 +50,7 @@ def float_to_half(x):
     """The bits of the float16 nearest to a float32, ties to even; NaN stay NaN, quiet, with what fits of their bits."""
     bits = np.float32(x).view(np.uint32)
     magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
-    # The processor rounds a subnormal number when it adds one half, whose last bit is worth as much as float16's.
+    # The last bit of 0.5 is worth 2^-24, as that of a subnormal float16: adding 0.5 rounds as it should be rounded.
     small = np.float32(magnitude.view(np.float32) + np.float32(0.5))
     small = np.uint32(small.view(np.uint32) - np.uint32(0x3F000000))
     odd = np.uint32((magnitude >> np.uint32(13)) & np.uint32(1))
@@ -62,8 +66,8 @@ def float_to_half(x):
 def _converts_halves(triple, processor, features):
     """Whether LLVM has instructions for float16 on a target.
 
-    Where it has none it calls a function of C's runtime library, which is not there, and ends the process. Which
-    processors have them is best known to LLVM itself: it is given one conversion.
+    Without them it calls a function of the compiler's runtime library. That is not there, and so LLVM ends the process.
+    LLVM itself knows best which processors have them: it compiles one conversion, and we look at what it made of it.
     """
     module, half, single = ir.Module(), ir.HalfType(), ir.FloatType()
     module.triple = triple
@@ -96,7 +100,7 @@ def _float_to_half(typingctx, value):
 
 
 def widen(x):
-    """The number that a stored element stands for."""
+    """The number that a stored element stands for: its own, or the float32 of a 16-bit float."""
     raise NotImplementedError
 
 
@@ -110,7 +114,7 @@ def _overload_widen(x):
 
 
 def narrow(x, like):
-    """The stored element nearest to a number, ties to even."""
+    """What is stored for a number, in the dtype of `like`: the nearest, ties to even."""
     raise NotImplementedError
 
 
@@ -133,11 +137,11 @@ def _overload_narrow(x, like):
 
 @intrinsic
 def exchange_mode(typingctx, mode):
-    """Set the processor's register of floating-point modes; returns what it was."""
+    """Set the processor's floating-point mode; return what it was, to be put back: the thread is the user's."""
 
     def codegen(context, builder, signature, args):
         word = ir.IntType(32)
-        if not _HAS_MODE:
+        if not _HAS_MODE:  # elsewhere subnormal numbers stay what they are
             return ir.Constant(word, 0)
         place = cgutils.alloca_once(builder, word)
         kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer()])
@@ -156,13 +160,13 @@ def exchange_mode(typingctx, mode):
 
 @jit
 def mode_for(scale):
-    """How to treat subnormal results, where gradients are multiplied with this."""
+    """The mode in which to update variables whose gradients are multiplied by `scale`."""
     return FLUSHING if scale >= LEAST_FLUSHED else EXACT
 
 
 @intrinsic
 def _prefetch(typingctx, address):
-    """Ask for a line of memory that will soon be read; where none is, nothing happens."""
+    """Ask for a cache line that will soon be read; an address that does not exist does no harm."""
 
     def codegen(context, builder, signature, args):
         byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
@@ -177,9 +181,10 @@ def _prefetch(typingctx, address):
 
 @jit
 def ask_for(exists, address, count, step, ahead=AHEAD):
-    """Ask for what comes after `count` elements of a dense run, in good time.
+    """While `count` elements of a dense run are used, ask for as many that lie `ahead` bytes further on.
 
-    The processor would ask too late by itself: its window holds few elements of so long a formula.
+    Processors prefetch by themselves, but here too late: the formula is so long that only a few elements fit into the
+    window of instructions that they look at in advance.
     """
     if exists is not None:
         for line in range(address + ahead, address + ahead + count * step, 64):

@@ -1,8 +1,10 @@
-"""Jobs: a kernel's work in parts, which the thread that wants it done shares with whoever helps.
+"""Jobs: the work of one kernel, cut into parts, which its owner shares with any helpers that watch the board.
 
-A job lies in a row of the bench, which is never freed. A part is taken by counting down the parts that are left; it is
-valid if there were any, whatever job the row held when a helper came by, so one who comes late gets a part of the
-present job or none.
+The protocol. The owner takes a free row of the board, fills it in, and writes the number of parts that are left last.
+From then on, any thread may take a part by counting that number down, and a part is valid if there was one left. This
+holds no matter which job the row held when the thread looked at it: a helper that is late gets a part of the present
+job, or none. That is why every field of a job is read *after* a part has been taken, and why the board is never freed.
+The owner takes parts as well, until there are none; then it waits for those that others have taken but not finished.
 """
 
 import platform
@@ -14,13 +16,14 @@ from numba.extending import intrinsic
 
 from ..arrays.compiled import cached, call_plain, entry_point
 
-# The bench: rows of words, one job each; and one more row, of which the first word counts the helpers. A job: whether
-# somebody owns the row, how many more may help, a kernel, its block, into how many parts it is cut, how many of them
-# are not taken yet (none: whatever else the row holds is void), and how many are done.
+# The board: a row of words for each job, and one more row, whose first word counts the helpers that watch. A job:
+# whether somebody owns the row, how many more helpers it can take, the kernel, its block, into how many parts it is
+# cut, how many of them are left (if none, nothing else in the row counts), and how many are done. A row takes two cache
+# lines, so that threads which work on different jobs do not slow each other down.
 OWNED, SEATS, KERNEL, BLOCK, PARTS, LEFT, DONE = range(7)
 JOBS, JOB_WORDS = 8, 16
 HELPERS = JOBS * JOB_WORDS
-BENCH_WORDS = HELPERS + JOB_WORDS
+BOARD_WORDS = HELPERS + JOB_WORDS
 
 _X86, _ARM = ("llvm.x86.sse2.pause",), ("llvm.aarch64.hint", 1)
 _PAUSE = {"x86_64": _X86, "AMD64": _X86, "aarch64": _ARM, "arm64": _ARM}.get(platform.machine())
@@ -38,7 +41,7 @@ def _call(typingctx, address, block, part, parts):
 
 
 def _atomic(operation):
-    """An operation on an int64 in memory that no other thread comes in between; it returns what was there."""
+    """An operation on an int64 in memory that is one step for all threads; it returns what was there before."""
 
     @intrinsic
     def atomic(typingctx, address, value):
@@ -56,7 +59,7 @@ _add, _exchange = _atomic("add"), _atomic("xchg")
 
 @intrinsic
 def _load(typingctx, address):
-    """An int64 in memory that other threads write."""
+    """Read an int64 that other threads write; what they wrote before it can be read as well."""
 
     def codegen(context, builder, signature, args):
         return builder.load_atomic(builder.inttoptr(args[0], ir.IntType(64).as_pointer()), "acquire", 8)
@@ -66,7 +69,7 @@ def _load(typingctx, address):
 
 @intrinsic
 def _store(typingctx, address, value):
-    """Write an int64 that other threads read."""
+    """Write an int64 that other threads read, and before it everything that was to be written earlier."""
 
     def codegen(context, builder, signature, args):
         builder.store_atomic(args[1], builder.inttoptr(args[0], ir.IntType(64).as_pointer()), "release", 8)
@@ -76,8 +79,8 @@ def _store(typingctx, address, value):
 
 
 @intrinsic
-def _pause(typingctx):
-    """Tell the processor that this thread waits for another."""
+def pause(typingctx):
+    """Tell the processor that this thread waits for another, so that it saves power and lets a sibling core work."""
 
     def codegen(context, builder, signature, args):
         if _PAUSE:
@@ -91,19 +94,20 @@ def _pause(typingctx):
     return types.void(), codegen
 
 
-# These run while a step is committed, or beside it: compiled here and now, not at their first call.
+# These run in the middle of a commit, or in other threads beside it, where compiling would be far too late. So their
+# types are given, and they are compiled here and now.
 
 
 @entry_point
 @cached(njit, types.void(types.int64, types.int64), nogil=True)
 def run_serial(kernel, block):
-    """Call a kernel for all of its work."""
+    """Run a kernel alone: all of its work is one part."""
     _call(kernel, block, 0, 1)
 
 
 @cached(njit, types.void(types.int64), nogil=True)
 def _take_parts(job):
-    """Do parts of a job that nobody has taken yet, until there are none."""
+    """Take parts of a job and do them, until none are left."""
     part = _add(job + 8 * LEFT, -1) - 1
     while part >= 0:
         _call(_load(job + 8 * KERNEL), _load(job + 8 * BLOCK), part, _load(job + 8 * PARTS))
@@ -113,20 +117,20 @@ def _take_parts(job):
 
 @entry_point
 @cached(njit, types.void(*[types.int64] * 6), nogil=True)
-def run_job(kernel, block, parts, seats, bench, give_way):
-    """Do a job together with whoever helps: no more than `seats`, and one who was late for the row's last job.
+def run_job(kernel, block, parts, seats, board, give_way):
+    """Do a job together with at most `seats` helpers (and perhaps one who was late for the row's previous job).
 
-    Waits for parts that others have begun, not for others to begin; alone if the bench is full.
+    It waits for parts that others have started, but for nobody to start one. If the board is full, it works alone.
     """
     for row in range(JOBS):
-        job = bench + 8 * JOB_WORDS * row
+        job = board + 8 * JOB_WORDS * row
         if _load(job + 8 * OWNED) == 0 and _exchange(job + 8 * OWNED, 1) == 0:
             _store(job + 8 * KERNEL, kernel)
             _store(job + 8 * BLOCK, block)
             _store(job + 8 * PARTS, parts)
             _store(job + 8 * DONE, 1)
             _store(job + 8 * SEATS, seats)
-            _exchange(job + 8 * LEFT, parts - 1)  # from here on others may help; the last part is ours
+            _exchange(job + 8 * LEFT, parts - 1)  # from here on, others may help; the last part is ours
             _call(kernel, block, parts - 1, parts)
             _take_parts(job)
             while _load(job + 8 * DONE) < parts:
@@ -137,27 +141,29 @@ def run_job(kernel, block, parts, seats, bench, give_way):
 
 
 @cached(njit, types.void(*[types.int64] * 4), nogil=True)
-def stand_by(bench, looks, polite, give_way):
-    """Help with every job there is, until there has been none for so many looks; then be one helper less.
+def stand_by(board, spins, yields, give_way):
+    """Watch the board and help with every job on it; stop, and be one helper less, when none has come for a while.
 
-    After that come `polite` looks more, between which other threads may run.
+    The while is `spins` looks one after another, then `yields` more, between which other threads may run. A seat is
+    taken by counting down too: whoever finds none left has counted below zero, which does no harm, since the next
+    owner writes the number anew.
     """
     idle = 0
-    while idle < looks + polite:
+    while idle < spins + yields:
         idle += 1
         for row in range(JOBS):
-            job = bench + 8 * JOB_WORDS * row
+            job = board + 8 * JOB_WORDS * row
             if _load(job + 8 * LEFT) > 0 and _load(job + 8 * SEATS) > 0 and _add(job + 8 * SEATS, -1) > 0:
                 _take_parts(job)
                 idle = 0
-        if idle <= looks:
-            _pause()
+        if idle <= spins:
+            pause()
         else:
             call_plain(give_way)
-    _add(bench + 8 * HELPERS, -1)
+    _add(board + 8 * HELPERS, -1)
 
 
 @cached(njit, types.void(types.int64, types.int64), nogil=True)
-def count_helper(bench, more):
-    """Add to the number of helpers."""
-    _add(bench + 8 * HELPERS, more)
+def count_helper(board, more):
+    """Add to the number of helpers that watch."""
+    _add(board + 8 * HELPERS, more)

@@ -1,9 +1,12 @@
-"""The CPU target: `update` bound by `numba.cfunc`, over a table of addresses, in one compiled call per step.
+"""The CPU target: `update` bound by Numba, over a table of addresses, in one compiled call per step.
 
 A kernel is a C function ``void(block, part, parts)`` that does one of several equal shares of the work. `block` is the
-address of a row of addresses (`Block`), so that a call costs the same for one array and for a thousand, and so that
-what runs kernels (jobs.py) is compiled once for all of them. A 16-bit element is an integer to Numba: ``int16`` is
-float16, ``uint16`` is bfloat16.
+address of a row of addresses and sizes (see `WORK` and what follows). So a call costs the same for one array as for a
+thousand, and the code that runs kernels (jobs.py) is compiled once for all of them. Numba sees a 16-bit element as an
+integer: ``int16`` stands for float16 and ``uint16`` for bfloat16.
+
+Loops become vectors only if LLVM can see that no array of a step overlaps another. It looks for itself, once for each
+call of a loop: it compares the ends of all arrays, and if any of them overlap, it takes the elements one by one.
 """
 
 import math
@@ -35,17 +38,18 @@ from ..update import (
 )
 from .intrinsics import FLUSHING, ask_for, exchange_mode, mode_for, narrow, widen
 
-WHOLE = 2**30  # longer than any chunk
-PIECE = 128  # elements that are asked for together
-FURTHER_AHEAD = 4096  # bytes: what is read only passes faster
-LANES = 64  # independent sums of squares in a chunk, whatever the machine's vectors
+WHOLE = 2**30  # elements: longer than any chunk
+PIECE = 128  # elements that are prefetched together
+FURTHER_AHEAD = 4096  # bytes: a loop that only reads gets through them faster
+LANES = 64  # independent sums of squares in a chunk: the same on every machine, whatever its vectors, for the same bits
 LIKE = {"float32": np.float32(0), "float64": np.float64(0), "float16": np.int16(0), "bfloat16": np.uint16(0)}
 
-# The block: addresses and sizes.
+# Entries of a block: addresses, then sizes.
 WORK, CHUNKS, TABLE, ARRAYS, FACTORS, NUMBERS, PARTIALS, SUMS, IS_FAR, BLOCK_WORDS = range(10)
-# The numbers of a step: ten coefficients, whether to overwrite with the average, the scale of the squares.
+# The numbers of a step: ten coefficients (see update.Coefficients), whether to overwrite the variables with their
+# averages, and the scale of the squares.
 SCALE, OVERWRITE, SQUARE_SCALE, HOW_MANY = 7, 10, 11, 12
-# Rows of the factors: per variable, on the decay and on the clip.
+# Rows of the factors, one number for each variable: of its decay, and of its clip.
 DECAY, CLIP = range(2)
 
 
@@ -77,7 +81,10 @@ def _put(x, i, value):
 
 @jit
 def _value(p, master, i):
-    """A variable's number: its float32 master, unless its owner has written the variable since."""
+    """A variable's number: its float32 master, unless the user has written the variable since the last step.
+
+    Then the master, rounded, is no longer what the variable holds.
+    """
     if master is None:
         return widen(p[i])
     return master[i] if narrow(master[i], p[i]) == p[i] else widen(p[i])
@@ -133,7 +140,11 @@ def overwrite_chunk(count, p, average, master):
 
 @jit
 def _share(block, part, parts):
-    """The work list, and which of its chunks are one part's: about as many elements as any other's."""
+    """The work list, and the chunks that are one part's: about as many elements as any other part has.
+
+    Where parts begin has no effect on the result: an element's update needs no other element, and a norm is summed up
+    chunk by chunk.
+    """
     chunks = block[CHUNKS]
     work = carray(pointer(block[WORK], np.int64(0)), (chunks, 9))
     if parts == 1:
@@ -157,7 +168,7 @@ def _coefficients(block, a, like):
 
 @jit
 def cast_coefficients(c, decayed, clip, like):
-    """A row of coefficients in the dtype of the arithmetic, for one array."""
+    """A row of coefficients for one array, in the dtype of the arithmetic."""
     cast = type(like)
     return Coefficients(
         cast(c[0]),
@@ -175,6 +186,7 @@ def cast_coefficients(c, decayed, clip, like):
 
 @jit
 def _mode(block):
+    """The floating-point mode of a step: the one that suits the smallest factor of any variable's gradient."""
     factors, least = carray(pointer(block[FACTORS], 0.0), (2, block[ARRAYS])), 1.0
     for a in range(block[ARRAYS]):
         least = min(least, factors[CLIP, a])
@@ -256,7 +268,7 @@ def _square(g, total, i, c, scale):
 
 @jit
 def sum_squares(g, total, c, scale, sums, far):
-    """Element i goes to lane i mod LANES, then lanes are added in a fixed tree."""
+    """The sum of squares of a chunk: element i goes to lane i mod LANES, then the lanes are added in a fixed tree."""
     sums[:] = 0
     rows = 4 * LANES
     fours = g.size - g.size % rows
@@ -265,7 +277,7 @@ def sum_squares(g, total, c, scale, sums, far):
             ask_for(True, g.ctypes.data + start * g.itemsize, rows, g.itemsize, FURTHER_AHEAD)
             if total is not None:
                 ask_for(True, total.ctypes.data + start * total.itemsize, rows, total.itemsize, FURTHER_AHEAD)
-        for lane in range(LANES):  # a sum is loaded and stored once for all four rows
+        for lane in range(LANES):  # four rows at once, so that each sum is loaded and stored once for all of them
             i = start + lane
             value = sums[lane] + _square(g, total, i, c, scale)
             value += _square(g, total, i + LANES, c, scale)
@@ -303,7 +315,7 @@ def _square_share(address, part, parts, g_like, like, strided, accumulate, scale
 
 @cache
 def update_kernel(storage: Storage, variant: Variant) -> Any:
-    """The kernel that updates variables of one storage."""
+    """The kernel that updates variables, and moves the averages of those that have no gradient."""
     p_like, g_like, like = LIKE[storage.p], LIKE[storage.g], LIKE[storage.compute]
     strided, master = on(storage.strided), on(storage.master)
     amsgrad, average, accumulate, clip = map(on, variant)
@@ -331,17 +343,17 @@ def update_kernel(storage: Storage, variant: Variant) -> Any:
 
 
 def accumulate_kernel(storage: Storage) -> Any:
-    """The kernel that adds gradients to their accumulators."""
+    """The kernel that adds gradients to their accumulators, between updates."""
     return _accumulate_kernel(_of_gradients(storage))
 
 
 def square_kernel(storage: Storage, accumulate: bool) -> Any:
-    """The kernel that writes each chunk's sum of squared gradients, with what they have accumulated if so wanted."""
+    """The kernel that writes each chunk's sum of squared gradients, or of gradients plus what has been accumulated."""
     return _square_kernel(_of_gradients(storage), bool(accumulate))
 
 
 def _of_gradients(storage):
-    """What a kernel sees of a storage that leaves the variables alone: one kernel serves variables of any kind."""
+    """A storage as kernels see it that do not touch the variables: one of them serves variables of any kind."""
     return storage._replace(p=storage.g, master=False)
 
 
@@ -362,7 +374,7 @@ def _accumulate_kernel(storage):
 def _square_kernel(storage, accumulate):
     g_like, like, strided = LIKE[storage.g], LIKE[storage.compute], on(storage.strided)
     accumulate = on(accumulate)
-    scaled = on(storage.compute == "float64")  # no square of a float32 is out of range
+    scaled = on(storage.compute == "float64")  # the square of a float32 is never out of a float64's range
 
     @c_kernel
     def square_kernel(block, part, parts):
@@ -373,14 +385,14 @@ def _square_kernel(storage, accumulate):
 
 @jit_for_python
 def gather_squares(work, partials, squares):
-    """Add the chunks of each variable in order."""
+    """Add up the chunks of each variable, in order."""
     for w in range(work.shape[0]):
         squares[work[w, ARRAY]] += partials[w]
 
 
 @jit_for_python
 def add_in_order(values):
-    """A sum whose rounding does not depend on the machine."""
+    """A sum from the first to the last, whose rounding does not depend on the machine; NumPy's own does."""
     total = 0.0
     for value in values:
         total += value

@@ -18,6 +18,7 @@ from .. import hyperparameters as hp
 from ..array_api import stateless
 from ..arrays import Array
 from ..arrays.brief import brief_names
+from ..arrays.torch_graphs import tell_torch
 from ..arrays.tree import Container, Form, flatten, form_of, materialized, order, rebuild
 from ..coefficients import MOST_STEPS, Recipe, Recipes, adam_alone
 from ..state import Place, State, new_slots
@@ -78,6 +79,7 @@ class Engine:
         self.recipes: Recipes | None = None  # of the hyperparameters as they were at the last step
         self.form: Form | None = None  # of the gradients last given in a container other than a list
         _ENGINES.add(self)
+        tell_torch()
 
     # Rates
 
@@ -379,6 +381,7 @@ class Engine:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, lock=threading.RLock())
         _ENGINES.add(self)
+        tell_torch()
         # What was pickled out of band may be read-only.
         for own in (self.state.scalars, *self.state.added, *self.state.slots):
             own.update({key: arrays.writeable_copy(array) for key, array in own.items()})

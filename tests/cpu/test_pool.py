@@ -2,6 +2,7 @@
 
 import threading
 import time
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from numba import carray, cfunc, types
 from adamw_numba.arrays.compiled import pointer
 from adamw_numba.cpu import jobs
 from adamw_numba.cpu import pool as threads
-from adamw_numba.cpu.pool import CLOSELY, MOST_PASSED_OVER, WOKEN_FROM
+from adamw_numba.cpu.pool import CLOSELY, GIVE_WAY, MOST_PASSED_OVER, WOKEN_FROM, Pool
 
 SMALL = 2**16
 
@@ -20,23 +21,37 @@ def count_parts(block, part, parts):
     """Count how often each part is done, and, in the last entry, how many parts there are said to be."""
     counts = carray(pointer(block, np.int64(0)), 65)
     for _ in range(2000 if part % 8 == 3 else 20):  # long enough to be left behind
-        jobs._pause()
+        jobs.pause()
     counts[part] += 1
     counts[64] = parts
 
 
 @pytest.fixture
 def helpers():
-    """Threads of their own; forgotten at the end."""
-    made = threads._Helpers()
+    """Threads of their own, which are let go at the end."""
+    made = Pool()
     yield made
     for _ in range(made.started):
         made.queue.put(None)
 
 
+class Held(SimpleQueue):
+    """Calls that reach no helper before they are let through: until then, those called stay called."""
+
+    def __init__(self):
+        self.calls = []
+
+    def put(self, call):
+        self.calls.append(call)
+
+    def let_through(self):
+        while self.calls:
+            super().put(self.calls.pop())
+
+
 def counted(helpers, parts, seats):
     counts = np.zeros(65, np.int64)
-    jobs.run_job(count_parts.address, counts.ctypes.data, parts, seats, helpers.address, threads._GIVE_WAY)
+    jobs.run_job(count_parts.address, counts.ctypes.data, parts, seats, helpers.address, GIVE_WAY)
     return counts
 
 
@@ -62,9 +77,9 @@ def test_each_part_once(helpers):
     assert helpers.started == 3
 
 
-def test_a_full_bench(helpers):
+def test_a_full_board(helpers):
     """More jobs at once than there are rows: the last one is done alone, as one part."""
-    rows = helpers.bench[: jobs.HELPERS].reshape(jobs.JOBS, jobs.JOB_WORDS)
+    rows = helpers.board[: jobs.HELPERS].reshape(jobs.JOBS, jobs.JOB_WORDS)
     rows[:, jobs.OWNED] = 1
     assert counted(helpers, 5, 2).nonzero()[0].tolist() == [0, 64]
     rows[3, jobs.OWNED] = 0
@@ -76,27 +91,30 @@ def test_a_full_bench(helpers):
 def test_seats(helpers):
     """A helper without a seat does nothing; one with a seat takes what is left, and counts itself out in the end."""
     counts = np.zeros(65, np.int64)
-    job = helpers.bench[: jobs.JOB_WORDS]
+    job = helpers.board[: jobs.JOB_WORDS]
     job[[jobs.OWNED, jobs.SEATS, jobs.KERNEL, jobs.BLOCK, jobs.PARTS, jobs.LEFT, jobs.DONE]] = [
         1, 0, count_parts.address, counts.ctypes.data, 7, 4, 0,
     ]  # fmt: skip
     jobs.count_helper(helpers.address, 2)
-    jobs.stand_by(helpers.address, 2, 2, threads._GIVE_WAY)
+    jobs.stand_by(helpers.address, 2, 2, GIVE_WAY)
     assert not counts.any()
     job[jobs.SEATS] = 1
-    jobs.stand_by(helpers.address, 2, 2, threads._GIVE_WAY)
+    jobs.stand_by(helpers.address, 2, 2, GIVE_WAY)
     assert counts[:7].tolist() == [1, 1, 1, 1, 0, 0, 0]
-    assert helpers.bench[jobs.HELPERS] == 0
+    assert helpers.board[jobs.HELPERS] == 0
     assert job[jobs.DONE] == 4
 
 
 def test_helpers_stand_by_for_a_while(helpers):
+    helpers.queue = Held()
     helpers.call(2, WOKEN_FROM)
-    assert helpers.bench[jobs.HELPERS] == 2  # from the moment that they are called
-    deadline = time.perf_counter() + 30
-    while helpers.bench[jobs.HELPERS] and time.perf_counter() < deadline:
+    assert helpers.board[jobs.HELPERS] == 2  # from the moment that they are called
+    helpers.queue.let_through()
+    while helpers.board[jobs.HELPERS]:
         time.sleep(CLOSELY)
-    assert helpers.bench[jobs.HELPERS] == 0
+    helpers.queue.put(None)
+    helpers.queue.put(None)
+    helpers.queue.let_through()
 
 
 # Steps of (seconds since the last job, elements, helpers found standing), and at which of them helpers are called.
@@ -117,14 +135,14 @@ CALLS = {
 @pytest.mark.parametrize("case", CALLS)
 def test_when_helpers_are_called(case, monkeypatch):
     steps, expected = CALLS[case]
-    made, clock, called = threads._Helpers(), [100.0], []
+    made, clock, called = Pool(), [100.0], []
     monkeypatch.setattr(threads.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(made, "_wake", lambda count: called.append(True))
+    monkeypatch.setattr(made, "wake", lambda count: called.append(True))
     made.last = clock[0]
     numbers = []
     for number, (seconds, elements, standing) in enumerate(steps):
         clock[0] += seconds
-        made.bench[jobs.HELPERS] = standing
+        made.board[jobs.HELPERS] = standing
         made.call(1, elements)
         numbers += [number] * len(called)
         called.clear()
@@ -132,8 +150,8 @@ def test_when_helpers_are_called(case, monkeypatch):
 
 
 def test_calls_in_vain_become_rare():
-    made, called = threads._Helpers(), []
-    made._wake = lambda count: called.append(1)
+    made, called = Pool(), []
+    made.wake = lambda count: called.append(1)
     for _ in range(20_000):
         made.last = time.perf_counter()
         made.call(1, SMALL)
@@ -152,9 +170,11 @@ def test_no_more_threads(given, helpers, monkeypatch):
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", limited)
+    helpers.queue = Held()
     for _ in range(3):
         helpers.call(2, WOKEN_FROM)
-        assert helpers.bench[jobs.HELPERS] == given
+        assert helpers.board[jobs.HELPERS] == given
         assert counted(helpers, 3, 2)[:4].tolist() == [1, 1, 1, 0]
     assert helpers.started == given
     assert len(asked) == given + 1
+    helpers.queue.let_through()
