@@ -13,10 +13,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numba
 import numpy as np
-import optax
 import scipy.optimize
 from scipy.stats import qmc
 
@@ -89,6 +87,9 @@ def by_scipy(problem: Problem, function: Any) -> Outcome:
 
 def by_optax(problem: Problem) -> Outcome:
     """The same recipe in `lax.scan`, with all starts by `vmap`; optax has no stopping rule."""
+    import jax
+    import optax
+
     function = problem.make(jax.numpy)
     rate = optax.cosine_decay_schedule(0.1 * problem.scale, STEPS)
     optimizer = optax.adam(rate, b2=0.99)
@@ -120,6 +121,8 @@ def cell(outcome: Outcome) -> str:
 
 def main() -> int:
     """Print a row for each problem."""
+    import jax
+
     jax.config.update("jax_enable_x64", True)
     print("| problem | n | `minimize` | L-BFGS-B | optax |\n|---|---|---|---|---|")
     for name, problem in PROBLEMS.items():
