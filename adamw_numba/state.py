@@ -49,10 +49,11 @@ class State:
 
     def add(self, name: Any, array: Array, initializer: Any, late: bool) -> Array:
         """Another array to be saved and restored with the rest; Keras keeps it where it was in time."""
-        taken = [place for place, _, _ in self.places()] + ["iteration", "learning_rate"]
-        if not isinstance(name, str) or "/" in name or name in taken:
+        taken = (self.scalars, *self.added, {"learning_rate": None})  # the names of slots have a "/"
+        if not isinstance(name, str) or "/" in name or any(name in own for own in taken):
             raise ValueError(
-                f"`name` must be a new string without '/'. Received: name={brief(name)}; there are {brief_names(taken)}"
+                f"`name` must be a new string without '/'. Received: name={brief(name)}; there are "
+                f"{brief_names(place for place, _, _ in self.places())}"
             )
         if callable(initializer):
             arrays.write(array, initializer(tuple(array.shape), dtype=array.dtype))

@@ -166,6 +166,64 @@ def test_torch_both_ways(amsgrad, excluded, dtype, before):
         torch.testing.assert_close(one, other.detach(), rtol=0, atol=tolerance)
 
 
+# Adam of torch that is AdamW without decay: the class, its options, more of the groups
+WITHOUT_DECAY = {
+    "Adam": (torch.optim.Adam, {}, [{}]),
+    "Adam with AMSGrad": (torch.optim.Adam, {"amsgrad": True}, [{}]),
+    "Adam, decoupled": (torch.optim.Adam, {"decoupled_weight_decay": True, "weight_decay": 0.1}, [{}]),
+    "Adam, groups": (torch.optim.Adam, {}, [{}, {"weight_decay": 0.0}]),
+    "Adam, the decay decoupled in one group": (
+        torch.optim.Adam,
+        {},
+        [{"decoupled_weight_decay": True, "weight_decay": 0.1}, {}],
+    ),
+    "Adam, for each": (torch.optim.Adam, {"foreach": True}, [{}]),
+    "a rate in a tensor": (torch.optim.Adam, {"lr": torch.tensor(0.1, dtype=torch.float64), "foreach": False}, [{}]),
+    "rates in tensors": (
+        torch.optim.AdamW,
+        {"lr": torch.tensor(0.1, dtype=torch.float64), "weight_decay": 0.0, "foreach": False},
+        [{}, {"lr": torch.tensor(0.1, dtype=torch.float64)}],
+    ),
+    "betas in tensors": (
+        torch.optim.Adam,
+        {"betas": (torch.tensor(0.8, dtype=torch.float64), torch.tensor(0.99, dtype=torch.float64)), "foreach": False},
+        [{}],
+    ),
+    "AdamW": (torch.optim.AdamW, {"weight_decay": 0.0}, [{}]),
+    "a group without parameters": (torch.optim.Adam, {}, [{}, {"params": [], "lr": 0.7, "weight_decay": 0.3}]),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_DECAY)
+def test_from_adam_of_torch(case):
+    """Its state goes on in ours as in its own."""
+    kind, options, groups = WITHOUT_DECAY[case]
+    tensors = [torch.nn.Parameter(torch.tensor(g).double()) for g in gradients_of(99)]
+    half = len(tensors) // 2 if len(groups) > 1 and "params" not in groups[1] else len(tensors)
+    parts = [tensors[:half], tensors[half:]]
+    theirs = kind(
+        [{"params": part} | more for part, more in zip(parts, groups, strict=False)],
+        **{"lr": 0.1, "eps": 1e-5} | options,
+    )
+
+    def step(number):
+        for tensor, g in zip(tensors, gradients_of(number), strict=True):
+            tensor.grad = torch.tensor(g).double()
+        theirs.step()
+
+    for number in range(4):
+        step(number)
+    variables = [tensor.detach().clone() for tensor in tensors]
+    ours = interop.from_torch(theirs.state_dict(), variables)
+    step(4)
+    ours.apply([torch.tensor(g).double() for g in gradients_of(4)])
+    for one, other in zip(variables, tensors, strict=True):
+        torch.testing.assert_close(one, other.detach(), rtol=0, atol=1e-12)
+    again = interop.from_torch(theirs.state_dict(), variables)
+    assert again.iterations == 5
+    assert again.weight_decay == max(float(group["weight_decay"]) for group in theirs.param_groups if group["params"])
+
+
 @pytest.mark.parametrize("schedule", [False, True])
 @pytest.mark.parametrize("nested", [False, True])
 def test_optax_both_ways(schedule, nested):
@@ -295,7 +353,16 @@ NO_CONVERSION = {
     "maximize": (lambda: interop.from_torch(of_groups(group(maximize=True))), ["maximize"]),
     "rates": (lambda: interop.from_torch(of_groups(group(), group(lr=0.2))), ["lr", "0.2"]),
     "decays": (lambda: interop.from_torch(of_groups(group(), group(weight_decay=0.2))), ["weight_decay", "0.2"]),
-    "coupled": (lambda: interop.from_torch(of_groups(group(decoupled_weight_decay=False))), ["coupled"]),
+    "coupled": (lambda: interop.from_torch(of_groups(group(decoupled_weight_decay=False))), ["coupled", "0.1"]),
+    "coupled in one group": (
+        lambda: interop.from_torch(of_groups(group(weight_decay=0), group(decoupled_weight_decay=False, params=[1]))),
+        ["coupled", "0.1"],
+    ),
+    "other numbers of parameters": (
+        lambda: interop.from_torch(of_groups(group(params=[0, 1])), [np.ones(3)]),
+        ["2 parameters", "1"],
+    ),
+    "no parameters": (lambda: interop.from_torch(of_groups(group(params=[]))), ["parameters"]),
     "steps": (
         lambda: interop.from_torch(of_groups(group(params=[0, 1]), state={0: moments(step=3.0)}.items())),
         ["[0.0, 3.0]"],
@@ -353,6 +420,64 @@ def test_no_exact_conversion(act, words):
         act()
     for word in words:
         assert word in str(caught.value)
+
+
+# Whatever is passed, however large, the message is short
+TEXT = 100_000 * "x"
+HUGE = {f"key_{i}": list(range(100)) for i in range(1_000)}
+NUMBERS = list(range(5_000))
+PARAMETERS = {f"encoder/layer_{i}/kernel": np.ones(1) for i in NUMBERS}
+
+
+def adam_of(names):
+    return optax.adamw(0.1).init({name: jnp.ones(1) for name in names})
+
+
+def of_names(mu, nu):
+    adam, *others = optax.adamw(0.1).init({"a": jnp.ones(1)})
+    return (adam._replace(mu=dict.fromkeys(mu, W), nu=dict.fromkeys(nu, W)), *others)
+
+
+def built_on(variables):
+    optimizer = AdamW()
+    optimizer.build(variables)
+    return optimizer
+
+
+LONG = {
+    "a config": lambda: interop.from_keras({"0": np.int32(0)}, config=HUGE),
+    "no config": lambda: interop.from_keras({str(i): np.ones((300, 300)) for i in NUMBERS}),
+    "keys": lambda: interop.from_keras(dict.fromkeys(PARAMETERS, W), config=AdamW().get_config()),
+    "a long key": lambda: interop.from_keras({TEXT: W}, config=AdamW().get_config()),
+    "a path": lambda: interop.from_keras(TEXT),
+    "a target": lambda: interop.to_keras(built(), TEXT),
+    "a template": lambda: interop.to_keras(built(), {}, template=TEXT),
+    "no mapping": lambda: interop.from_torch(TEXT),
+    "a list": lambda: interop.from_torch(NUMBERS),
+    "parameters twice": lambda: interop.from_torch(of_groups(group(params=NUMBERS * 2))),
+    "many counts": lambda: interop.from_torch(
+        of_groups(group(params=NUMBERS), state={n: moments(step=float(n)) for n in NUMBERS}.items())
+    ),
+    "many decays": lambda: interop.from_torch(of_groups(*[group(params=[n], weight_decay=n / 9) for n in NUMBERS])),
+    "rates of a long text": lambda: interop.from_torch(of_groups(group(), group(lr=TEXT))),
+    "other variables": lambda: interop.from_torch(
+        of_groups(group(params=NUMBERS), state=dict.fromkeys(NUMBERS, moments()).items()), PARAMETERS | {"a": W}
+    ),
+    "an option": lambda: interop.from_torch(of_groups(group()), **{TEXT: 1}),
+    "eps_root": lambda: interop.from_optax((), learning_rate=0.1, eps_root=HUGE),
+    "names of mu and nu": lambda: interop.from_optax(of_names(PARAMETERS, HUGE), learning_rate=0.1),
+    "long names": lambda: interop.from_optax(of_names([TEXT], [TEXT + "y"]), learning_rate=0.1),
+    "names of optax": lambda: interop.to_optax(built_on(PARAMETERS), adam_of(["a", "b", TEXT])),
+    "a name of optax": lambda: interop.to_optax(built_on({TEXT: np.ones(3)}), adam_of([TEXT])),
+    "no optimizer": lambda: interop.to_torch(TEXT),
+}
+
+
+@pytest.mark.parametrize("case", LONG)
+def test_messages_are_short(case):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        LONG[case]()
+    assert 20 < len(str(caught.value)) <= 2_000
 
 
 def test_left_out_on_purpose():

@@ -99,10 +99,16 @@ OPTIONS = {
 
 
 IN_FLOAT32 = ["plain", "global clip", "bounds", "schedule", "patience"]
+# Each of these options, and each dtype, has a kernel of its own, which is compiled first.
+COMPILED = ["AMSGrad", "averages", "clip by value", "averages and more"]
 
 
 @pytest.mark.parametrize(
-    ("case", "dtype"), [*((case, np.float64) for case in OPTIONS), *((case, np.float32) for case in IN_FLOAT32)]
+    ("case", "dtype"),
+    [
+        *(pytest.param(case, np.float64, marks=[pytest.mark.slow] * (case in COMPILED)) for case in OPTIONS),
+        *(pytest.param(case, np.float32, marks=pytest.mark.slow) for case in IN_FLOAT32),
+    ],
 )
 def test_same_bits_as_the_ordinary_loop(case, dtype, advanced):
     keywords = {"args": (0.5, DATA), "jac": True, "maxiter": 300, "learning_rate": 0.05} | OPTIONS[case]
@@ -113,6 +119,7 @@ def test_same_bits_as_the_ordinary_loop(case, dtype, advanced):
 
 
 # Whole vectors, less, more, and arrays that are not padded: options with arrays of their own
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3, 4, 8, 11, 513])
 def test_same_bits_at_every_size(size, advanced):
     x0 = np.linspace(-1, 1, size)
@@ -154,6 +161,34 @@ def test_forms_of_the_objective(case, advanced):
     compiled = minimize(fun, START, **keywords)
     assert advanced
     assert_equal(compiled, minimize(fun, START, compiled=False, **keywords))
+
+
+@numba.njit
+def tilted(x):
+    """Of two dimensions; the gradient is strided."""
+    return (x[0] * x[1]).sum() + (x**2).sum(), (2 * x.T + x[::-1].T).T
+
+
+@numba.njit
+def of_integers(x):
+    return np.abs(x).sum(), np.sign(x).astype(np.int64)
+
+
+@numba.njit
+def of_another_dimension(x):
+    return x.sum(), np.ones(x.size)
+
+
+def test_gradients_of_other_layouts_and_dtypes(advanced):
+    for fun, shape in ((tilted, (2, 4)), (of_integers, (3, 2)), (of_integers, (5,))):
+        x0, before = np.linspace(-1, 1.5, np.prod(shape)).reshape(shape), len(advanced)
+        keywords = {"jac": True, "maxiter": 40, "learning_rate": 0.05}
+        compiled = minimize(fun, x0, **keywords)
+        assert len(advanced) > before
+        assert compiled.fun < compiled.history["fun"][0]
+        assert_equal(compiled, minimize(fun, x0, compiled=False, **keywords))
+    with pytest.raises(ValueError, match=r"\(4,\); expected \(2, 2\)"):
+        minimize(of_another_dimension, np.ones((2, 2)), jac=True)
 
 
 # What needs Python at each step: keywords
@@ -320,6 +355,7 @@ print(len(best.results), numba.threading_layer())
 """
 
 
+@pytest.mark.slow
 def test_many_starts_of_a_parallel_objective():
     done = subprocess.run([sys.executable, "-c", PARALLEL], capture_output=True, text=True, timeout=100)
     assert done.stdout.split() == ["2000", "workqueue"], done.stderr
@@ -328,7 +364,11 @@ def test_many_starts_of_a_parallel_objective():
 STARTS = np.random.default_rng(0).normal(size=(40, 5))
 
 
-@pytest.mark.parametrize("options", [{}, {"bounds": Bounds(-2, 2), "amsgrad": True, "patience": 50}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"bounds": Bounds(-2, 2), "amsgrad": True, "patience": 50}, marks=pytest.mark.slow)],
+    ids=["plain", "AMSGrad"],
+)
 def test_many_starts_are_each_as_alone(options, advanced):
     keywords = {"args": (1.0, DATA), "jac": True, "learning_rate": 0.05, "maxiter": 400} | options
     best = multistart(valley, STARTS, **keywords)

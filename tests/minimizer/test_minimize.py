@@ -416,6 +416,55 @@ def test_bounds_are_like_x0(x0, bounds):
     assert leaf[0] == (2 if isinstance(x0, dict) and "a" in x0 else 0.5)
 
 
+# Nested bounds: x0, bounds, the least value of each array
+ONE = np.zeros(2)
+NESTED = {
+    "keys with slashes": ({"mlp/~/linear_0": {"w": ONE}, "mlp": {"w": ONE}}, {"mlp/~/linear_0": {"w": (1, 2)}}, [1, 0]),
+    "a slash, for all below": ({"a/b": {"c": ONE, "d": ONE}, "a": ONE}, {"a/b": (2, None)}, [2, 2, 0]),
+    "a slash, not a path": ({"a/b": ONE, "a": {"c": ONE}}, {"a": {"c": (3, 4)}}, [0, 3]),
+    "pairs": ([("enc/kernel", ONE), ("enc/bias", ONE)], {"enc/bias": (1, 5)}, [0, 1]),
+    "pairs of bounds": (
+        [("enc/kernel", ONE), ("enc/bias", ONE)],
+        [("enc/bias", (1, 5)), ("enc/kernel", (2, 5))],
+        [2, 1],
+    ),
+    "one pair": ([("enc/kernel", ONE)], [("enc/kernel", (2, 5))], [2]),
+    "Bounds in a list": ([ONE, ONE], [Bounds(1, 2), Bounds(3, 4)], [1, 3]),
+    "dicts in a list": ([{"a": ONE}, {"b": ONE}], [{"a": (1, 2)}, {"b": (3, 4)}], [1, 3]),
+    "nothing in a list": ([ONE, ONE], [None, Bounds(3, 4)], [0, 3]),
+    "one for all": ({"a/b": ONE, "c": [ONE, ONE]}, Bounds(1, 2), [1, 1, 1]),
+}
+
+
+def arrays_of(x):
+    """The arrays of a container, in order."""
+    if isinstance(x, (np.ndarray, str)):
+        return [x] * isinstance(x, np.ndarray)
+    return [leaf for child in (x.values() if isinstance(x, dict) else x) for leaf in arrays_of(child)]
+
+
+@pytest.mark.parametrize("case", NESTED)
+def test_nested_bounds(case):
+    x0, bounds, least = NESTED[case]
+    result = minimize(lambda x: (0.0, x), x0, jac=True, bounds=bounds, maxiter=0)
+    np.testing.assert_array_equal(arrays_of(result.x), [[value] * 2 for value in least])
+
+
+@pytest.mark.parametrize(
+    ("x0", "bounds", "words"),
+    [
+        ({"a/b": ONE}, {"a": {"b": (0, 1)}}, ["'a'", "['a/b']"]),
+        ([("a", ONE)], [("b", (0, 1))], ["['b']", "['a']"]),
+        ({"a": {"b": ONE}}, {"a": 3}, ["3", "['b']", "expected"]),
+    ],
+)
+def test_bounds_of_what_x0_does_not_hold(x0, bounds, words):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        minimize(lambda x: pytest.fail("called"), x0, jac=True, bounds=bounds)
+    for word in ("`bounds`", *words):
+        assert word in str(caught.value)
+
+
 def test_limits_beyond_floats():
     assert minimize(bowl, np.ones(2), jac=True, maxiter=10**400, maxfev=10**400).success
     with pytest.raises(ValueError, match="results"):
