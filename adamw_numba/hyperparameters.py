@@ -96,7 +96,7 @@ class Exclusions(NamedTuple):
             found = [n for n in names if re.search(pattern, n) or re.search(pattern, n.rpartition("/")[2])]
             excluded.update(found)
             if not found:
-                unmatched.append(f"the pattern {brief(pattern)}")
+                unmatched.append(pattern)
         return frozenset(excluded), unmatched
 
 

@@ -260,12 +260,25 @@ def test_exclusion_from_weight_decay():
         assert {name for name, array in flat.items() if array[0] == 1} == expected
 
 
-@pytest.mark.parametrize("asked", [{"var_names": ["biass"]}, {"var_list": [np.ones(2)]}], ids=str)
-def test_an_exclusion_that_matches_nothing_warns(asked):
+# What is asked for -> what the warning names, and what it does not.
+WITHOUT_A_MATCH = {
+    "a pattern": ({"var_names": ["biass"]}, ["'biass'"], []),
+    "an array": ({"var_list": [np.ones(2)]}, ["number 0 of `var_list`"], []),
+    "one of two patterns": ({"var_names": ["LayerNorm", "bias"]}, ["'LayerNorm'"], ["['LayerNorm', 'bias']"]),
+    "two of three": ({"var_names": ["LayerNorm", "bias", "gamma$"]}, ["'LayerNorm'", "'gamma$'"], ["'LayerNorm', 'bias'"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WITHOUT_A_MATCH)
+def test_an_exclusion_that_matches_nothing_warns(case):
+    asked, named, left_out = WITHOUT_A_MATCH[case]
     optimizer = AdamW()
     optimizer.exclude_from_weight_decay(**asked)
-    with pytest.warns(UserWarning, match="matches none"):
+    with pytest.warns(UserWarning, match="matches none") as caught:
         optimizer.build({"bias": np.ones(2)})
+    (message,) = (str(warning.message) for warning in caught)
+    assert all(text in message for text in named)
+    assert not any(text in message for text in left_out)
     optimizer = AdamW()
     optimizer.exclude_from_weight_decay(var_names=(name for name in ["bias"]))
     optimizer.build({"bias": (bias := np.ones(2))})

@@ -20,6 +20,7 @@ from ..arrays import (
     like,
     namespace,
 )
+from ..arrays.brief import brief_names
 from ..coefficients import clip_factor, coefficients, whole_norm
 from ..update import Coefficients
 from . import functions as array_api
@@ -52,7 +53,9 @@ def apply(
     nonfinite : {"propagate", "skip", "raise"}
     """
     if len(state) != len(names):
-        raise ValueError(f"`optimizer_variables` holds {len(state)} arrays; expected {len(names)}: {list(names)}")
+        raise ValueError(
+            f"`optimizer_variables` holds {len(state)} arrays; expected {len(names)}: {brief_names(names)}"
+        )
     _check(built, gradients, variables)
     named = dict(zip(names, state, strict=True))
     slots = [{key: named[f"{key}/{name}"] for key in own} for name, own in zip(built.names, built.slots, strict=True)]

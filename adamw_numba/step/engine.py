@@ -157,7 +157,8 @@ class Engine:
         workspace = building.build(names, variables, slots, excluded)
         if unmatched:
             warnings.warn(
-                f"exclude_from_weight_decay: {', '.join(unmatched)} matches none of the variables {brief_names(names)}",
+                f"exclude_from_weight_decay: each of {brief_names(unmatched, 20)} matches none of the variables "
+                f"{brief_names(names)}",
                 stacklevel=4,
             )
         if self.loaded is not None:
