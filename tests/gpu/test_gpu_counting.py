@@ -190,6 +190,49 @@ def test_many_skips_outlast_the_rows(monkeypatch):
     np.testing.assert_allclose(libraries.look(x), y, rtol=1e-14)
 
 
+def test_skips_are_counted_on_when_there_are_more_groups(monkeypatch):
+    """What the host had asked of one group's counter is of no use for two."""
+    from adamw_numba.gpu import rows
+
+    monkeypatch.setattr(rows, "AHEAD", 2)
+    optimizer, cpu = AdamW(0.1, nonfinite="skip"), AdamW(0.1, nonfinite="skip")
+    found, expected = [array(np.ones(n), "float16") for n in (3, 2)], [np.ones(n, np.float16) for n in (3, 2)]
+    optimizer.build(found)
+    cpu.build(expected)
+    for k in range(24):
+        bad = np.nan if k % 3 else 1.0
+        dtypes = "float16", "float32" if k > 11 else "float16"  # which are two groups, and one
+        gradients = [np.full(n, bad, dtype) for n, dtype in zip((3, 2), dtypes, strict=True)]
+        optimizer.apply([array(g, g.dtype.name) for g in gradients])
+        cpu.apply(gradients)
+    assert (optimizer.iterations, optimizer.skipped_steps) == (cpu.iterations, cpu.skipped_steps) == (8, 16)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(libraries.look(one), other, rtol=4e-3)
+
+
+def test_an_interrupt_when_the_rows_have_moved(monkeypatch):
+    """Kernels are told where the rows are now, though the first attempt was interrupted."""
+    from adamw_numba.gpu.workload import Workload
+
+    def interrupted(workload, addresses):
+        raise KeyboardInterrupt
+
+    x, y = array(np.ones(4), "float64"), np.ones(4)
+    optimizer, cpu = AdamW(0.1), AdamW(0.1)
+    optimizer.build([x])
+    cpu.build([y])
+    with monkeypatch.context() as patch:
+        patch.setattr(Workload, "describe", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.update_hyperparameters(1000)
+    optimizer.learning_rate = cpu.learning_rate = 0.01
+    for _ in range(2):
+        optimizer.apply([array(np.ones(4), "float64")])
+        cpu.apply([np.ones(4)])
+    assert optimizer.iterations == 2
+    np.testing.assert_allclose(libraries.look(x), y, rtol=1e-14)
+
+
 def test_raise_names_the_variable_and_writes_nothing():
     variables = [array([1.0, 2.0]), array([3.0])]
     optimizer = AdamW(0.1, nonfinite="raise", clipnorm=1.0)
