@@ -41,8 +41,8 @@ def from_keras(
     source : path or keras.optimizers.Optimizer
         A ``.keras`` file, a ``.weights.h5`` file, or a built `AdamW` or `LossScaleOptimizer` of Keras.
     variables : container, optional
-        What to build it on, **in the order of Keras's trainable variables**: Keras saves no names. By default the first
-        `build` takes the state.
+        What to build it on, **in the order of Keras's trainable variables**, since Keras saves no names. By default
+        the first `build` takes the state.
     config : dict, optional
         Keras's ``optimizer.get_config()``: a ``.weights.h5`` file does not hold it.
     custom_objects : dict, optional
@@ -57,12 +57,12 @@ def from_keras(
     CorruptFileError
         If the file cannot be read.
     ValueError
-        If the config is needed, or is that of another optimizer, or does not go with the arrays.
+        If the config is missing, belongs to another optimizer, or does not fit the arrays.
 
     Notes
     -----
-    Keras keeps the state of a 16-bit variable in 16 bits: it is exact in float32; the float32 master copy,
-    which Keras lacks, starts from the variable.
+    Keras keeps the state of a 16-bit variable in 16 bits, which float32 holds exactly. The float32 master copy, which
+    Keras does not have, starts from the variable.
 
     Examples
     --------
@@ -95,7 +95,7 @@ def from_keras(
 
 
 def to_keras(optimizer: AdamW | LossScaleOptimizer, target: Any, template: Any = None, durable: bool = True) -> None:
-    """Give the state to Keras, in the order of `build`, which must be that of Keras's trainable variables.
+    """Give the state to Keras. The order of `build` must be that of Keras's trainable variables.
 
     Parameters
     ----------

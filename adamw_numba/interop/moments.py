@@ -1,4 +1,4 @@
-"""What torch and optax have in common: moments, a count, and an epsilon that is added after the bias correction."""
+"""What torch and optax have in common: moments, a count, and an epsilon added after the bias correction."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +15,7 @@ from ..saving.manifest import encoded
 from ..saving.restore import Loaded
 from .exact import Matrix
 
-# What only our optimizer and Keras's have.
+# What only our optimizer and that of Keras have.
 _OURS = ("clipnorm", "clipvalue", "global_clipnorm", "use_ema", "loss_scale_factor", "gradient_accumulation_steps")
 
 

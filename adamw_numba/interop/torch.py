@@ -37,8 +37,8 @@ def from_torch(state_dict: Mapping[str, Any], variables: Container | None = None
 
     Notes
     -----
-    torch adds ``eps`` after the bias correction: at update t it is ``epsilon = eps * sqrt(1 - beta_2**t)`` here. It is
-    converted for the next update, which is exact; as t grows, the factor goes to 1 in torch and stays here.
+    torch adds ``eps`` after the bias correction, so at update t it is ``epsilon = eps * sqrt(1 - beta_2**t)`` here. It
+    is converted for the next update, which is then exact. As t grows, the factor goes to 1 in torch and stays here.
     AMSGrad's maximum is that of the raw second moment in both.
     """
     groups, states = _parts(state_dict)
@@ -75,8 +75,8 @@ def to_torch(optimizer: AdamW, leave_out: Iterable[str] = ()) -> dict[str, Any]:
     Returns
     -------
     dict
-        torch tensors. One group of parameters; two, those with decay first, where some are excluded from it: build
-        torch's optimizer with the same groups.
+        Of torch tensors. It has one group of parameters; if some are excluded from decay it has two, those with decay
+        first. Build torch's optimizer with the same groups.
 
     Raises
     ------

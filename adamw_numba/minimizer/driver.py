@@ -1,4 +1,4 @@
-"""Runs are laid out, and driven until they stop: in Python or in a compiled loop, one alone or many together."""
+"""Prepares runs and drives them until they stop: in Python or in a compiled loop, one alone or many together."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ Callback = Callable[[Run], None]
 
 
 def prepare(fun: Any, x0: Any, args: Any, jac: Any, bounds: Any, settings: Settings) -> Run:
-    """Check everything, and lay out a run; nothing is evaluated."""
+    """Check everything and prepare a run; nothing is evaluated yet."""
     fun, jac = _unwrapped(fun, None if jac is False else jac)
     x0, state = read_start(x0, settings["state"])
     problem = read_problem(x0, bounds)
@@ -28,7 +28,7 @@ def prepare(fun: Any, x0: Any, args: Any, jac: Any, bounds: Any, settings: Setti
     objective = Objective(
         fun, jac, args, problem, settings["batches"], settings["workers"], settings["finite_diff_rel_step"]
     )
-    # With batches the values of two points are of different functions, and so no reason to prefer one.
+    # With batches, the values at two points belong to different functions: the lower one is not the better point.
     best = settings["batches"] is None if settings["return_best"] is None else settings["return_best"]
     optimizer = AdamW(**settings["hyper"])
     run = Run(objective, problem, optimizer, stopping.limits_of(settings), settings["history"], best)
@@ -38,7 +38,7 @@ def prepare(fun: Any, x0: Any, args: Any, jac: Any, bounds: Any, settings: Setti
 
 
 def _unwrapped(fun: Any, jac: Any) -> tuple[Any, Any]:
-    """SciPy hands over ``jac=True`` as a function that remembers its last value: undone, so that both doors are one."""
+    """SciPy passes ``jac=True`` on as a function that remembers its last value: undone, so that both doors are one."""
     owner: Any = getattr(jac, "__self__", None)
     if type(owner).__name__ == "MemoizeJac" and owner is fun:
         return owner.fun, True

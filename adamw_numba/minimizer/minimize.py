@@ -29,20 +29,20 @@ def minimize(
     Parameters
     ----------
     fun : callable
-        ``fun(x, *args)``, or ``fun(x, batch, *args)`` with `batches`; returns a number, or with ``jac=True`` the number
-        and the gradient. With ``jac=True`` it may also be ``fun(x, gradient, *args)``, which fills the gradient (zeros)
-        and returns the number. It gets copies. A Numba function runs inside a compiled loop.
+        ``fun(x, *args)``, or ``fun(x, batch, *args)`` with `batches`. It returns a number, or with ``jac=True`` the
+        number and the gradient. With ``jac=True`` it may also be ``fun(x, gradient, *args)``, which fills the gradient
+        (zeros at first) and returns the number. It gets copies. A Numba function runs inside a compiled loop.
     x0 : array, nested dict or list of arrays, or an earlier result
-        Where to start; never written. Arrays of any library stay in it and on their device, integers become floats. A
-        result goes on from its ``x_last`` with its ``state``.
+        Where to start; it is never written. Arrays of any library stay in that library and on their device; integers
+        become floats. From an earlier result, the run goes on at its ``x_last`` with its ``state``.
     args : tuple, optional
         More arguments of `fun` and `jac`.
     jac : True, callable, {"torch", "jax"} or {"2-point", "3-point", "cs"}, optional
         Where the gradient comes from: `fun` itself, a function like it, a library that differentiates `fun`, or SciPy's
         finite differences (also the default, None).
     bounds : `scipy.optimize.Bounds`, or pairs ``(lower, upper)``, optional
-        None stands for infinity; equal bounds fix an element. For nested `x0`, a dict or list like it of bounds or
-        pairs. Every update is projected onto them.
+        None stands for infinity; equal bounds fix an element. For a nested `x0`, a dict or list of the same structure
+        with bounds or pairs in it. Every update is projected onto the bounds.
     hess, hessp, constraints
         Not used, with a RuntimeWarning.
     callback : callable, optional
@@ -58,7 +58,7 @@ def minimize(
         maxtime : float
             In seconds.
         gtol : float, default 1e-5
-            The largest element of the gradient, but for what pushes out of the bounds; None for off.
+            Stop when no element of the gradient is larger, except where it pushes out of the bounds; None for off.
         ftol, xtol : float, optional
             Stop when, ten times in a row, `fun` changes by no more than ``ftol * max(|f|, |last f|, 1)``, or no element
             by more than ``xtol * (xtol + max |x|)``.
@@ -71,13 +71,13 @@ def minimize(
         history : bool or int, default 1000
             How many rows to keep: every iteration at first, then every second, fourth, ...
         return_best : bool
-            Return the best point instead of the last; by default, unless there are `batches`.
+            Return the best point instead of the last. The default is True without `batches`, else False.
         checkpoint : path or Checkpoints
-            Where to save the state, and to go on from. SIGTERM and SIGINT then save and return status 130.
+            Where to save the run, and to resume it from. SIGTERM and SIGINT then save it and return status 130.
         state : dict
             AdamW's state of an earlier result.
         nonfinite : {"stop", "propagate", "skip", "raise"}
-            What NaN and infinity do: stop with status 3 and the best point, or what they do in `AdamW`.
+            What NaN and infinity do: stop the run with status 3 and the best point, or what they do in `AdamW`.
         batches : iterable or callable
             What `fun` gets after `x`: an iterable that is walked again and again, or a function of the iteration.
         workers : int or map-like, finite_diff_rel_step : float

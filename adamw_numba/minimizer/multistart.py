@@ -1,4 +1,4 @@
-"""Many starts of one minimization: in one compiled parallel loop where the objective is Numba's, else mapped."""
+"""Many starts of one minimization: in one compiled parallel loop if the objective is a Numba function, else mapped."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ def multistart(
 ) -> Any:
     """Minimize from many starting points.
 
-    A Numba objective (see `minimize`) is minimized from all starts at once, on all threads, in one compiled loop.
+    A Numba function (see `minimize`) is minimized from all starts at once, on all threads, in one compiled loop.
 
     Parameters
     ----------
@@ -42,14 +42,14 @@ def multistart(
         An integer asks for so many points of a Sobol sequence (`scipy.stats.qmc`) within the bounds, which must be
         finite: `scipy.optimize.Bounds` of arrays, or pairs.
     workers : int or map-like, default 1
-        Processes for objectives that are not Numba's (-1 for all cores), or a function like `map`.
+        How many processes to use if the objective is no Numba function (-1 for all cores), or a function like `map`.
     rng : int or `numpy.random.Generator`, optional
         Scrambles the Sobol sequence.
 
     Returns
     -------
     result : `scipy.optimize.OptimizeResult`
-        The best one, with all of them, the best first, as ``results``.
+        The best one; its ``results`` are all of them, the best first.
 
     Raises
     ------

@@ -8,6 +8,7 @@ import numpy as np
 
 from .. import arrays
 from ..arrays import Array
+from ..arrays.brief import brief
 from ..arrays.tree import Container, flatten, materialized, rebuild
 from .bounds import Bounds, read_bounds, within
 
@@ -51,7 +52,7 @@ def _is_numbers(x0: Any) -> bool:
 
 
 def _checked_copy(name: str, leaf: Any) -> Array:
-    what = "`x0`" if name == "0" else f"`x0` at {name!r}"
+    what = "`x0`" if name == "0" else f"`x0` at {brief(name)}"
     if leaf is None:
         raise TypeError(f"{what} is None; expected an array")
     leaf = _of_floats(what, leaf)

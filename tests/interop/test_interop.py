@@ -446,7 +446,7 @@ def built_on(variables):
 
 LONG = {
     "a config": lambda: interop.from_keras({"0": np.int32(0)}, config=HUGE),
-    "no config": lambda: interop.from_keras({str(i): np.ones((300, 300)) for i in NUMBERS}),
+    "no config": lambda: interop.from_keras(dict.fromkeys(map(str, NUMBERS), np.ones((300, 300)))),
     "keys": lambda: interop.from_keras(dict.fromkeys(PARAMETERS, W), config=AdamW().get_config()),
     "a long key": lambda: interop.from_keras({TEXT: W}, config=AdamW().get_config()),
     "a path": lambda: interop.from_keras(TEXT),

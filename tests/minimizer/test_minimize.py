@@ -16,6 +16,7 @@ from scipy.optimize import Bounds, OptimizeResult, OptimizeWarning, rosen, rosen
 
 import adamw_numba
 from adamw_numba import AdamW, minimize, multistart, schedules
+from adamw_numba.state import State
 
 START = np.array([1.3, 0.7, 0.8, 1.9, 1.2])
 SHORT = {"learning_rate": 0.02, "maxiter": 60}
@@ -463,6 +464,19 @@ def test_bounds_of_what_x0_does_not_hold(x0, bounds, words):
         minimize(lambda x: pytest.fail("called"), x0, jac=True, bounds=bounds)
     for word in ("`bounds`", *words):
         assert word in str(caught.value)
+
+
+def test_the_state_is_listed_as_often_for_many_arrays_as_for_few(monkeypatch):
+    """Every array that a run adds to the state was compared with the names of all others."""
+    calls, places = [], State.places
+    monkeypatch.setattr(State, "places", lambda self: (calls.append(1), places(self))[1])
+    counts = []
+    for number in (3, 30):
+        calls.clear()
+        x0 = [np.ones(2) for _ in range(number)]
+        minimize(lambda x: (sum(leaf.sum() for leaf in x), x), x0, jac=True, maxiter=2)
+        counts.append(len(calls))
+    assert counts[0] == counts[1]
 
 
 def test_limits_beyond_floats():
