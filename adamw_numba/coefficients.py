@@ -45,8 +45,8 @@ def coefficients(
 
 def step_size(updates: Any, learning_rate: Any, log_beta_1: float, log_beta_2: float, xp: Any = math) -> Any:
     """The learning rate, including both bias corrections (Kingma & Ba 2015, end of section 2)."""
-    correction_1 = -xp.expm1((updates + 1) * log_beta_1)
-    correction_2 = -xp.expm1((updates + 1) * log_beta_2)
+    t = updates + 1
+    correction_1, correction_2 = -xp.expm1(t * log_beta_1), -xp.expm1(t * log_beta_2)
     return learning_rate * xp.sqrt(correction_2) / correction_1
 
 
@@ -139,7 +139,7 @@ class Recipes:
     def at(self, number: int, rate: float, weight_decay: float) -> Recipe:
         """The recipe of the step after `number` others, filled in."""
         recipe, updates = self._usual, number
-        if recipe is None or not 0 < number < MOST_STEPS:
+        if recipe is None or number <= 0:
             updates = number // self.window
             recipe = self._of(number, updates)
         recipe.number = number

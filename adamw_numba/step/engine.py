@@ -114,11 +114,7 @@ class Engine:
 
     def rates_now(self) -> tuple[Any, Any]:
         """Learning rate and weight decay at the present iteration."""
-        hyper, scalars = self.hyper, self.state.scalars
-        own = scalars.get("learning_rate")
-        if own is not None and hyper.learning_rate_function is None and hyper.weight_decay_function is None:
-            return own.item(), hyper.weight_decay
-        iteration = scalars["iteration"]
+        iteration = self.state.scalars["iteration"]
         number = iteration.item()
         rates = self.rates_at(number)
         if iteration.item() != number:
@@ -203,11 +199,12 @@ class Engine:
                 if not gradients:
                     return
                 self._ask_gpus(loss_scale)
-            hyper, scalars, iteration = self.hyper, self.state.scalars, self.state.scalars["iteration"]
-            # What `rates_now` calls may take a step: no address has been read yet.
-            is_plain = hyper.learning_rate_function is None and hyper.weight_decay_function is None
-            own = scalars.get("learning_rate") if is_plain else None
-            rate, weight_decay = self.rates_now() if own is None else (own.item(), hyper.weight_decay)
+            hyper, scalars = self.hyper, self.state.scalars
+            iteration, own, weight_decay = scalars["iteration"], scalars.get("learning_rate"), hyper.weight_decay
+            if own is not None and type(weight_decay) is float:
+                rate = own.item()
+            else:  # what is called here may take a step: no address has been read yet
+                rate, weight_decay = self.rates_now()
             is_complete = host is not None and host.table.reads(gradients) == host.count
             if not is_complete:
                 gradients = gradients if host is None else self.match(grads, None)
