@@ -100,7 +100,7 @@ class Exclusions(NamedTuple):
         return frozenset(excluded), unmatched
 
 
-_ARRAYS_GO_TO_BUILD = ". Arrays go to `build`; the first argument is the learning rate"
+_ARRAYS_GO_TO_BUILD = "Arrays go to `build`; the first argument is the learning rate. "
 LEAST_SCALE, MOST_SCALE = 2.0**-126, 2.0**126  # whose inverses float32 holds
 CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
 
@@ -164,9 +164,9 @@ def rate(name: str, value: Any) -> Any:
     except OverflowError:
         pass
     raise ValueError(
+        f"{_ARRAYS_GO_TO_BUILD if name == 'learning_rate' and _may_hold_arrays(value) else ''}"
         f"Argument `{name}` must be a float >= 0, or an instance of LearningRateSchedule, or a callable (that takes "
         f"the current step, or nothing, and returns such a float). Received instead: {name}={brief(value)}"
-        f"{_ARRAYS_GO_TO_BUILD if name == 'learning_rate' and _may_hold_arrays(value) else ''}"
     )
 
 

@@ -465,3 +465,15 @@ def test_other_mutable_namespaces_keep_their_device():
     optimizer.apply([array_api_strict.ones((3,), device=device)])
     assert variable.device == device
     assert all(slot.device == device for slot in optimizer.variables[2:])
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("wrap", [lambda optimizer: optimizer, LossScaleOptimizer], ids=["alone", "loss scale"])
+def test_every_protocol_of_pickle(protocol, wrap):
+    optimizer = wrap(AdamW(0.1))
+    optimizer.build([np.ones(3)])
+    optimizer.apply([np.arange(3.0)])
+    copied = pickle.loads(pickle.dumps(optimizer, protocol))
+    assert copied.last_step == optimizer.last_step
+    for one, other in zip(copied.variables, optimizer.variables, strict=True):
+        np.testing.assert_array_equal(one, other)

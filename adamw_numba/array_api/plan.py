@@ -63,6 +63,8 @@ class Plan:
         """Check the variables and their gradients."""
         if self._table is not None:
             self._table.refresh(gradients)
+            if self._table.is_new:
+                self._table.remember()
             return
         for i, variable in self.variables.items():
             arrays.check_variable(self.names[i], variable)

@@ -56,6 +56,8 @@ class AddressTable:
         The address of each variable, its gradient and its slots, in the rows of `update`.
     own : list of int
         Which variables lie here.
+    is_new : bool
+        Whether something has changed that has not been remembered yet.
     arrangement : list of pairs of Layout
         How each of them and its gradient are laid out; another list where any of that has changed.
     """
@@ -87,7 +89,7 @@ class AddressTable:
         self._memory: list[tuple[int, int]] | None = None
         self._claim([address(array) for _, _, array in self._places], self._written)
         self._look_at_gradients([None] * len(self.own))
-        self._remember()
+        self.is_new = True
 
     def refresh(self, gradients: Sequence[Array | None]) -> None:
         """Read the address of every array, and check whatever has changed since the last step.
@@ -109,8 +111,8 @@ class AddressTable:
             return
         self._reader = self._tensors = self._memory = None
         self._look_at_written()
+        self.is_new = True
         self._look_at_gradients(own)
-        self._remember()
 
     def reads(self, gradients: Sequence[Array | None]) -> int:
         """Read the address of every array in one compiled call; how many gradients there are, -1 if that fails."""
@@ -283,10 +285,15 @@ class AddressTable:
         name = brief(self.names[i])
         return f"variable {name}" if row == P else f"the {_SLOT_OF_ROW[row]} of {name}"
 
-    def _remember(self) -> None:
-        """Note what the next step's arrays are compared with: by `reads`, if it can read them all."""
+    def remember(self) -> None:
+        """Note what the next step's arrays are compared with: by `reads`, if it can read them all.
+
+        To be called once the work has been laid out for what `refresh` has found. If that is interrupted, nothing is
+        noted, and the next step looks at everything again.
+        """
         if not self._remember_for_reader():
             self._memory = [memory(array) for _, _, array in self._places]
+        self.is_new = False
 
     def _remember_for_reader(self) -> bool:
         if len(self.own) < len(self.names) or not all(seen.direct for seen in self._gradients):

@@ -161,10 +161,10 @@ def order(container: Container, names: list[str], expected: list[str], what: str
             f"`{what}` must match the variables of the optimizer one-to-one. Received {len(names)} arrays; the "
             f"optimizer has {len(expected)}: {brief_names(expected)}"
         )
-    raise ValueError(
-        f"`{what}` lacks {brief_names(missing)} and holds the unknown {brief_names(unknown)}; expected "
-        f"{brief_names(expected)}"
+    wrong = [f"lacks {brief_names(missing)}"] * bool(missing) + [f"holds the unknown {brief_names(unknown)}"] * bool(
+        unknown
     )
+    raise ValueError(f"`{what}` {' and '.join(wrong)}; expected {brief_names(expected)}")
 
 
 def _is_leaf(value: object) -> bool:

@@ -84,6 +84,8 @@ class Plan:
         if self._laid_out is not self.table.arrangement:
             self._arrange()
             self._laid_out = self.table.arrangement
+        if self.table.is_new:
+            self.table.remember()
 
     def norms(self, recipe: Recipe, gradients: Sequence[Array | None]) -> tuple[Matrix, float]:
         """The norm of each variable's gradient (with what it has accumulated), 0 elsewhere, and of all together.

@@ -323,6 +323,8 @@ class Plan:
         if self._arrangement is not self.table.arrangement:
             self._arrange()
             self._arrangement = self.table.arrangement
+        if self.table.is_new:
+            self.table.remember()
 
     def _arrange(self) -> None:
         if self.is_capturing or self.has_captures:

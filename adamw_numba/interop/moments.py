@@ -9,7 +9,7 @@ import numpy as np
 from .. import arrays
 from ..arrays import Array
 from ..arrays.brief import brief
-from ..arrays.tree import Container, flatten
+from ..arrays.tree import Container, flatten, materialized
 from ..optimizer import AdamW
 from ..saving.manifest import encoded
 from ..saving.restore import Loaded
@@ -77,6 +77,7 @@ def _build_anew(optimizer: AdamW, excluded: Sequence[bool], variables: Container
     """Build an optimizer that takes no state: the other one has not taken a step."""
     if variables is None:
         raise ValueError(f"{where} holds no moments yet; expected `variables`")
+    variables = materialized(variables, "variables")  # which may be a generator
     leaves = flatten(variables)[1]
     if len(leaves) != len(excluded):
         raise ValueError(f"{where} has {len(excluded)} parameters; expected {len(leaves)}, as many as `variables` has")
@@ -100,7 +101,7 @@ def exportable(optimizer: AdamW, library: str, leave_out: Iterable[str], amsgrad
     left_out = set(leave_out)
     lacking = [key for key in _OURS if getattr(optimizer, key) and key not in left_out]
     if lacking:
-        raise ValueError(f"{library}'s AdamW has no {brief(lacking)}; expected them in `leave_out`, if you do without")
+        raise ValueError(f"{library}'s AdamW has no {brief(lacking)}; pass leave_out={brief(lacking)} to drop them")
     if optimizer.amsgrad and not amsgrad:
         raise ValueError(
             f"amsgrad=True: {library} takes the maximum after the bias correction; no exact conversion exists"

@@ -132,7 +132,9 @@ def _stop_in_time(run: Run, settings: Settings) -> None:
 def _explain(error: BaseException, run: Run, checkpointing: Checkpointing) -> None:
     """Say in the exception's notes how far the run got, and save it where there is a place for it."""
     result = run.result()
-    best = f"best value so far {result.fun!r} at x = {short(repr(result.x))}"
+    best = (
+        f"best value so far {result.fun!r} at x = {short(repr(result.x))}" if result.nfev else "nothing evaluated yet"
+    )
     error.add_note(f"adamw_numba.minimize: at iteration {run.nit}; {best}")
     try:
         error.intermediate_result = result  # type: ignore[attr-defined]

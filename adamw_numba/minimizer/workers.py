@@ -1,10 +1,13 @@
 """A map over several processes: what SciPy's methods call `workers`."""
 
 import os
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+
+from ..arrays.brief import brief
 
 
 @contextmanager
@@ -27,5 +30,12 @@ def mapper(workers: Any) -> Iterator[Callable[..., Any]]:
 
 def _map_in_chunks(pool: Any, count: int, function: Callable[[Any], Any], items: Iterable[Any]) -> Any:
     items = list(items)
+    try:  # a pool that cannot send its work may never end
+        pickle.dumps(function)
+    except Exception as error:
+        raise TypeError(
+            f"`workers` asks for processes, to which `fun` and its arguments cannot be sent ({brief(str(error))}); "
+            "expected a function that a module defines, or workers=1"
+        ) from None
     # A few chunks for each process: one alone would wait for the slowest, single items cost a message each.
     return pool.map(function, items, chunksize=max(1, len(items) // (4 * count)))

@@ -281,10 +281,9 @@ def _order(loaded: Loaded, names: Sequence[str]) -> list[int]:
     known = set(names)
     missing, unknown = [n for n in names if n not in where], [n for n in saved if n not in known]
     if missing or unknown:
-        raise ValueError(
-            f"{loaded.where} lacks the variables {brief_names(missing)} and holds {brief_names(unknown)}; expected "
-            f"{brief_names(names)}"
-        )
+        wrong = [f"lacks the variables {brief_names(missing)}"] * bool(missing)
+        wrong += [f"holds {brief_names(unknown)}, which are not among the variables"] * bool(unknown)
+        raise ValueError(f"{loaded.where} {' and '.join(wrong)}; expected {brief_names(names)}")
     return [where[name] for name in names]
 
 

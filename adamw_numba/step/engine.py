@@ -30,12 +30,7 @@ from .workspace import Workspace
 
 
 class Record:
-    """What the last step did, and how many were skipped.
-
-    Slots, so that `setattr` is one call into C: a commit writes them with no bytecode, and so no interrupt, between.
-    """
-
-    __slots__ = ("last", "skipped")
+    """What the last step did, and how many were skipped."""
 
     def __init__(self) -> None:
         self.last: tuple[float | None, bool, float] | None = None  # gradient norm, whether applied, learning rate
@@ -155,7 +150,7 @@ class Engine:
             warnings.warn(
                 f"exclude_from_weight_decay: each of {brief_names(unmatched, 20)} matches none of the variables "
                 f"{brief_names(names)}",
-                stacklevel=4,
+                stacklevel=3,
             )
         if self.loaded is not None:
             self.loaded.fill(names, variables, slots)
@@ -226,14 +221,15 @@ class Engine:
                     return
             else:
                 norm = None
-            if workspace.tensors:
-                arrays.note_writes(workspace.touched(gradients, recipe, is_complete))
             repeatable, calls = (host or workspace).work(recipe, gradients)
             # The counter first: where it has become read-only, nothing else has happened yet.
             told = setattr, self.record, "last", (norm, True, rate)
             calls = [(setitem, iteration, (), recipe.number + 1), *calls, told]
             if more is not None:
                 calls += more(True)
+            if workspace.tensors:
+                _check_counter(iteration)  # before torch is told of a change
+                arrays.note_writes(workspace.touched(gradients, recipe, is_complete))
             try:
                 commit(repeatable, calls) if repeatable else exhaust(starmap(call, calls))
             except ValueError:

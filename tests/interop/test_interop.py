@@ -488,3 +488,10 @@ def test_left_out_on_purpose():
         optimizer.apply([np.ones(3)])
         interop.to_torch(optimizer, ["gradient_accumulation_steps"])
     assert arrays.SLOT["bfloat16"] == "float32"
+
+
+def test_variables_of_torch_may_be_a_generator():
+    """Also before torch's first step, when there is no state to take."""
+    module = torch.nn.Linear(2, 1)
+    state = torch.optim.AdamW(module.parameters()).state_dict()
+    assert interop.from_torch(state, module.named_parameters()).engine.workspace.names == ["weight", "bias"]

@@ -754,3 +754,18 @@ def test_without_scipy_matplotlib_and_tqdm():
 
 def test_the_function_is_public():
     assert {"minimize", "multistart", "plot"} <= set(adamw_numba.__all__)
+
+
+def test_what_cannot_be_sent_to_processes():
+    """Said at once: a pool whose work cannot be sent may wait for ever."""
+    with pytest.raises(TypeError, match="workers=1"):
+        multistart(lambda x: ((x**2).sum(), 2 * x), [np.ones(2), np.zeros(2)], jac=True, workers=2, maxiter=2)
+
+
+def test_an_error_before_anything_is_evaluated():
+    def fun(x):
+        raise ArithmeticError("no")
+
+    with pytest.raises(ArithmeticError) as caught:
+        minimize(fun, np.ones(2), jac=True)
+    assert any("nothing evaluated yet" in note for note in caught.value.__notes__)

@@ -190,3 +190,9 @@ def test_warnings_are_short(many):
     with pytest.warns(UserWarning, match=r"beta_1 is 0\.8.*'variable 0', .* more\] are excluded") as caught:
         other.restore(many[1])
     assert len(str(caught[0].message)) < 1500
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".h5", ".zarr", ".zarr.zip"])
+def test_a_file_that_is_not_there(suffix, tmp_path):
+    with pytest.raises(FileNotFoundError, match="none"):
+        AdamW.load(tmp_path / f"none{suffix}")

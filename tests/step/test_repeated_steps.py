@@ -11,6 +11,7 @@ from helpers.libraries import torch
 from adamw_numba import AdamW, coefficients, schedules
 from adamw_numba.arrays import table
 from adamw_numba.arrays.tree import flatten
+from adamw_numba.cpu import plan
 from adamw_numba.step import workspace
 
 OPTIONS = {
@@ -345,3 +346,36 @@ def test_which_steps_are_looked_through(make, options, monkeypatch):
     copied.apply([gradient])
     assert len(counted) == 3
     assert not np.array_equal(*(libraries.look(o.trainable_variables[0]) for o in (optimizer, copied)))
+
+
+@pytest.mark.parametrize("options", ["plain", "clip", "global clip", "skip"])
+def test_an_interrupt_while_work_is_laid_out(options, monkeypatch):
+    """For gradients of other strides: the next step lays it out again, and does not trust half of it."""
+    results = []
+    for stops in (False, True):
+        variable = np.ones(3)
+        optimizer = AdamW(0.1, **OPTIONS[options])
+        optimizer.build([variable])
+        optimizer.apply([np.arange(3.0)])
+        given = [np.arange(6.0)[::2]]
+        if stops:
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(plan, "chunks_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+                optimizer.apply(given)
+        for _ in range(3):
+            optimizer.apply(given)
+        results.append([variable.tobytes(), *(array.tobytes() for array in optimizer.variables)])
+    assert results[0] == results[1]
+
+
+def test_a_counter_that_cannot_be_written_leaves_versions_alone():
+    """torch is told of a change only if there is one."""
+    variable = torch.ones(3)
+    optimizer = AdamW(0.1)
+    optimizer.build([variable])
+    optimizer.apply([torch.ones(3)])
+    version = variable._version
+    optimizer.state["iteration"].flags.writeable = False
+    with pytest.raises(ValueError, match="iteration"):
+        optimizer.apply([torch.ones(3)])
+    assert variable._version == version

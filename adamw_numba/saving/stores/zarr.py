@@ -6,6 +6,7 @@ generation that counts. To change that attribute is one write of one small file.
 is in nobody's way, and a later save removes it.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -154,7 +155,7 @@ def reading(target: Any) -> Iterator[Any]:
     zarr = library()
     folder = _folder(target)
     if folder is not None and not folder.exists():
-        raise FileNotFoundError(f"{folder} does not exist")
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
     try:
         root = zarr.open_group(target, mode="r", zarr_format=3)
     except FileNotFoundError as error:
