@@ -109,6 +109,7 @@ def test_equal_dtypes_that_are_other_objects():
     table = AddressTable("cpu", list("abc"), variables, slots)
     gradients = [pickle.loads(pickle.dumps(np.ones(3))), np.ones(3), np.ones(3)]
     table.refresh(gradients)
+    table.remember()
     assert table.reads(gradients) == 3
     assert table.addresses[1].tolist() == [gradient.ctypes.data for gradient in gradients]
     assert table.addresses[0].tolist() == [variable.ctypes.data for variable in variables]

@@ -127,7 +127,7 @@ def zeros(count, size=1, prefix="variable "):
 BOUNDED = {
     "other names": (lambda o, p: AdamW.load(p, zeros(MANY, prefix="x")), ["'x0'", "'variable 0'", " more]"]),
     "other shapes": (lambda o, p: AdamW.load(p, zeros(MANY, 2)), ["'variable 0'", "(2,)", "1497 more"]),
-    "fewer": (lambda o, p: build(zeros(9)).restore(p), ["lacks the variables []", "'variable 9'", " more]"]),
+    "fewer": (lambda o, p: build(zeros(9)).restore(p), ["holds ['variable 9'", "not among the variables", " more]"]),
     "slots": (lambda o, p: o.restore(changed(p, no_velocities)), ["lacks the velocity of 'variable 0'"]),
     "slots that no option asks for": (
         lambda o, p: build({LONG: np.zeros(1)}).restore(saved_of({LONG: np.zeros(1)}, amsgrad=True)),
