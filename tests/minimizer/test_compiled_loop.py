@@ -357,7 +357,7 @@ print(len(best.results), numba.threading_layer())
 
 @pytest.mark.slow
 def test_many_starts_of_a_parallel_objective():
-    done = subprocess.run([sys.executable, "-c", PARALLEL], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", PARALLEL], capture_output=True, text=True, timeout=600)
     assert done.stdout.split() == ["2000", "workqueue"], done.stderr
 
 

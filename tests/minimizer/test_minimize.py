@@ -254,7 +254,7 @@ except Exception as error:
 
 
 def test_workers_are_processes():
-    done = subprocess.run([sys.executable, "-W", "error", "-c", PROCESSES], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-W", "error", "-c", PROCESSES], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "Broken" in done.stdout  # what cannot be sent back ends the pool, and does not hang
 

@@ -192,7 +192,7 @@ def test_processes_that_die_while_saving(case, tmp_path):
     """120 kills; files that may not grow; interrupts while HDF5 writes."""
     command = [sys.executable, str(TESTS / "helpers" / "dying.py"), case, str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": PATHS}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.stdout.strip() == case, (done.returncode, done.stderr[-3000:])
 
 
