@@ -31,7 +31,7 @@ TRIES = 4
 SECONDS = 0.4
 
 # What it takes to begin, of which library's import it is a multiple, and how many times as long it takes, at most.
-STARTS = [("import", "NumPy", 3.0), ("first step", "Numba", 5.0)]
+STARTS = [("import", "NumPy", 2.0), ("first step", "Numba", 5.0)]
 STARTING = """
 import json, time
 def seconds(act):
