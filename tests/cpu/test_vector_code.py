@@ -37,7 +37,9 @@ def assembly(storage, variant, tmp_path, **environment):
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="reads x86-64 assembly")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "float32" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_update_kernel(kind, tmp_path):
     code = assembly(*KINDS[kind], tmp_path)
     suffix = "pd" if kind == "float64" else "ps"

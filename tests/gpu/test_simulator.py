@@ -15,7 +15,7 @@ PASS = {"test_gpu_arrays": 9, "test_gpu_counting": 50, "test_gpu_graphs": 11, "t
 
 
 @pytest.mark.parametrize(
-    "file", [pytest.param(file, marks=pytest.mark.slow if file == "test_gpu_numbers" else ()) for file in PASS]
+    "file", [pytest.param(file, marks=() if file == "test_gpu_arrays" else pytest.mark.slow) for file in PASS]
 )
 def test_the_gpu_tests_pass_in_the_simulator(file):
     environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1"}

@@ -56,6 +56,7 @@ print(optimizer.iterations, int(np.count_nonzero(a)), int(np.count_nonzero(b)))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["cold", "warm"])
 def test_an_interrupt_in_the_first_step_of_a_process(cache, tmp_path):
     """Nothing is compiled, or loaded, between the first array and the last."""
