@@ -146,7 +146,7 @@ def stand_by(board, spins, yields, give_way):
 
     The while is `spins` looks one after another, then `yields` more, between which other threads may run. A seat is
     taken by counting down too: whoever finds none left has counted below zero, which does no harm, since the next
-    owner writes the number anew.
+    owner writes the number again.
     """
     idle = 0
     while idle < spins + yields:

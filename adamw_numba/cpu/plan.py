@@ -171,7 +171,7 @@ class Plan:
         for group in self.groups:
             if (
                 scale != 1 and group.storage.compute == "float32"
-            ):  # there the kernel knows no scale: no square overflows
+            ):  # there the kernel takes no scale: no square overflows
                 for _ in range(2):
                     np.multiply(group.partials, scale, out=group.partials)
             cpu.gather_squares(group.work, group.partials, squares)

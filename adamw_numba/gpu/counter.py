@@ -1,7 +1,7 @@
 """How many steps the GPU has counted, and what the host knows of it without asking.
 
 The GPU counts by itself: a step that it skips, or that a replayed graph takes, is unknown to the host until it asks,
-and to ask is to wait. So it asks only when somebody wants to know.
+and to ask is to wait. So it asks only when the user looks at the count.
 """
 
 from typing import Any, NamedTuple
@@ -135,7 +135,7 @@ class Counter:
         return known.least, 1 + known.launched - known.at_least
 
     def look(self, stream: Any) -> None:
-        """Learn, without waiting, how far the GPU had counted when this was last called, and ask anew.
+        """Learn, without waiting, how far the GPU had counted when this was last called, and ask again.
 
         Otherwise the steps that the next one may be would grow without end while steps may be skipped.
         """

@@ -38,7 +38,7 @@ class Group(NamedTuple):
 
 
 class Workload:
-    """The groups, and the memory that their kernels work in. Made anew when an array is laid out in another way.
+    """The groups, and the memory that their kernels work in. Made again when an array is laid out in another way.
 
     Parameters
     ----------
