@@ -365,8 +365,8 @@ class AdamW:
         Parameters
         ----------
         grads : list of arrays and None, or a container like the one of `build`
-            Gradients of the variables' shapes; a variable without one (None) is left alone, except for its average. They
-            are only read: in place where they have the variable's dtype, or float32 for a 16-bit variable; other
+            Gradients of the variables' shapes. A variable without one (None) is left alone, except for its average.
+            They are only read: in place where they have the variable's dtype, or float32 for a 16-bit variable; other
             floats are cast first.
         trainable_variables : container, optional
             Builds the optimizer at the first call; later, the variables that the gradients belong to.
