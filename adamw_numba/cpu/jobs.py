@@ -120,7 +120,8 @@ def _take_parts(job):
 def run_job(kernel, block, parts, seats, board, give_way):
     """Do a job together with at most `seats` helpers (and perhaps one who was late for the row's previous job).
 
-    It waits for parts that others have started, and never for anybody to start one. If the board is full, it works alone.
+    It waits for parts that others have started, and never for anybody to start one. If the board is full, it works
+    alone.
     """
     for row in range(JOBS):
         job = board + 8 * JOB_WORDS * row
