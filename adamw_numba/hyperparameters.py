@@ -100,6 +100,22 @@ class Exclusions(NamedTuple):
         return frozenset(excluded), unmatched
 
 
+def patterns(name: str, value: Any) -> list[str]:
+    """Check regular expressions for the names of variables."""
+    if isinstance(value, str) or not isinstance(value or (), Iterable):
+        raise TypeError(f"`{name}` must be a list of strings. Received: {name}={brief(value)}")
+    given = list(value or ())
+    if not all(isinstance(pattern, str) for pattern in given):
+        raise TypeError(f"`{name}` must be a list of strings. Received: {name}={brief(given)}")
+    for pattern in given:
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            text = f"`{name}` holds {brief(pattern)}, which is no regular expression: {brief(str(error))}"
+            raise ValueError(text) from None
+    return given
+
+
 _ARRAYS_GO_TO_BUILD = "Arrays go to `build`; the first argument is the learning rate. "
 LEAST_SCALE, MOST_SCALE = 2.0**-126, 2.0**126  # whose inverses float32 holds
 CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")

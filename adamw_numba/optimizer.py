@@ -1,6 +1,5 @@
 """`AdamW`: the surface of `keras.optimizers.AdamW` over plain arrays."""
 
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -279,17 +278,9 @@ class AdamW:
         """
         if self.built:
             raise ValueError("`exclude_from_weight_decay()` can only be configured before the optimizer is built.")
-        if isinstance(var_names, str) or not isinstance(var_names or (), Iterable):
-            raise TypeError(f"`var_names` must be a list of strings. Received: var_names={brief(var_names)}")
-        patterns = list(var_names or ())
-        if not all(isinstance(pattern, str) for pattern in patterns):
-            raise TypeError(f"`var_names` must be a list of strings. Received: var_names={brief(patterns)}")
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except (re.error, RecursionError, OverflowError) as error:
-                text = f"`var_names` holds {brief(pattern)}, which is no regular expression: {brief(str(error))}"
-                raise ValueError(text) from None
+        patterns = hp.patterns("var_names", var_names)
+        if isinstance(var_list, (str, list, tuple)) and any(isinstance(each, str) for each in var_list):
+            raise TypeError(f"`var_list` holds names; expected arrays: pass `var_names={brief(var_list)}`")
         listed = [] if var_list is None else flatten(var_list, "var_list")[1]
         loaded = self.engine.loaded
         saved = [entry["name"] for entry in loaded.variables if entry["excluded"]] if loaded else []

@@ -277,6 +277,7 @@ def test_an_exclusion_that_matches_nothing_warns(case):
     with pytest.warns(UserWarning, match="matches none") as caught:
         optimizer.build({"bias": np.ones(2)})
     (message,) = (str(warning.message) for warning in caught)
+    assert caught[0].filename == __file__  # it points at the caller's line
     assert all(text in message for text in named)
     assert not any(text in message for text in left_out)
     optimizer = AdamW()
@@ -284,6 +285,11 @@ def test_an_exclusion_that_matches_nothing_warns(case):
     optimizer.build({"bias": (bias := np.ones(2))})
     optimizer.apply({"bias": np.zeros(2)})
     assert (bias == 1).all()
+
+
+def test_names_in_the_place_of_arrays():
+    with pytest.raises(TypeError, match=r"`var_list` holds names.*`var_names=\['bias'\]`"):
+        AdamW().exclude_from_weight_decay(["bias"])
 
 
 def test_before_the_first_update_averages_are_the_variables():

@@ -19,7 +19,7 @@ def zeros_like(array: Array, dtype: str) -> Array:
         return np.zeros_like(array, dtype=dtype, order="K", subok=False)
     if array_api_compat.is_torch_array(array):
         torch = sys.modules["torch"]
-        return torch.zeros_like(array.detach(), dtype=getattr(torch, dtype))
+        return torch.zeros_like(array, dtype=getattr(torch, dtype))
     if family(array) == "cuda":
         return gpu.zeros_like(array, dtype)
     xp = namespace(array)

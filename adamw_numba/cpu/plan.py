@@ -76,11 +76,15 @@ class Plan:
         self._sums = np.zeros((MOST_PARTS, cpu.LANES))
         self.table = AddressTable("cpu", names, variables, slots)
         self._laid_out: object = None  # the arrangement that `groups` are made for
-        self.begin([None] * len(names))
+        self._lay_out()
 
     def begin(self, gradients: Sequence[Array | None]) -> None:
         """Read where all arrays lie, and check those that have changed: see `AddressTable.refresh`."""
         self.table.refresh(gradients)
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Arrange the work anew, and have the table remember, if anything but addresses has changed."""
         if self._laid_out is not self.table.arrangement:
             self._arrange()
             self._laid_out = self.table.arrangement

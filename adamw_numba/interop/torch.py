@@ -137,10 +137,13 @@ def _check_states(states: Mapping[Any, Any], numbers: Sequence[Any], keys: Seque
 
 def _common_count(states: Mapping[Any, Any], numbers: Sequence[Any]) -> int:
     """How many steps all parameters have taken: torch counts for each by itself."""
-    steps = {float(states[n]["step"]) if n in states else 0.0 for n in numbers}
-    if len(steps) != 1:
-        raise ValueError(f"`state_dict` has parameters after {brief_names(sorted(steps))} steps; expected one number")
-    return checked_count(steps.pop(), "`state_dict`: 'step'")
+    first_with: dict[float, Any] = {}
+    for number in numbers:
+        first_with.setdefault(float(states[number]["step"]) if number in states else 0.0, number)
+    if len(first_with) != 1:
+        told = [f"parameter {number} after {steps:g}" for steps, number in sorted(first_with.items())[:4]]
+        raise ValueError(f"`state_dict` holds {', '.join(told)} steps; expected one number of steps for all")
+    return checked_count(first_with.popitem()[0], "`state_dict`: 'step'")
 
 
 def _common_group(groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

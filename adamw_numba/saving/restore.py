@@ -20,6 +20,13 @@ from .stores.atomic import CorruptFileError
 Write = tuple[dict[str, Array], str, Array]  # a dict, its key, and the new value
 _OF_A_VARIABLE = ("variables", "momentum", "velocity", "velocity_hat", "average", "gradient_accumulator", "master")
 _UNUSABLE = (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError)
+# Which option a slot belongs to.
+_OPTION_OF = {
+    "average": "use_ema",
+    "velocity_hat": "amsgrad",
+    "gradient_accumulator": "gradient_accumulation_steps",
+    "master": "master_weights",
+}
 _FREE = ("name", "threads", "learning_rate")  # may differ without a warning; a learning rate is in the state
 
 
@@ -305,8 +312,18 @@ def _writes(
         expected.update(f"{slot}/{saved}" for slot in (*own, "variables"))
     if not expected.issuperset(loaded.arrays):
         unexpected = sorted(set(loaded.arrays) - expected)
-        raise ValueError(f"{loaded.where} holds {brief_names(unexpected)}, which no option asks for")
+        kinds = [key.partition("/")[0] for key in unexpected]
+        raise ValueError(
+            f"{loaded.where} holds {brief_names(unexpected)}{_asked_for(kinds, 'for which', 'is not set')}; expected "
+            "an optimizer with the options that it was saved with"
+        )
     return writes
+
+
+def _asked_for(slots: Sequence[str], pronoun: str, what: str) -> str:
+    """A clause that names the option of some slots, where there is one."""
+    options = [f"`{_OPTION_OF[slot]}`" for slot in dict.fromkeys(slots) if slot in _OPTION_OF]
+    return f", {pronoun} {' and '.join(options)} {what}" if options else ""
 
 
 def _value_of_slot(loaded: Loaded, key: str, slot: str, name: str, array: Array) -> np.ndarray[Any, Any] | None:
@@ -315,7 +332,10 @@ def _value_of_slot(loaded: Loaded, key: str, slot: str, name: str, array: Array)
     if value is None:
         may_be_absent = loaded.partial or (slot == "master" and loaded.positional)
         if slot in ("momentum", "velocity") or not may_be_absent:
-            raise ValueError(f"{loaded.where} lacks the {slot} of {brief(name)}; expected what the options ask for")
+            raise ValueError(
+                f"{loaded.where} lacks the {slot} of {brief(name)}{_asked_for([slot], 'which', 'asks for')}; expected "
+                "an optimizer with the options that it was saved with"
+            )
     elif not _fits(value, array):
         _check_fits(f"{loaded.where}: {slot} of {brief(name)}", value, array)
     return value

@@ -70,12 +70,13 @@ def report():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", PROCESSORS)
-def test_every_dtype(kind, tmp_path):
+def test_every_dtype(kind):
     processor, features = PROCESSORS[kind]
     if processor != "generic" and platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("a processor of x86")
     folder = Path(__file__).parent
-    numba = {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
+    # The cache is that of all tests: Numba keeps apart in it what it has compiled for different processors.
+    numba = {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": features}
     paths = {"PYTHONPATH": os.pathsep.join(map(str, [folder, folder.parent, folder.parents[1]]))}
     code = "import test_processors; test_processors.report()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | numba | paths)

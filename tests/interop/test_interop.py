@@ -365,7 +365,7 @@ NO_CONVERSION = {
     "no parameters": (lambda: interop.from_torch(of_groups(group(params=[]))), ["parameters"]),
     "steps": (
         lambda: interop.from_torch(of_groups(group(params=[0, 1]), state={0: moments(step=3.0)}.items())),
-        ["[0.0, 3.0]"],
+        ["parameter 1 after 0, parameter 0 after 3 steps"],
     ),
     **{
         f"torch: {name}": ((lambda given=given: interop.from_torch(given)), words)

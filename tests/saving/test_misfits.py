@@ -131,7 +131,11 @@ BOUNDED = {
     "slots": (lambda o, p: o.restore(changed(p, no_velocities)), ["lacks the velocity of 'variable 0'"]),
     "slots that no option asks for": (
         lambda o, p: build({LONG: np.zeros(1)}).restore(saved_of({LONG: np.zeros(1)}, amsgrad=True)),
-        ["velocity_hat/nnn", "no option"],
+        ["velocity_hat/nnn", "`amsgrad` is not set"],
+    ),
+    "a slot that the file lacks": (
+        lambda o, p: build({"w": np.zeros(1)}, use_ema=True).restore(saved_of({"w": np.zeros(1)})),
+        ["lacks the average of 'w'", "`use_ema` asks for"],
     ),
     "a long name": (lambda o, p: AdamW.load(saved_of({LONG: np.zeros(1)}), {LONG: np.zeros(2)}), ["'nnn", "(2,)"]),
     "argument": (lambda o, p: AdamW.load(changed(p, long_argument)), ["config that cannot be used"]),
@@ -190,6 +194,12 @@ def test_warnings_are_short(many):
     with pytest.warns(UserWarning, match=r"beta_1 is 0\.8.*'variable 0', .* more\] are excluded") as caught:
         other.restore(many[1])
     assert len(str(caught[0].message)) < 1500
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".h5"])
+def test_a_folder_that_is_not_there(suffix, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"the folder to save in does not exist: '.*/none'"):
+        build({"w": np.zeros(1)}).save(tmp_path / "none" / f"s{suffix}")
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".h5", ".zarr", ".zarr.zip"])

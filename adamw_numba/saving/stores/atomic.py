@@ -6,6 +6,7 @@ may be writing beside it at the moment.
 """
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -28,8 +29,15 @@ def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
     """A temporary path in the same folder, renamed over `path` when the block ends well, removed when it does not.
 
     A symbolic link is followed, and the mode of an existing file kept.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such folder.
     """
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if not path.parent.exists():
+        raise FileNotFoundError(errno.ENOENT, "the folder to save in does not exist", str(path.parent))
     _remove_abandoned(path)
     mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
     with under_way() as mark:
