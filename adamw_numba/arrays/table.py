@@ -9,6 +9,7 @@ from ..update import SLOTS, G, P
 from . import reader
 from .brief import brief
 from .checks import check_gradient, check_tensor, check_variable, read_directly
+from .garbage import without_collections
 from .layout import Layout, address, extent, layout_of, memory, share_memory, signature
 from .library import SLOT, Array, device, dtype_name, family, place
 from .overlap import Addresses, covered, overlapping, touching
@@ -110,9 +111,10 @@ class AddressTable:
         if self._reader is None and self._memory is not None and self._is_as_known(own, self._memory):
             return
         self._reader = self._tensors = self._memory = None
-        self._look_at_written()
-        self.is_new = True
-        self._look_at_gradients(own)
+        with without_collections():
+            self._look_at_written()
+            self.is_new = True
+            self._look_at_gradients(own)
 
     def reads(self, gradients: Sequence[Array | None]) -> int:
         """Read the address of every array in one compiled call; how many gradients there are, -1 if that fails."""
@@ -291,8 +293,9 @@ class AddressTable:
         To be called once the work has been laid out for what `refresh` has found. If that is interrupted, nothing is
         noted, and the next step looks at everything again.
         """
-        if not self._remember_for_reader():
-            self._memory = [memory(array) for _, _, array in self._places]
+        with without_collections():
+            if not self._remember_for_reader():
+                self._memory = [memory(array) for _, _, array in self._places]
         self.is_new = False
 
     def _remember_for_reader(self) -> bool:

@@ -1,14 +1,12 @@
 """Everything behind the surface of an optimizer: its state, its rates, and the way a step is taken."""
 
 import copy
-import gc
 import math
 import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import starmap
 from operator import call, setitem
 from typing import Any, Self
@@ -20,6 +18,7 @@ from .. import hyperparameters as hp
 from ..array_api import stateless
 from ..arrays import Array
 from ..arrays.brief import brief_names
+from ..arrays.garbage import without_collections
 from ..arrays.torch_graphs import tell_torch
 from ..arrays.tree import Container, Form, flatten, form_of, materialized, order, rebuild
 from ..coefficients import MOST_STEPS, Recipe, Recipes, adam_alone
@@ -135,7 +134,7 @@ class Engine:
             return self.workspace
         if not variables:
             raise ValueError("`variables` is empty; expected at least one array")
-        with _without_collections():
+        with without_collections():
             return self._build(names, variables)
 
     def _build(self, names: list[str], variables: list[Array]) -> Workspace:
@@ -411,21 +410,6 @@ class Engine:
             f"arrays={len(variables)}, parameters={sum(math.prod(v.shape) for v in variables)}, dtypes={dtypes!r}, "
             f"devices={devices!r}, step={self.updates()}, state_bytes={sum(map(arrays.byte_count, state))}"
         )
-
-
-@contextmanager
-def _without_collections() -> Iterator[None]:
-    """Hold back the garbage collector: nearly all that is made here stays, and it would go through it again and again.
-
-    That took a third of the time of building thousands of arrays.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _check_counter(iteration: Array) -> None:
