@@ -483,14 +483,14 @@ class AdamW:
                 arrays.check_variable(name, variable)
             kept = [(variable, arrays.like(variable, variable)) for variable in built.variables]
             try:
-                engine.swapped, engine.host = True, None
+                engine.swapped, engine.alone = True, None
                 self.finalize_variable_values(built.variables)
                 yield
             finally:
                 try:
                     arrays.write_all(kept)
                 finally:
-                    engine.swapped, engine.host = False, built.host
+                    engine.swapped, engine.alone = False, built.alone
 
     def finalize_variable_values(self, var_list: Container) -> None:
         """Put the averages into variables for good; without ``use_ema``, or before the first update, nothing happens.

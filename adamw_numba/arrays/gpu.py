@@ -11,6 +11,7 @@ No module of this package may be called ``cuda...``: numba-cuda redirects every 
 import importlib.util
 import math
 import sys
+from operator import attrgetter
 from typing import Any
 
 import array_api_compat
@@ -19,6 +20,7 @@ import numpy as np
 Array = Any
 EXTRAS = "pip install 'adamw-numba[cuda13]' (or [cuda12], for a driver of CUDA 12)"
 _DLPACK_CUDA = 2
+_OF_NUMBA = attrgetter("shape", "strides", "dtype")
 
 
 def is_cuda_array(array: Array) -> bool:
@@ -101,6 +103,8 @@ def layout(array: Array) -> tuple[int, tuple[int, ...], tuple[int, ...], str]:
 
 def signature(array: Array) -> object:
     """Everything that decides whether an array is accepted, except for its address; None if it cannot be read."""
+    if is_numba(array):
+        return type(array), *_OF_NUMBA(array), device_index(array)
     try:
         return type(array), *layout(array)[1:], device_index(array)
     except (ImportError, RuntimeError, BufferError):
@@ -190,13 +194,23 @@ def current_stream(array: Array, device: int, consumer: int = 0) -> tuple[int, A
         stream = sys.modules["torch"].cuda.current_stream(device)
         return int(stream.cuda_stream), stream
     if array_api_compat.is_cupy_array(array):
-        stream = sys.modules["cupy"].cuda.get_current_stream()
+        stream = sys.modules["cupy"].cuda.get_current_stream(device)
         return int(stream.ptr), stream
+    if is_numba(array):
+        stream = array.stream
+        return numba_stream(array), stream or None
     interface = getattr(array, "__cuda_array_interface__", None)
-    if interface is None and not is_numba(array):
+    if interface is None:
         _view(array, consumer or 1)
     handle = (interface or {}).get("stream") or 0
     return (0 if handle == 1 else int(handle)), None  # 1 also means the legacy default stream
+
+
+def numba_stream(array: Array) -> int:
+    """The handle of the stream that one of Numba's arrays was made for."""
+    stream = getattr(array, "stream", 0)
+    handle = int(stream) if stream else 0
+    return 0 if handle == 1 else handle  # two names of the legacy default stream
 
 
 def _wait(array: Array) -> None:

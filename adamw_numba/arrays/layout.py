@@ -62,8 +62,10 @@ def signature(array: Array) -> object:
     if kind in _NDARRAYS:
         return kind, array.dtype, array.shape, array.strides, array.flags.num & _ALIGNED_WRITEABLE
     if kind not in _TENSOR_TYPES:
+        if gpu.is_numba(array):
+            return gpu.signature(array)
         if array_api_compat.is_cupy_array(array):
-            return kind, array.dtype, array.shape, array.strides, array.device.id
+            return kind, array.dtype, array.shape, array.strides, array.data.device_id
         if not array_api_compat.is_torch_array(array):
             return gpu.signature(array) if gpu.is_cuda_array(array) else None
         _TENSOR_TYPES.add(kind)

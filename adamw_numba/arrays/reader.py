@@ -4,8 +4,8 @@ Asking an array from Python where it lies takes a fifth of a microsecond or more
 takes longer: of a small step that is most. Compiled code compares everything at once. A NumPy array's header is the
 ``PyArrayObject_fields`` of NumPy's C API, whose layout NumPy promises to keep; Numba reads it too. A torch tensor
 describes itself through DLPack's C exchange API, where its type offers that (torch 2.10 on): a ``DLTensor``, filled in
-without a call of Python. What is known of each array lies in one row of int64 (see `record`); an array that is not
-exactly as known is left to the slower check in table.py.
+without a call of Python. Of a CuPy array, cupy_header.py has found where everything stands. What is known of each array
+lies in one row of int64 (see `record`); an array that is not exactly as known is left to the slower check in table.py.
 """
 
 import ctypes
@@ -19,6 +19,7 @@ from numba import carray, config, njit, types
 from numba.extending import intrinsic
 
 from ..update import G
+from . import cupy_header
 from .compiled import cached, call_plain, entry_point, first_above, jit, jit_for_python, pointer
 
 _HEAD = object.__basicsize__  # bytes of PyObject_HEAD, whose last word is the type
@@ -28,11 +29,30 @@ _DATA, _NDIM, _SHAPE, _STRIDES, _DTYPE, _FLAGS = 0, 1, 2, 3, 5, 6  # words of Nu
 _DEVICE, _KIND, _DL_SHAPE, _DL_STRIDES, _OFFSET, _DL_WORDS = 1, 2, 3, 4, 5, 6  # words of a DLTensor
 _LOW32 = 0xFFFFFFFF
 ALIGNED, WRITEABLE = 0x100, 0x400
-# A record: of a tensor, DTYPE holds dtype and number of axes, FLAGS the device, strides count elements.
+# A record: EXPORTER is 0 for NumPy's arrays and -1 for CuPy's, whose FLAGS are the device. Of a tensor, DTYPE holds
+# dtype and number of axes, FLAGS the device, strides count elements.
 TYPE, EXPORTER, DTYPE, FLAGS, LOW, HIGH, NDIM, AXES = range(8)
 # A reader: addresses and sizes.
-OWNED, OWNED_COUNT, PLACES, GRADIENTS, KNOWN, STARTS, LOWS, HIGHS, RANGES, TABLE, NONE, CLEAR, TENSOR = range(13)
-_MISSING = -1
+(
+    OWNED,
+    OWNED_COUNT,
+    PLACES,
+    GRADIENTS,
+    KNOWN,
+    STARTS,
+    LOWS,
+    HIGHS,
+    RANGES,
+    TABLE,
+    NONE,
+    CLEAR,
+    TENSOR,
+    FIELDS,
+    REFERENCES,
+    NEW,
+) = range(16)
+_MISSING = _CUPY = _SAME = -1
+_BLOCK_WORDS = 16
 UNSEEN = [0] * AXES  # equals no array: no type lies at address 0
 
 
@@ -45,6 +65,9 @@ def record(array: Any, layout: Any, low: int, high: int, flags: int) -> list[int
         # Equal dtypes may be two objects; then the array is compared by the slower check, which is as right.
         known[DTYPE] = id(array.dtype)
         return [*known, *layout.shape, *layout.strides]
+    if cupy_header.fields(type(array)) is not None:
+        known[EXPORTER], known[DTYPE], known[FLAGS] = _CUPY, id(array.dtype), array.data.device_id
+        return [*known, *layout.shape, *layout.strides]
     known[EXPORTER] = exporter(type(array))
     found = (ctypes.c_int64 * _DL_WORDS)()
     if not known[EXPORTER] or not describe(id(array), known[EXPORTER], ctypes.addressof(found), _CLEAR):
@@ -55,13 +78,28 @@ def record(array: Any, layout: Any, low: int, high: int, flags: int) -> list[int
 
 def exporter(kind: type) -> int:
     """The function of DLPack's C exchange API that describes an array of a type; 0 where there is none."""
+    # The header's version and older table, then three functions before `dltensor_from_py_object_no_sync`.
+    return _exchange_function(kind, 5)
+
+
+def stream_function(kind: type) -> int:
+    """The function of that API that tells the current stream of a type's library; 0 where there is none."""
+    return _exchange_function(kind, 6)
+
+
+def _exchange_function(kind: type, position: int) -> int:
     capsule = getattr(kind, "__dlpack_c_exchange_api__", None)
     if capsule is None:
         return 0
     address = _capsule_pointer(capsule, b"dlpack_exchange_api")
     major = ctypes.c_uint32.from_address(address).value
-    # The header's version and older table, then three functions before `dltensor_from_py_object_no_sync`.
-    return int(ctypes.c_int64.from_address(address + 5 * _WORD).value) if major == 1 else 0
+    return int(ctypes.c_int64.from_address(address + position * _WORD).value or 0) if major == 1 else 0
+
+
+def _cupy_fields(arrays: Sequence[Any]) -> Any:
+    """Where CuPy's arrays keep what they are; anything else where there are none."""
+    found = [cupy_header.fields(kind) for kind in set(map(type, arrays))]
+    return next((fields for fields in found if fields is not None), np.zeros(cupy_header.FIELDS, np.int64))
 
 
 class Reader:
@@ -78,6 +116,8 @@ class Reader:
     ranges : array of int64, shape (2, n)
         The beginnings and ends of the memory that a step writes, in order.
     table : array of int64
+    references : list of weakref.ref, None and False
+        To each gradient that was looked at; None where it was not, False where nobody asks if it is the same object.
 
     Attributes
     ----------
@@ -95,6 +135,7 @@ class Reader:
         gradient_records: Sequence[list[int]],
         ranges: Any,
         table: Any,
+        references: Sequence[Any],
     ) -> None:
         records = [*owned_records, *gradient_records]
         self._arrays = {
@@ -106,8 +147,11 @@ class Reader:
             HIGHS: ranges[1].copy(),
             TABLE: table,
             TENSOR: np.zeros(_DL_WORDS, np.int64),
+            FIELDS: _cupy_fields(owned),
+            REFERENCES: np.array([_SAME if r is False else 0 if r is None else id(r) for r in references], np.int64),
         }
-        self._block = np.zeros(13, np.int64)
+        self._references = references  # alive, so that they can be looked into
+        self._block = np.zeros(_BLOCK_WORDS, np.int64)
         for entry, array in self._arrays.items():
             self._block[entry] = array.ctypes.data
         self._block[OWNED_COUNT], self._block[GRADIENTS] = len(owned), len(gradient_records)
@@ -115,6 +159,15 @@ class Reader:
         self._block[NONE], self._block[CLEAR] = id(None), _CLEAR
         self.address = int(self._block.ctypes.data)
         self.count = len(gradient_records)
+
+    @property
+    def has_new(self) -> bool:
+        """Whether a gradient was another object than the one that was looked at, or had moved: until it is set back."""
+        return bool(self._block[NEW])
+
+    @has_new.setter
+    def has_new(self, value: bool) -> None:
+        self._block[NEW] = value
 
 
 @intrinsic
@@ -144,7 +197,7 @@ def describe(array, exporter, tensor, clear):
 
 
 @jit
-def _address_as_known(array, known, tensor, clear):
+def _address_as_known(array, known, block):
     """Where an array lies, if it is exactly as known."""
     # The type first: what follows reads a header whose layout only this type is known to have.
     if _words(array + _HEAD - _WORD, 1)[0] != known[TYPE]:
@@ -154,19 +207,27 @@ def _address_as_known(array, known, tensor, clear):
         header = _words(array + _HEAD, 7)
         same = header[_DTYPE] == known[DTYPE] and header[_NDIM] & _LOW32 == ndim
         same &= header[_FLAGS] & known[FLAGS] == known[FLAGS]  # a view is made read-only by a flag alone
-        shape, strides = header[_SHAPE], header[_STRIDES]
+        data, shape, strides = header[_DATA], header[_SHAPE], header[_STRIDES]
+    elif known[EXPORTER] == _CUPY:
+        fields = _words(block[FIELDS], cupy_header.FIELDS)
+        memory = _words(array + fields[cupy_header.MEMORY], 1)[0]
+        shape, end = _words(array + fields[cupy_header.SHAPE], 2)
+        strides = _words(array + fields[cupy_header.STRIDES], 1)[0]
+        same = _words(array + fields[cupy_header.DTYPE], 1)[0] == known[DTYPE] and end - shape == _WORD * ndim
+        same &= _words(memory + fields[cupy_header.DEVICE], 1)[0] & _LOW32 == known[FLAGS]
+        data = _words(memory + fields[cupy_header.ADDRESS], 1)[0]
     else:
-        if not describe(array, known[EXPORTER], tensor, clear):
+        if not describe(array, known[EXPORTER], block[TENSOR], block[CLEAR]):
             return _MISSING
-        header = _words(tensor, _DL_WORDS)
+        header = _words(block[TENSOR], _DL_WORDS)
         same = header[_KIND] == known[DTYPE] and header[_DEVICE] == known[FLAGS] and header[_OFFSET] == 0
-        shape, strides = header[_DL_SHAPE], header[_DL_STRIDES]
-    if not same or (header[_DATA] == 0 and known[HIGH] > known[LOW]):
+        data, shape, strides = header[_DATA], header[_DL_SHAPE], header[_DL_STRIDES]
+    if not same or (data == 0 and known[HIGH] > known[LOW]):
         return _MISSING
     for axis in range(ndim):
         same &= _words(shape, ndim)[axis] == known[AXES + axis]
         same &= _words(strides, ndim)[axis] == known[AXES + ndim + axis]
-    return header[_DATA] if same else _MISSING
+    return data if same else _MISSING
 
 
 @jit
@@ -183,28 +244,35 @@ def read(gradients, address):
     `gradients` is the address of a list of as many as the reader expects, `address` that of the reader. The
     interpreter's lock is held.
     """
-    block = _words(address, 13)
+    block = _words(address, _BLOCK_WORDS)
     owned, table, starts = _words(block[OWNED], block[OWNED_COUNT]), _words(block[TABLE], 1), block[STARTS]
-    count, tensor, clear = block[GRADIENTS], block[TENSOR], block[CLEAR]
+    count = block[GRADIENTS]
     starts = _words(starts, owned.size + count + 1)
     known, places = _words(block[KNOWN], starts[owned.size + count]), _words(block[PLACES], owned.size)
     table = _words(block[TABLE], 8 * count)
     lows, highs = _words(block[LOWS], block[RANGES]), _words(block[HIGHS], block[RANGES])
-    present = 0
+    references = _words(block[REFERENCES], count)
+    present = new = 0
     for k in range(owned.size):  # an owned array that has moved needs new ranges, and a new check for overlap
-        if _address_as_known(owned[k], known[starts[k] :], tensor, clear) != table[places[k]]:
+        if _address_as_known(owned[k], known[starts[k] :], block) != table[places[k]]:
             return _MISSING
     items = _words(_words(gradients + _ITEMS, 1)[0], count)
     for i in range(count):
+        before = table[G * count + i]
         table[G * count + i] = 0
         if items[i] == block[NONE]:
             continue
         row = known[starts[owned.size + i] :]
-        data = _address_as_known(items[i], row, tensor, clear)
+        data = _address_as_known(items[i], row, block)
         if data == _MISSING or not _is_apart(lows, highs, data + row[LOW], data + row[HIGH]):
             return _MISSING
         table[G * count + i] = data
         present += 1
+        if references[i] != _SAME:
+            # A weak reference holds the address of its object, right after what every object has, while that lives.
+            is_same = references[i] != 0 and _words(references[i] + _HEAD, 1)[0] == items[i]
+            new |= not is_same or data != before
+    block[NEW] |= new
     return present
 
 

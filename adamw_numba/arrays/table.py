@@ -1,9 +1,11 @@
 """The addresses of an optimizer's arrays that lie at one place: checked, claimed, and read again at each step."""
 
+import weakref
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from array_api_compat import is_torch_array
 
 from ..update import SLOTS, G, P
 from . import reader
@@ -83,6 +85,7 @@ class AddressTable:
         where = {cell: k for k, cell in enumerate(place[:2] for place in self._places)}
         self._slot_layouts = [self._as_built[where[SLOTS["momentum"], i]] for i in self.own]
         self._gradients = [_UNSEEN] * len(self.own)
+        self._references: list[Any] = []  # to gradients: see `reader.Reader`
         self._claimed: list[int] = []  # where all of them lay when `_extents` and `_ranges` were made
         self._extents = self._ranges = np.zeros((2, 0), np.int64)
         self._reader: reader.Reader | None = None
@@ -108,8 +111,6 @@ class AddressTable:
             if self.reads(gradients) != _FAILED:
                 return
         own = [gradients[i] for i in self.own]
-        if self._reader is None and self._memory is not None and self._is_as_known(own, self._memory):
-            return
         self._reader = self._tensors = self._memory = None
         with without_collections():
             self._look_at_written()
@@ -117,19 +118,33 @@ class AddressTable:
             self._look_at_gradients(own)
 
     def reads(self, gradients: Sequence[Array | None]) -> int:
-        """Read the address of every array in one compiled call; how many gradients there are, -1 if that fails."""
+        """Read the address of every array, if nothing else has changed; how many gradients there are, -1 if it has.
+
+        In one compiled call, where that knows the arrays.
+        """
         known = self._reader
-        if known is None or type(gradients) is not list or len(gradients) != known.count:
+        if known is None:
+            return self._reads_one_by_one(gradients)
+        if type(gradients) is not list or len(gradients) != known.count:
             return _FAILED
         present: int = reader.read(id(gradients), known.address)
-        if present < 0 or self._tensors is None or self._tensors.are_as_known(gradients):
+        if present < 0 or self._tensors is None:
             return present
-        return _FAILED
+        if not self._tensors.are_as_known(gradients, known.has_new):
+            return _FAILED
+        known.has_new = False
+        return present
 
     def runs(self) -> Iterator[tuple[tuple[str, str], Matrix]]:
         """The elements of all variables as evenly spaced runs, by how a variable and its gradient are stored."""
         triples = ((p, g, slot) for (p, g), slot in zip(self.arrangement, self._slot_layouts, strict=True))
         yield from runs_by_kind(self.own, triples).items()
+
+    def _reads_one_by_one(self, gradients: Sequence[Array | None]) -> int:
+        if self._memory is None or len(gradients) != len(self.names):
+            return _FAILED
+        own = [gradients[i] for i in self.own]
+        return sum(g is not None for g in own) if self._is_as_known(own, self._memory) else _FAILED
 
     def _is_as_known(self, gradients: list[Array | None], known: list[tuple[int, int]]) -> bool:
         """Read all addresses, where nothing else has changed; False where a closer look is needed."""
@@ -219,6 +234,7 @@ class AddressTable:
         except ValueError:
             self._gradients = before
             raise
+        self._references = [_reference(self.variables[i], g) for i, g in zip(self.own, gradients, strict=True)]
         layouts = []
         for k, (g, seen) in enumerate(zip(gradients, self._gradients, strict=True)):
             if g is not None and not seen.direct:
@@ -306,15 +322,21 @@ class AddressTable:
             return False
         owned = [array for _, _, array in self._places]
         found = [seen.record for seen in self._gradients]
-        known = reader.Reader(owned, self._cells, records, found, self._ranges, self.addresses)
-        columns = [i for i in self.own if not isinstance(self.variables[i], np.ndarray)]
+        known = reader.Reader(owned, self._cells, records, found, self._ranges, self.addresses, self._references)
+        columns = [i for i in self.own if is_torch_array(self.variables[i])]
         if columns:
-            written = [array for array in owned if not isinstance(array, np.ndarray)]
             known_of = [self._gradients[i] for i in columns]
             signatures = [None if seen is _UNSEEN else seen.signature for seen in known_of]
-            self._tensors = Tensors(written, [self.variables[i] for i in columns], columns, signatures)
+            self._tensors = Tensors([self.variables[i] for i in columns], columns, signatures)
         self._reader = known  # last: from here on `reads` trusts it
         return True
+
+
+def _reference(variable: Array, gradient: Array | None) -> Any:
+    """What tells that a gradient is the object that was looked at, without keeping it alive: only torch's need it."""
+    if not is_torch_array(variable):
+        return False
+    return None if gradient is None else weakref.ref(gradient)
 
 
 def _has_lost_memory(where: int, seen: Seen) -> bool:

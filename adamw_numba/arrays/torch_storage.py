@@ -2,11 +2,13 @@
 
 A tensor keeps its shape and address when its storage is resized, and a kernel would then write beyond the end. `conj`
 and some views of complex numbers only set a bit, and the values in memory are not those of the tensor. DLPack tells
-neither. One fact is asked of all tensors at a time, since `map` over a function of C is the fastest loop there is.
+neither. One fact is asked of all tensors at a time, since `map` over a function of C is the fastest loop there is; and
+what an object cannot change, or only this optimizer can, is not asked again.
 """
 
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -16,47 +18,59 @@ _IS_LEAF = attrgetter("is_leaf")
 
 
 class Tensors:
-    """The tensors that a step writes and reads, which are compared with what is known of them.
+    """The variables of torch and their gradients, which are compared with what is known of them.
 
     Parameters
     ----------
-    written : list of tensors
-        Variables and state.
     variables : list of tensors
-        Those of `written` that are variables.
     columns : list of int
         The positions of their gradients.
     signatures : list of tuple or None
         What `arrays.signature` said of each gradient; None for one that has not been seen.
     """
 
-    def __init__(
-        self, written: Sequence[Array], variables: Sequence[Array], columns: Sequence[int], signatures: Sequence[Any]
-    ) -> None:
-        self._written, self._variables, self._columns = written, variables, columns
+    def __init__(self, variables: Sequence[Array], columns: Sequence[int], signatures: Sequence[Any]) -> None:
+        self._variables, self._columns = variables, columns
         self._is_complex = any(variable.is_complex() for variable in variables)
-        self._known_gradients = [each and (each[-1][0], *each[-1][1:], *each[-3:-1]) for each in signatures]
-        self._known = self._facts()
+        # A tensor that requires a gradient stays a leaf: torch refuses what would make it a result.
+        self._may_be_results = [variable for variable in variables if not variable.requires_grad]
+        # A view that is yet to be negated, the imaginary part of a conjugate, steps over the real parts: of what is
+        # dense and has more than one element, the strides tell.
+        self._may_be_lazy = [v for v in variables if v.is_complex() or v.numel() < 2 or not v.is_contiguous()]
+        self._known_sizes = [each and each[-1][0] for each in signatures]
+        self._known_gradients = [each and (each[-1][1], *each[-3:-1]) for each in signatures]
+        self._known, self._sizes = self._facts(), _sizes(variables)
 
-    def are_as_known(self, gradients: Sequence[Array | None]) -> bool:
-        """Whether nothing has changed but values and addresses; False also where that cannot be told."""
+    def are_as_known(self, gradients: Sequence[Array | None], are_new: bool) -> bool:
+        """Whether nothing has changed but values and addresses; False also where that cannot be told.
+
+        Parameters
+        ----------
+        gradients : list of tensors and None
+        are_new : bool
+            Whether one of them is another object than when it was looked at, or lies elsewhere.
+        """
         given = [gradients[column] for column in self._columns]
-        known = self._known_gradients
+        sizes, known = self._known_sizes, self._known_gradients
         if type(None) in set(map(type, given)):
-            known = [each for each, gradient in zip(known, given, strict=True) if gradient is not None]
-            given = [gradient for gradient in given if gradient is not None]
+            there = [gradient is not None for gradient in given]
+            given, sizes, known = (
+                [each for each, is_there in zip(all_of, there, strict=True) if is_there]
+                for all_of in (given, sizes, known)
+            )
         try:
-            return self._facts() == self._known and self._of_gradients(given) == known
+            if _sizes(chain(self._variables, given)) != self._sizes + sizes or self._facts() != self._known:
+                return False
+            return not are_new or self._of_gradients(given) == known
         except (RuntimeError, NotImplementedError):
             return False
 
     def _facts(self) -> tuple[list[Any], ...]:
-        leaves = list(map(_IS_LEAF, self._variables))
-        return _sizes(self._written), leaves, *self._lazy(self._variables)
+        return list(map(_IS_LEAF, self._may_be_results)), *self._lazy(self._may_be_lazy)
 
     def _of_gradients(self, given: Sequence[Array]) -> list[tuple[Any, ...]]:
         offsets = map(sys.modules["torch"].Tensor.storage_offset, given)
-        return list(zip(_sizes(given), offsets, *self._lazy(given), strict=True))
+        return list(zip(offsets, *self._lazy(given), strict=True))
 
     def _lazy(self, tensors: Sequence[Array]) -> tuple[list[bool], list[bool]]:
         """Whether each is a conjugate, and a negative, that has not been computed."""

@@ -11,7 +11,8 @@ from numba import cuda
 
 from ..arrays import gpu as gpu_arrays
 from ..arrays.runs import Matrix
-from .streams import is_over, wait_for_all
+from .driver import Event
+from .streams import stream_of, wait_for_all
 from .words import CLIPPED, COUNTERS, GO, GUARDED, NORM, SKIPPED
 
 
@@ -38,7 +39,6 @@ class Known(NamedTuple):
     is_guarded: bool = False  # whether the last step may have been skipped
     has_captures: bool = False  # whether a graph was captured: from then on the host is never certain
     captured_flags: int = 0
-    completed: object = None  # the launches of the last step
 
     def told(self, iteration: int) -> "Known":
         """After the GPU was asked, or told, how far it is to have counted."""
@@ -134,7 +134,7 @@ class Counter:
         known = self.known
         return known.least, 1 + known.launched - known.at_least
 
-    def look(self, stream: Any) -> None:
+    def look(self, stream: int) -> None:
         """Learn, without waiting, how far the GPU had counted when this was last called, and ask again.
 
         Otherwise the steps that the next one may be would grow without end while steps may be skipped.
@@ -142,24 +142,24 @@ class Counter:
         if self.known.is_certain:
             return
         if self._peek is None:
-            self._peek = cuda.pinned_array(self.words.shape, np.int64), cuda.event(), -1
+            self._peek = cuda.pinned_array(self.words.shape, np.int64), Event(), -1
         words, event, launched = self._peek
-        if not is_over(event):
+        if not event.is_over():
             return
         if launched >= self.known.at_least:  # otherwise the host has been told more since
             self.known = self.known._replace(least=int(words[COUNTERS]), at_least=launched)
-        self.words.copy_to_host(words, stream)
+        self.words.copy_to_host(words, stream_of(stream))
         event.record(stream)
         self._peek = words, event, self.known.launched
 
-    def note(self, launches: Any, flags: int, *, is_captured: bool, counts: bool, decides: bool, normed: bool) -> None:
-        """Note that a step was launched, all at once."""
+    def after(self, flags: int, *, is_captured: bool, counts: bool, decides: bool, normed: bool) -> Known:
+        """What the host will know once a step is launched."""
         known = self.known
         if is_captured:
             known = known.captured(flags)
         elif counts:
             known = known.counted(decides, normed)
-        self.known = known._replace(completed=launches, has_norm=normed, is_guarded=bool(flags & GUARDED))
+        return known._replace(has_norm=normed, is_guarded=bool(flags & GUARDED))
 
     def _collect(self, words: Matrix) -> None:
         """Count the skipped steps that the control words tell of."""

@@ -1,8 +1,8 @@
 """The update on a GPU: `update` bound by `numba.cuda`, over a table of addresses, in one launch for many arrays.
 
-A kernel takes three integers: the address of a group's descriptor (words.py), flags, and the step it belongs to. All
-that changes from step to step (coefficients, decisions, the count of steps) is read from the device's memory, so a
-captured graph follows a schedule.
+A kernel takes three integers: the address of a group's descriptor (words.py), flags, and the address of the table of
+addresses, of which a captured graph has one of its own. All else that changes from step to step (coefficients,
+decisions, the count of steps) is read from the device's memory, so a captured graph follows a schedule.
 
 The kernels are assembled from parts that know their options: where an option is off, a part that does nothing is put
 in. So a kernel holds no code for what it does not do, without a single branch over options. Parts that several kernels
@@ -53,7 +53,6 @@ from .words import (
     SCALE,
     SCALES,
     SCALES_DOUBLE,
-    TABLE,
     THREADS,
 )
 
@@ -96,14 +95,14 @@ def update_function(storage: Storage, variant: Variant):
     row_at, _ = parts.coefficients_in(storage.compute)
     scale_of, step_chunk = _scale_of(storage.compute), _step_chunk(storage, variant)
 
-    def update_kernel(group, flags, expected):
-        index = parts.row_index(group, flags, expected)
+    def update_kernel(group, flags, table):
+        index = parts.row_index(group, flags)
         if index >= 0:
             row, ends, size = row_at(group, index), entry(group, ENDS), entry(group, CHUNK)
             chunks, chunk = entry(group, CHUNKS), np.int64(cuda.blockIdx.x)
             while chunk < chunks:
                 run, begin, end = parts.elements_of(group, ends, chunk, size)
-                step_chunk(group, row, scale_of(group, row, run, flags), run, begin, end)
+                step_chunk(group, table, row, scale_of(group, row, run, flags), run, begin, end)
                 chunk += cuda.gridDim.x
         cuda.syncthreads()
         if cuda.threadIdx.x == 0:
@@ -141,12 +140,12 @@ def _step_chunk(storage, variant):
     get = memory.number(storage.compute)[0]
 
     @device_function
-    def step_chunk(group, row, scale, run, begin, end):
-        mode = mode_of(group, row, run)
+    def step_chunk(group, table, row, scale, run, begin, end):
+        mode = mode_of(group, table, row, run)
         if mode == _NOTHING:
             return
         c, overwrite = coefficients(row, entry(run, DECAYED) != 0, scale), get(row + OVERWRITE * size) != 0
-        at, count = addresses_of(group, run, begin), end - begin
+        at, count = addresses_of(group, table, run, begin), end - begin
         steps = Steps(entry(run, P_STEP), entry(run, G_STEP), entry(run, S_STEP))
         head = count
         if steps.p == p_size and steps.g == g_size and steps.slot == size:
@@ -171,9 +170,9 @@ def _mode_of(compute, has_average):
     without_gradient = _BLEND if has_average else _NOTHING
 
     @scalar_function
-    def mode_of(group, row, run):
+    def mode_of(group, table, row, run):
         is_update = get(row + at) != 0
-        if entry(entry(group, TABLE), entry(group, ARRAYS) * G + entry(run, ARRAY)) == 0:
+        if entry(table, entry(group, ARRAYS) * G + entry(run, ARRAY)) == 0:
             return without_gradient if is_update else _NOTHING
         return _UPDATE if is_update else _ACCUMULATE
 
@@ -187,8 +186,8 @@ def _addresses_of(storage, variant):
     top, average, total, master = (row if exists else M for row, exists in wanted.items())
 
     @scalar_function
-    def addresses_of(group, run, i):
-        column, arrays = entry(group, TABLE) + 8 * entry(run, ARRAY), entry(group, ARRAYS)
+    def addresses_of(group, table, run, i):
+        column, arrays = table + 8 * entry(run, ARRAY), entry(group, ARRAYS)
         slot = entry(run, S_AT) + i * entry(run, S_STEP)
         return Addresses(
             entry(column, arrays * P) + entry(run, P_AT) + i * entry(run, P_STEP),

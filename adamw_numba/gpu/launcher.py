@@ -1,141 +1,108 @@
-"""Kernels with their launch configurations, and a step that is launched whole, whatever interrupts it."""
+"""The kernels of a step with their launch configurations, as rows that compiled code goes through."""
 
-import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
+
+from ..arrays.runs import Matrix
 from ..update import Variant
-from . import kernels, norm_kernels
-from .counter import Counter
+from . import driver, kernels, norm_kernels
 from .memory import SIMULATED
 from .streams import Streams
-from .tables import keep_for_graphs
-from .words import STILL, THREADS
-from .workload import Group, Workload
+from .words import STILL
+from .workload import Workload
 
 _MOST_BLOCKS = 2**31 - 1
-_MOST_CONFIGURED = 256
 
+Call = tuple[Any, ...]
+_Planned = tuple[Any, int, int]  # a kernel, how many blocks of threads, and the address of a group's descriptor
 
-class Launch(NamedTuple):
-    """A kernel with its launch configuration, and what it is called with."""
-
-    kernel: Any
-    group: int  # the address of its descriptor
-    flags: int
-    expected: int  # the step it belongs to; -1 if only the GPU knows
-
-
-class Launches(NamedTuple):
-    """The launches of one step."""
-
-    norms: Sequence[Launch]  # what they write does not last
-    updates: Sequence[Launch]  # one for each group, in order
+# What captured graphs use. CUDA does not say when a graph is destroyed, so this is never freed.
+_kept: list[Any] = []
 
 
 class Launcher:
-    """Launches kernels in the current stream, and notes each step that was launched.
+    """Makes the one compiled call that launches a step, or the norms alone, in the current stream.
 
-    Attributes
-    ----------
-    in_use : tuple
-        What the kernels read and write; a captured graph keeps it.
+    A call is kept: most steps make the call of the last one.
     """
 
-    def __init__(self, streams: Streams, counter: Counter) -> None:
-        self._streams, self._counter = streams, counter
-        self._configured: dict[tuple[Any, int, int], Any] = {}
-        self._loaded: set[Any] = set()
-        self._interrupted: Sequence[Launch] = ()
-        self.in_use: tuple[Any, ...] = ()
-
-    def updates(self, groups: Sequence[Group], variant: Variant, flags: int, expected: int) -> list[Launch]:
-        """What takes a step with every group."""
-        found = [(kernels.update_kernel(group.storage, variant), group) for group in groups]
-        return [
-            Launch(self.configured(kernel, group.chunks), group.address, flags, expected) for kernel, group in found
-        ]
-
-    def norms(self, workload: Workload, accumulates: bool, flags: int, *, decides: bool = True) -> list[Launch]:
-        """What takes the norms of the gradients, and decides what follows from them."""
-        kernel = norm_kernels.square_kernel
-        found = [(kernel(g.storage.g, g.storage.compute, accumulates), g.square_chunks, g) for g in workload.groups]
-        first = workload.groups[0]  # its descriptor tells of the norms of all
-        found.append((norm_kernels.norm_kernel(), workload.arrays, first))
-        if decides:
-            found.append((norm_kernels.decision_kernel(), 1, first))
-        return [
-            Launch(self.configured(kernel, grid), group.address, flags & STILL, -1) for kernel, grid, group in found
-        ]
-
-    def configured(self, kernel: Any, grid: int) -> Any:
-        """A kernel with its launch configuration, which is kept: making one takes longer than a launch."""
-        grid = min(max(grid, 1), _MOST_BLOCKS)
-        if SIMULATED:
-            return lambda *words: kernel[grid, THREADS](*words)
-        key = kernel, grid, self._streams.handle
-        if key not in self._configured:
-            if self._streams.is_capturing and kernel not in self._loaded:  # loading allocates, which ends a capture
-                raise RuntimeError("a kernel is not loaded yet when a graph is captured; expected one step before it")
-            self._loaded.add(kernel)
-            if len(self._configured) > _MOST_CONFIGURED:
-                self._configured.clear()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Numba warns of few blocks, which is what few arrays make
-                self._configured[key] = kernel[grid, THREADS, self._streams.stream]
-        return self._configured[key]
-
-    def run(self, launches: Launches, counts: bool = True, decides: bool = False, normed: bool = False) -> None:
-        """Launch a step.
-
-        Kernels do nothing unless it is their turn. So what an interrupt cuts off is launched nevertheless, once
-        something may have been written; and to run the very same launches again does nothing.
-
-        Parameters
-        ----------
-        counts : bool
-            Whether the step is counted.
-        decides : bool
-            Whether the GPU decides if it is, which the host may ask about.
-        normed : bool
-            Whether a norm is taken.
-        """
-        if launches is self._counter.known.completed:
-            return
-        begun: list[bool] = []
-        with self._streams.on_device():
-            try:
-                self.launch(launches.norms)
-                begun.append(True)
-                self.launch(launches.updates)
-                self._finish(launches, counts, decides, normed)
-            except BaseException:
-                if begun and self._counter.known.completed is not launches:
-                    # If the step has no number, the first kernel would take the next one if it was launched already.
-                    # So only the others are launched again: they follow the first, and do nothing if it was not.
-                    self._interrupted = launches.updates[1 if decides else 0 :]
-                    self.complete()
-                    self._finish(launches, counts, decides, normed)
-                raise
-
-    def launch(self, launches: Sequence[Launch]) -> None:
-        """Launch kernels one after another."""
-        for kernel, *words in launches:
-            kernel(*words)
-
-    def complete(self) -> None:
-        """Launch what an interrupt has cut off, if even that was interrupted."""
-        self.launch(self._interrupted)
-        self._interrupted = ()
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+        self._board = int(streams.board.ctypes.data)
+        self._made: dict[object, tuple[Call, Matrix]] = {}
+        self._handles: dict[Any, int] = {}
 
     def forget(self) -> None:
-        """Give up what an interrupt has cut off: its groups are no more."""
-        self._interrupted = ()
+        """Give up all calls: their groups are no more."""
+        self._made = {}
 
-    def _finish(self, launches: Launches, counts: bool, decides: bool, normed: bool) -> None:
-        """Have the other streams wait for the step, and note it."""
-        self._streams.hold_others()
-        flags, is_captured = launches.updates[0].flags, self._streams.is_capturing
-        if is_captured:
-            keep_for_graphs(self.in_use)
-        self._counter.note(launches, flags, is_captured=is_captured, counts=counts, decides=decides, normed=normed)
+    def step(self, workload: Workload, variant: Variant, flags: int, *, norms: bool) -> Call:
+        """What launches a step with every group; the norms, and what is decided by them, first."""
+        made = self._made.get((variant, flags, norms))
+        if made is None:
+            with self._streams.on_device():
+                first = self._norms(workload, variant.accumulate, True) if norms else []
+                made = self._make((variant, flags, norms), [*first, *self._updates(workload, variant)], flags)
+        return made[0]
+
+    def norms(self, workload: Workload, accumulates: bool, *, decides: bool = False) -> Call:
+        """What launches the norms of the gradients alone."""
+        key = accumulates, decides
+        if key not in self._made:
+            with self._streams.on_device():
+                self._make(key, self._norms(workload, accumulates, decides), STILL)
+        return self._made[key][0]
+
+    def keep_for_graphs(self, *things: Any) -> None:
+        """Never free what a captured graph reads or writes."""
+        _kept.append((self._made, *things))
+
+    def _updates(self, workload: Workload, variant: Variant) -> list[_Planned]:
+        return [(kernels.update_kernel(g.storage, variant), g.chunks, g.address) for g in workload.groups]
+
+    def _norms(self, workload: Workload, accumulates: bool, decides: bool) -> list[_Planned]:
+        kernel, first = norm_kernels.square_kernel, workload.groups[0]  # whose descriptor tells of the norms of all
+        planned = [
+            (kernel(g.storage.g, g.storage.compute, accumulates), g.square_chunks, g.address) for g in workload.groups
+        ]
+        planned.append((norm_kernels.norm_kernel(), workload.arrays, first.address))
+        if decides:
+            planned.append((norm_kernels.decision_kernel(), 1, first.address))
+        return planned
+
+    def _make(self, key: object, planned: Sequence[_Planned], flags: int) -> tuple[Call, Matrix]:
+        """The call that launches kernels one after another, and the rows that it goes through."""
+        rows = np.zeros((len(planned), driver.LAUNCH_WORDS), np.int64)
+        rows[:, driver.KERNEL] = [self._handle(kernel) for kernel, _, _ in planned]
+        rows[:, driver.GRID] = [min(max(grid, 1), _MOST_BLOCKS) for _, grid, _ in planned]
+        rows[:, driver.GROUP] = [group for _, _, group in planned]
+        rows[:, driver.FLAGS] = flags
+        # Where the driver finds the three arguments of each kernel; the table is another one in each captured graph.
+        starts = rows.ctypes.data + 8 * driver.LAUNCH_WORDS * np.arange(len(rows))
+        rows[:, driver.AT_GROUP], rows[:, driver.AT_FLAGS] = starts + 8 * driver.GROUP, starts + 8 * driver.FLAGS
+        rows[:, driver.AT_TABLE] = self._board + 8 * driver.TABLE
+        self._made[key] = (driver.launch, self._board, rows.ctypes.data, len(rows)), rows
+        return self._made[key]
+
+    def _handle(self, kernel: Any) -> int:
+        """A kernel as the driver knows it; loading one allocates memory, which would end a capture."""
+        if kernel not in self._handles:
+            if self._streams.is_capturing:
+                raise RuntimeError("a kernel is not loaded yet when a graph is captured; expected one step before it")
+            self._handles[kernel] = _loaded(kernel)
+        return self._handles[kernel]
+
+
+def _loaded(kernel: Any) -> int:
+    """The handle of a kernel that Numba has compiled, on the current device."""
+    if SIMULATED:
+        from .simulated_driver import handle_of
+
+        return handle_of(kernel)
+    (compiled,) = kernel.overloads.values()
+    compiled.bind()
+    function = compiled.library.get_cufunc()
+    handle = getattr(function, "handle", function)
+    return int(getattr(handle, "value", handle))

@@ -43,7 +43,6 @@ from .words import (
     SQUARE_ENDS,
     SQUARES,
     STILL,
-    TABLE,
     THREADS,
 )
 
@@ -90,15 +89,15 @@ def square_function(g_type: str, compute: str, accumulates: bool):
     sums_of_chunk = _sums_of_chunk(g_type, compute, accumulates)
     of_all_lanes = _all_of_all_lanes if compute == "float64" else _middle_of_all_lanes
 
-    def square_kernel(group, flags, expected):
+    def square_kernel(group, flags, table):
         lanes = cuda.shared.array(THREADS, types.float64)
         # Norms are taken before anybody knows if the step will count: without a row, any will do, as nothing follows.
-        row = row_at(group, max(parts.row_index(group, flags & STILL, expected), 0))
+        row = row_at(group, max(parts.row_index(group, flags & STILL), 0))
         c = coefficients(row, False, get(row))
         ends, chunks, chunk = entry(group, SQUARE_ENDS), entry(group, SQUARE_CHUNKS), np.int64(cuda.blockIdx.x)
         while chunk < chunks:
             run, begin, end = parts.elements_of(group, ends, chunk, SQUARES)
-            sums = of_all_lanes(sums_of_chunk(group, run, begin, end, c), lanes)
+            sums = of_all_lanes(sums_of_chunk(group, table, run, begin, end, c), lanes)
             if cuda.threadIdx.x == 0:
                 _put_sums(entry(group, PARTIALS) + _SUMS * chunk, sums)
             chunk += cuda.gridDim.x
@@ -114,8 +113,8 @@ def _sums_of_chunk(g_type, compute, accumulates):
     total = TOTAL if accumulates else M  # which is not read
 
     @device_function
-    def sums_of_chunk(group, run, begin, end, c):
-        column, arrays = entry(group, TABLE) + 8 * entry(run, ARRAY), entry(group, ARRAYS)
+    def sums_of_chunk(group, table, run, begin, end, c):
+        column, arrays = table + 8 * entry(run, ARRAY), entry(group, ARRAYS)
         sums, x = Sums(0.0, 0.0, 0.0), cuda.local.array(width, dtype)
         if entry(column, arrays * G) == 0:
             return sums
@@ -231,7 +230,7 @@ def _put_sums(at, sums):
     _put(at + 16, sums.small)
 
 
-def norm_function(group, flags, expected):
+def norm_function(group, flags, table):
     """The kernel, of one block per array, that adds each array's sums of squares and takes the root."""
     lanes = cuda.shared.array(THREADS, types.float64)
     a = np.int64(cuda.blockIdx.x)
@@ -269,10 +268,10 @@ def _root_of(sums):
     return norm
 
 
-def decision_function(group, flags, expected):
+def decision_function(group, flags, table):
     """The kernel, of one block, that decides on the step and on what each gradient is multiplied with."""
     lanes = cuda.shared.array(THREADS, types.float64)
-    index = max(parts.row_index(group, flags & STILL, expected), 0)
+    index = max(parts.row_index(group, flags & STILL), 0)
     row, control = _row_at(group, index), entry(group, CONTROL)
     whole = _whole_norm(entry(group, NORMS), entry(group, ARRAYS), lanes) * _get(row + 8 * NORM_FACTOR)
     if cuda.threadIdx.x == 0:

@@ -1,7 +1,7 @@
 """What all kernels are made of: whose turn it is, which coefficients it is to use, and which elements.
 
 Every group of arrays (those stored alike) counts the steps it has done. A launch does nothing unless it is its group's
-turn: so a launch can be repeated after an interrupt, and a skipped step is one whose counter did not move.
+turn: so a skipped step is one whose counter did not move.
 """
 
 from functools import cache
@@ -37,7 +37,7 @@ from .words import (
     STILL,
 )
 
-SIGNATURE = types.void(types.int64, types.int64, types.int64)  # descriptor of a group, flags, expected iteration
+SIGNATURE = types.void(types.int64, types.int64, types.int64)  # descriptor of a group, flags, table of addresses
 
 
 def kernel(function):
@@ -67,14 +67,14 @@ def _is_in_turn(group, counters, counter):
 
 
 @scalar_function
-def row_index(group, flags, expected):
+def row_index(group, flags):
     """Which row of coefficients a group is to use now; a negative number if it is to do nothing."""
     if flags & STILL:
         return 0
     control, header = entry(group, CONTROL), entry(group, HEADER)
     counters = control + 8 * COUNTERS
     counter = entry(counters, entry(group, GROUP))
-    if not _is_in_turn(group, counters, counter) or (expected >= 0 and counter != expected):
+    if not _is_in_turn(group, counters, counter):
         return NOT_NOW
     index = counter - entry(header, FIRST)
     if index < 0 or index >= entry(header, ROW_COUNT):

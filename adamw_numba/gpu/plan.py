@@ -1,9 +1,9 @@
 """The arrays of one optimizer that lie on one GPU, and how a step is taken there.
 
 What the kernels need is sent ahead: a table of addresses, and the coefficients of the next steps as rows, from which
-they choose by a counter of their own. So a step of arrays that have not moved is a few launches with three integers
-each, nothing waits for the GPU, a step that is skipped there uses the same row again, and a captured graph follows the
-schedule.
+they choose by a counter of their own. So a step of arrays that have not moved is one compiled call, which launches a
+few kernels with three integers each; nothing waits for the GPU, a step that is skipped there uses the same row again,
+and a captured graph follows the schedule.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,12 +16,13 @@ from ..arrays import Array
 from ..arrays.runs import Matrix
 from ..arrays.table import AddressTable
 from ..coefficients import Recipe, Recipes, whole_norm
+from . import driver
 from .counter import Counter, Report
-from .launcher import Launcher, Launches
+from .launcher import Launcher
 from .rows import Rows
-from .streams import Streams, stream_of, wait_for_all
+from .streams import Streams, wait_for_all
 from .tables import Mirror
-from .words import CLIPPED, CONTROL, COUNTERS, EXHAUSTED, GUARDED, STILL, TABLE
+from .words import CLIPPED, CONTROL, COUNTERS, EXHAUSTED, GUARDED, STILL
 from .workload import Workload
 
 Call = tuple[Any, ...]
@@ -66,14 +67,16 @@ class Plan:
         here = [variable for variable in variables if variable is not None]
         self.streams = Streams(int(place.partition(":")[2]), here)
         self.counter = Counter()
-        self.launcher = Launcher(self.streams, self.counter)
+        self.launcher = Launcher(self.streams)
+        self.count = len(names)
         self._decayed = decayed
         self._arrangement: object = None  # what the workload is made for
         self._described: object = None  # the rows that the descriptors tell of
         with self.current():
             self.table = AddressTable(place, names, variables, slots)
-            self._sent_table = Mirror(np.zeros((8, len(names)), np.int64))
+            self._sent_table = Mirror(self.table.addresses)
             self.rows = Rows()
+            self.streams.board[driver.MIRROR] = self._sent_table.board
             self._arrange_if_changed()
 
     def current(self) -> AbstractContextManager[Any]:
@@ -81,6 +84,10 @@ class Plan:
         return self.streams.on_device()
 
     # Beginning a step
+
+    def begins_as_before(self, gradients: Sequence[Array | None]) -> bool:
+        """Begin a step for which nothing has changed but values and addresses; otherwise `begin` is to do it."""
+        return self.table.reads(gradients) == self.count and self.streams.begin_as_before(gradients)
 
     def begin(self, gradients: Sequence[Array | None]) -> None:
         """Take the libraries' current streams, check the arrays, and send their addresses if they have moved.
@@ -96,8 +103,6 @@ class Plan:
             self._arrange_if_changed()
             self.streams.wait_for_others()  # also for what the table has just cast in them
             self._send_addresses()
-            if not self.is_capturing:
-                self.launcher.complete()
 
     @property
     def is_capturing(self) -> bool:
@@ -109,14 +114,12 @@ class Plan:
         return self.streams.looks_captured()
 
     def _send_addresses(self) -> None:
-        self._sent_table.host[...] = self.table.addresses
+        """Send the table; a captured graph has one of its own, which its replays need not send again."""
         if self.is_capturing:
-            self._sent_table.send_captured(self.streams.stream)
-            return
-        self._sent_table.refill()
-        if self.has_captures:
-            self._sent_table.forget()  # a replay may have sent its own
-        self._sent_table.send(self.streams.stream)
+            self.streams.board[driver.TABLE] = driver.copy_for_capture(self.table.addresses)
+        else:
+            self.streams.board[driver.TABLE] = self._sent_table.address
+            self._sent_table.send(self.streams.handle)
 
     # The coefficients
 
@@ -157,7 +160,7 @@ class Plan:
                 "the host has something to say at every step; expected that not to be captured in a graph"
             )
         with self.current():
-            stream = self.streams.stream or stream_of(0)
+            stream = max(self.streams.handle, 0)
             self.counter.look(stream)
             self.rows.write(first, count, row_at, key)
             self._describe_if_moved()
@@ -182,22 +185,23 @@ class Plan:
         self.send_rows(recipe.number, 1, lambda _: row(recipe), None)
         found = np.zeros(len(self.table.names))
         with self.current():
-            self.launcher.launch(self.launcher.norms(self.workload, recipe.variant.accumulate, STILL, decides=False))
-            self.streams.stream.synchronize()
+            launch, *arguments = self.launcher.norms(self.workload, recipe.variant.accumulate)
+            launch(*arguments)
+            self.streams.synchronize()
             found[self.table.own] = self.workload.norms.copy_to_host()[self.table.own]
         return found, whole_norm(found)
 
     def work(self, recipe: Recipe, gradients: Sequence[Array | None]) -> tuple[list[Call], list[Call]]:
-        """The launches of a step that the host has decided, which may be repeated."""
+        """What is to be done that may be repeated: nothing; and the launches of a step that the host has decided."""
         self._check_not_captured()
         if recipe.alone:
-            return self._work_alone(recipe, gradients), []
+            return [], self._work_alone(recipe, gradients)
         self.expect(recipe.number)
         each = recipe.clipnorm if recipe.clips is not None and recipe.clipnorm else 0.0
         self.send_rows(recipe.number, 1, lambda _: row(recipe, each), None)
         # The host knows the norms, but the kernels read from memory what each gradient is multiplied with.
-        launches = self.launches(recipe, norm=bool(each), clipped=bool(each))
-        return [(self.launcher.run, launches)], []
+        flags = CLIPPED if each else 0
+        return [], self._launches(recipe, flags, norms=bool(each))
 
     def _work_alone(self, recipe: Recipe, gradients: Sequence[Array | None]) -> list[Call]:
         if all(gradients[i] is None for i in self.table.own):
@@ -205,7 +209,7 @@ class Plan:
         if self.has_captures:
             raise RuntimeError("`update_step` would take the rows of a captured graph; expected no capture before it")
         self.send_rows(0, 1, lambda _: row(recipe, 0.0), None)
-        return [(self.launcher.run, self.launches(recipe, still=True), False)]
+        return self._launches(recipe, STILL, norms=False, counts=False)
 
     def _check_not_captured(self) -> None:
         if self.is_capturing:
@@ -218,37 +222,44 @@ class Plan:
         self, recipe: Recipe, recipes: Recipes, rates_at: Callable[[int], tuple[float, float]], key: object
     ) -> tuple[list[Call], bool]:
         """The launches of a step that the GPU decides and counts by itself, and whether the host can count along."""
-        number, alpha, decay, here = recipe.number, recipe.alpha, recipe.decay, row(recipe)
+        if self.iteration != recipe.number:
+            self.expect(recipe.number)
+        if self.is_capturing or not self.rows.hold(*self.counter.next_steps(), key):
+            self._send_ahead(recipe, recipes, rates_at, key)
         clips, guarded = bool(recipe.clipnorm or recipe.global_clipnorm), recipe.nonfinite == "skip"
-        self.expect(number)
-        self.send_ahead(lambda k: here if k == number else row(recipes.at(k, *rates_at(k))), key)
-        recipe.number, recipe.alpha, recipe.decay = number, alpha, decay  # filled in for the steps ahead meanwhile
         knows = self.is_certain and not guarded and not self.is_capturing
         # Where the host does not know which step this is, it may be an update, of which norms are clipped.
         clipped = clips and (recipe.is_update or not knows)
-        normed = guarded or clipped
-        launches = self.launches(recipe, norm=normed, clipped=clipped, guarded=guarded, loads_norm=clips)
-        return [(self.launcher.run, launches, True, not knows, normed)], knows
+        if clips and not clipped:
+            self.launcher.norms(self.workload, recipe.variant.accumulate, decides=True)  # loaded, for a graph to come
+        flags = clipped * CLIPPED | guarded * GUARDED
+        return self._launches(recipe, flags, norms=guarded or clipped, decides=not knows), knows
 
-    def launches(
-        self,
-        recipe: Recipe,
-        *,
-        norm: bool = False,
-        clipped: bool = False,
-        guarded: bool = False,
-        still: bool = False,
-        loads_norm: bool = False,
-    ) -> Launches:
-        """What to launch for one step; norms, where one is needed, first (or only loaded, for a graph to come)."""
-        variant = recipe.variant._replace(clip=False)
-        flags = clipped * CLIPPED | guarded * GUARDED | still * STILL
-        knows = self.is_certain and not self.is_capturing and not guarded and not still
-        expected = self.iteration if knows else -1
-        with self.current():
-            updates = self.launcher.updates(self.workload.groups, variant, flags, expected)
-            norms = self.launcher.norms(self.workload, variant.accumulate, flags) if norm or loads_norm else []
-        return Launches(norms if norm else [], updates)
+    def _send_ahead(self, recipe: Recipe, recipes: Recipes, rates_at: Any, key: object) -> None:
+        number, alpha, decay, here = recipe.number, recipe.alpha, recipe.decay, row(recipe)
+        self.send_ahead(lambda k: here if k == number else row(recipes.at(k, *rates_at(k))), key)
+        recipe.number, recipe.alpha, recipe.decay = number, alpha, decay  # filled in for the steps ahead meanwhile
+
+    def _launches(
+        self, recipe: Recipe, flags: int, *, norms: bool, counts: bool = True, decides: bool = False
+    ) -> list[Call]:
+        """The call that launches a step, norms first where one is needed, and those that end it.
+
+        Parameters
+        ----------
+        counts : bool
+            Whether the step is counted.
+        decides : bool
+            Whether the GPU decides if it is, which the host may ask about.
+        """
+        variant, is_captured = recipe.variant, self.is_capturing
+        if variant.clip:
+            variant = variant._replace(clip=False)
+        launch = self.launcher.step(self.workload, variant, flags, norms=norms)
+        if is_captured:
+            self.launcher.keep_for_graphs(self.rows.mirror, self.counter.words, self.workload, self._sent_table)
+        after = self.counter.after(flags, is_captured=is_captured, counts=counts, decides=decides, normed=norms)
+        return [launch, *self.streams.ending(), (setattr, self.counter, "known", after)]
 
     def check_captured(self, clipped: bool, guarded: bool) -> None:
         """Refuse options that captured steps cannot follow."""
@@ -341,9 +352,7 @@ class Plan:
     def _describe_if_moved(self) -> None:
         """Write the descriptors, if the rows lie elsewhere than they tell."""
         if self._described is not self.rows.mirror:
-            addresses = {TABLE: self._sent_table.address, CONTROL: self.counter.address}
-            self.workload.describe(addresses | self.rows.addresses)
-            self.launcher.in_use = self._sent_table, self.rows.mirror, self.counter.words, self.workload
+            self.workload.describe({CONTROL: self.counter.address} | self.rows.addresses)
             self._described = self.rows.mirror
 
 

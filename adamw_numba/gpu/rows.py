@@ -5,7 +5,6 @@ same row again, and the replays of a captured graph follow the schedules.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -69,7 +68,7 @@ class Rows:
         self._fill(first, rows)
         self._written = steps, key
 
-    def send(self, stream: Any) -> None:
+    def send(self, stream: int) -> None:
         """Send what was written last."""
         self.mirror.send(stream)
         self._steps, self._key = self._written

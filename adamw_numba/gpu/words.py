@@ -10,8 +10,8 @@ THREADS = 2 if SIMULATED else 256  # of a block; also the number of lanes of a n
 SQUARES = 16 * THREADS if SIMULATED else 16_384  # elements of one partial sum of squares
 
 # The descriptor of a group of arrays: addresses on the device, and numbers.
-TABLE, ARRAYS, RUNS, RUN_COUNT, ENDS, CHUNKS, CHUNK, CONTROL, HEADER, ROWS, ROWS_DOUBLE, SCALES = range(12)
-SCALES_DOUBLE, GROUP, GROUPS, SQUARE_ENDS, SQUARE_CHUNKS, PARTIALS, RANGES, NORMS, DESCRIPTOR_WORDS = range(12, 21)
+ARRAYS, RUNS, RUN_COUNT, ENDS, CHUNKS, CHUNK, CONTROL, HEADER, ROWS, ROWS_DOUBLE, SCALES = range(11)
+SCALES_DOUBLE, GROUP, GROUPS, SQUARE_ENDS, SQUARE_CHUNKS, PARTIALS, RANGES, NORMS, DESCRIPTOR_WORDS = range(11, 20)
 # Columns of the runs: positions and steps in bytes.
 ARRAY, COUNT, DECAYED, P_AT, G_AT, S_AT, P_STEP, G_STEP, S_STEP, RUN_COLUMNS = range(10)
 # The control words: whether the norms allow the step, what the host asks about, how many blocks of threads have

@@ -13,18 +13,16 @@ Call = tuple[Any, ...]
 exhaust = deque[Any](maxlen=0).extend
 
 
-def commit(repeatable: Sequence[Call], calls: Sequence[Call], counted: bool = True) -> None:
+def commit(repeatable: Sequence[Call], calls: Sequence[Call]) -> None:
     """Make the calls of a step.
 
     Parameters
     ----------
     repeatable : sequence of calls
-        Launches, and whole-array writes: made first. An interrupt among them is kept until the step is complete, and
-        they are made once more, from the first.
+        Whole-array writes: made first. An interrupt among them is kept until the step is complete, and they are made
+        once more, from the first.
     calls : sequence of calls
-        Compiled calls and counters, between which no interrupt can come.
-    counted : bool
-        Whether the host counts this step. Otherwise a GPU does, and its plan has seen to its own launches.
+        Compiled calls, launches among them, and counters, between which no interrupt can come.
     """
     if not repeatable:
         exhaust(starmap(operator.call, calls))
@@ -36,8 +34,7 @@ def commit(repeatable: Sequence[Call], calls: Sequence[Call], counted: bool = Tr
         exhaust(starmap(operator.call, calls))
     except BaseException:
         if not begun:
-            if counted:
-                _make(repeatable)
+            _make(repeatable)
             exhaust(starmap(operator.call, calls))
         raise
 

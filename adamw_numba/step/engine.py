@@ -66,7 +66,7 @@ class Engine:
         self.lock = threading.RLock()
         self.state = State()
         self.workspace: Workspace | None = None
-        self.host: Any = None  # the plan of the host, where it is the only one and the variables are themselves
+        self.alone: Any = None  # the plan with kernels, where it is the only one and the variables are themselves
         self.record = Record()
         self.exclusions = hp.Exclusions([], [])
         self.swapped = False
@@ -161,7 +161,7 @@ class Engine:
             self.loaded.fill(names, variables, slots)
             self.loaded = None
         self.state.names, self.state.slots = names, slots
-        self.workspace, self.host, hyper.is_fixed = workspace, workspace.host, True
+        self.workspace, self.alone, hyper.is_fixed = workspace, workspace.alone, True
         return workspace
 
     def require_built(self, what: str) -> Workspace:
@@ -190,14 +190,16 @@ class Engine:
         makes calls of whether the step is applied: they are committed with it.
         """
         with self.lock:
-            host = self.host if trainable_variables is None else None
-            if host is not None:  # most steps: a list like the last one, which one compiled call looks through
+            alone = self.alone if trainable_variables is None else None
+            if alone is not None:  # most steps: a list like the last one, which one compiled call looks through
                 gradients: Any = grads if self.form is None else self.form.flat(grads)
                 gradients = list(gradients) if type(gradients) is list else ()  # the caller's may change meanwhile
             else:
                 gradients = self.match(grads, trainable_variables)
                 if not gradients:
                     return
+            workspace: Any = self.workspace
+            if workspace.gpus:
                 self._ask_gpus(loss_scale)
             hyper, scalars = self.hyper, self.state.scalars
             iteration, own, weight_decay = scalars["iteration"], scalars.get("learning_rate"), hyper.weight_decay
@@ -205,19 +207,19 @@ class Engine:
                 rate = own.item()
             else:  # what is called here may take a step: no address has been read yet
                 rate, weight_decay = self.rates_now()
-            is_complete = host is not None and host.table.reads(gradients) == host.count
+            is_complete = alone is not None and alone.begins_as_before(gradients)
             if not is_complete:
-                gradients = gradients if host is None else self.match(grads, None)
+                gradients = gradients if alone is None else self.match(grads, None)
                 if not gradients:
                     return
                 _check_counter(iteration)
-                self.workspace.begin(gradients)  # type: ignore[union-attr]
+                workspace.begin(gradients)
             recipes = self.recipes
             if recipes is None or recipes.token is not hyper.token or recipes.given != loss_scale:
                 recipes = self.recipes = Recipes(hyper, loss_scale)
             recipe = recipes.at(iteration.item(), rate, weight_decay)
-            workspace: Any = self.workspace
-            if host is None and self._leaves_to_gpu(recipe, recipes, gradients, rate, more):
+            if workspace.resident is not None and more is None and recipe.nonfinite != "raise":
+                self._leave_to_gpu(recipe, recipes, gradients, rate, is_complete)
                 return
             if recipe.takes_norm:
                 norm, applied = judge(workspace, recipe, gradients)
@@ -226,7 +228,7 @@ class Engine:
                     return
             else:
                 norm = None
-            repeatable, calls = (host or workspace).work(recipe, gradients)
+            repeatable, calls = (alone or workspace).work(recipe, gradients)
             # The counter first: where it has become read-only, nothing else has happened yet.
             told = setattr, self.record, "last", (norm, True, rate)
             calls = [(setitem, iteration, (), recipe.number + 1), *calls, told]
@@ -247,20 +249,15 @@ class Engine:
         calls = [(setattr, record, "last", (norm, False, rate)), (setattr, record, "skipped", record.skipped + 1)]
         commit((), calls if more is None else calls + more(False))
 
-    def _leaves_to_gpu(
-        self, recipe: Recipe, recipes: Recipes, gradients: Any, rate: float, more: Callable[..., Any] | None
-    ) -> bool:
-        """Take a step that a GPU decides and counts by itself, if it is one."""
+    def _leave_to_gpu(self, recipe: Recipe, recipes: Recipes, gradients: Any, rate: float, is_complete: bool) -> None:
+        """Take a step that a GPU decides and counts by itself."""
         workspace: Workspace = self.workspace  # type: ignore[assignment]
-        if workspace.resident is None or more is not None or recipe.nonfinite == "raise":
-            return False
         launches, counted = workspace.resident.decide(recipe, recipes, self.rates_at, self.key())
-        arrays.note_writes(workspace.touched(gradients, recipe, counted=counted))
-        calls: list[Call] = [(setattr, self.record, "last", (None, True, rate))]
-        if counted:
-            calls.append((setitem, self.state.scalars["iteration"], (), recipe.number + 1))
-        commit(launches, calls, counted)
-        return True
+        iteration = self.state.scalars["iteration"]
+        calls: list[Call] = [(setitem, iteration, (), recipe.number + 1)] if counted else []
+        if workspace.tensors:
+            arrays.note_writes(workspace.touched(gradients, recipe, is_complete, counted))
+        exhaust(starmap(call, [*calls, *launches, (setattr, self.record, "last", (None, True, rate))]))
 
     def _ask_gpus(self, loss_scale: float | None) -> None:
         """Catch up with a GPU that counts by itself, where this step needs its count."""
@@ -375,7 +372,7 @@ class Engine:
         # Plans hold addresses, and recipes a token: both are made again from these.
         workspace = self.workspace and self.workspace[:4]
         state = {key: value for key, value in vars(self).items() if key != "lock"}
-        return state | {"workspace": workspace, "host": None, "form": None, "recipes": None}
+        return state | {"workspace": workspace, "alone": None, "form": None, "recipes": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, lock=threading.RLock())
@@ -389,7 +386,7 @@ class Engine:
             excluded = frozenset(name for name, wanted in zip(names, decayed, strict=True) if not wanted)
             variables = [arrays.writeable_copy(variable) for variable in variables]
             self.workspace = building.build(names, variables, self.state.slots, excluded)
-            self.host = self.workspace.host
+            self.alone = self.workspace.alone
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         with self.lock:

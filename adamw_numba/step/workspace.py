@@ -23,7 +23,7 @@ class Workspace(NamedTuple):
     slots: list[dict[str, Array]]
     decayed: list[bool]
     plans: list[Any]
-    host: Any  # the plan of the host if there is no other, else None
+    alone: Any  # the plan if there is only one and it has compiled kernels, else None
     resident: Any  # the plan of the one GPU that everything lies on, which can then decide by itself, else None
     gpus: list[Any]  # the plans of GPUs
     versioned: list[tuple[int, Array]]  # the variables whose versions torch counts, by number
@@ -78,10 +78,11 @@ def build(
         plans.append(_plan(where, has_kernels, names, here, slots, decayed))
     gpus = [plan for plan, where in zip(plans, dict.fromkeys(places), strict=True) if where not in ("cpu", None)]
     alone = plans[0] if len(plans) == 1 else None
-    host, resident = alone if has_kernels else None, alone if gpus else None
+    resident = alone if gpus else None
+    alone = alone if has_kernels or gpus else None
     versioned = [(i, variable) for i, variable in enumerate(variables) if arrays.has_version(variable)]
     tensors = [variable for _, variable in versioned]
-    return Workspace(names, variables, slots, decayed, plans, host, resident, gpus, versioned, tensors)
+    return Workspace(names, variables, slots, decayed, plans, alone, resident, gpus, versioned, tensors)
 
 
 def _compiles() -> bool:

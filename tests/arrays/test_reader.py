@@ -42,7 +42,9 @@ def reader_of(array):
     table = np.zeros((8, 1), np.int64)
     table[update.P] = layout.address
     records = [[headers.record(array, layout, low, high, flags)] for flags in (headers.WRITEABLE, headers.ALIGNED)]
-    return headers.Reader([array], np.array([[update.P], [0]]), *records, np.zeros((2, 0), np.int64), table), table
+    return headers.Reader(
+        [array], np.array([[update.P], [0]]), *records, np.zeros((2, 0), np.int64), table, [False]
+    ), table
 
 
 @pytest.mark.parametrize("case", [*ARRAYS, *TENSORS])
@@ -71,7 +73,7 @@ def test_a_gradient_that_shares_memory_is_left_to_the_slower_check():
     layout = arrays.layout_of(array[:5])
     record = headers.record(array[:5], layout, 0, 40, headers.ALIGNED)
     ranges = np.array([[layout.address], [layout.address + 40]])
-    reader = headers.Reader([], np.zeros((2, 0), int), [], [record], ranges, np.zeros((8, 1), np.int64))
+    reader = headers.Reader([], np.zeros((2, 0), int), [], [record], ranges, np.zeros((8, 1), np.int64), [False])
     assert [read(reader, [array[k : k + 5]]) for k in (0, 4, 5)] == [False, False, True]
 
 

@@ -19,42 +19,25 @@ pytestmark = marks
 class Graph:
     """A stand-in for a captured graph in the simulator: what is launched meanwhile is kept, and can be replayed."""
 
-    def __init__(self, monkeypatch):
-        self.recorded, self.patch = [], monkeypatch
-
     def __enter__(self):
-        from adamw_numba.gpu import streams
-        from adamw_numba.gpu.launcher import Launcher
-        from adamw_numba.gpu.tables import Mirror
+        from adamw_numba.gpu import simulated_driver
 
-        configured = Launcher.configured
-        self.context = self.patch.context()
-        patch = self.context.__enter__()
-        patch.setattr(streams, "is_captured", lambda handle: True)
-        patch.setattr(
-            Launcher,
-            "configured",
-            lambda own, kernel, grid: lambda *words: self.recorded.append((configured(own, kernel, grid), words)),
-        )
-        patch.setattr(Mirror, "send_captured", lambda mirror, stream: self.recorded.append((keep(mirror), ())))
+        self.recorded = simulated_driver.recorded = []
 
     def __exit__(self, *error):
-        return self.context.__exit__(*error)
+        from adamw_numba.gpu import simulated_driver
+
+        simulated_driver.recorded = None
 
     def replay(self):
-        for call, words in self.recorded:
-            call(*words)
-
-
-def keep(mirror):
-    buffer = mirror.host.copy()
-    return lambda: mirror.device.copy_to_device(buffer)
+        for action in self.recorded:
+            action()
 
 
 @contextlib.contextmanager
-def captured(monkeypatch, stream=None):
+def captured():
     if SIMULATED:
-        graph = Graph(monkeypatch)
+        graph = Graph()
         with graph:
             yield graph
     else:
@@ -73,7 +56,7 @@ GRAPH_OPTIONS = [
 
 
 @pytest.mark.parametrize("options", GRAPH_OPTIONS)
-def test_a_captured_graph_follows_the_schedules(options, monkeypatch):
+def test_a_captured_graph_follows_the_schedules(options):
     """20 replays with changing rates have the bits of 20 eager steps."""
     maker = array if SIMULATED else (lambda a: libraries.torch_on_gpu(a, "float32"))
     rates = {
@@ -88,7 +71,7 @@ def test_a_captured_graph_follows_the_schedules(options, monkeypatch):
         optimizer.build(variables)
         optimizer.apply(gradients)
         if is_captured:
-            with captured(monkeypatch) as graph:
+            with captured() as graph:
                 optimizer.apply(gradients)
             assert optimizer.iterations == 1 // (options.get("gradient_accumulation_steps") or 1)
             for _ in range(19):
@@ -111,10 +94,10 @@ def stepped_once():
     return x, g, optimizer
 
 
-def test_eager_steps_of_other_kinds_between_replays(monkeypatch):
+def test_eager_steps_of_other_kinds_between_replays():
     """After a step for which the host waits, replays are still counted, and the rows have to be sent again."""
     x, g, optimizer = stepped_once()
-    with captured(monkeypatch) as graph:
+    with captured() as graph:
         optimizer.apply([g])
     optimizer.nonfinite = "raise"
     optimizer.apply([g])
@@ -136,9 +119,9 @@ def test_eager_steps_of_other_kinds_between_replays(monkeypatch):
     assert optimizer.iterations == 6
 
 
-def test_rows_survive_a_callable_that_raises(monkeypatch):
+def test_rows_survive_a_callable_that_raises():
     _, g, optimizer = stepped_once()
-    with captured(monkeypatch) as graph:
+    with captured() as graph:
         optimizer.apply([g])
     good = optimizer.learning_rate
     optimizer.learning_rate = lambda step: 1 / 0
@@ -149,10 +132,10 @@ def test_rows_survive_a_callable_that_raises(monkeypatch):
     assert optimizer.iterations == 2
 
 
-def test_a_graph_that_runs_out_of_rows_stops_and_says_so(monkeypatch):
+def test_a_graph_that_runs_out_of_rows_stops_and_says_so():
     x, g, optimizer = stepped_once()
     optimizer.update_hyperparameters(70)
-    with captured(monkeypatch) as graph:
+    with captured() as graph:
         optimizer.apply([g])
     optimizer.update_hyperparameters(70)
     for _ in range(140):
@@ -174,7 +157,7 @@ def test_a_graph_that_runs_out_of_rows_stops_and_says_so(monkeypatch):
     ("options", "prepare"),
     [({}, None), ({"nonfinite": "raise"}, "step"), ({"learning_rate": 0.2}, "change")],
 )
-def test_what_cannot_be_captured_is_refused(options, prepare, monkeypatch):
+def test_what_cannot_be_captured_is_refused(options, prepare):
     maker = array if SIMULATED else (lambda a: libraries.torch_on_gpu(a, "float32"))
     x, g = maker(np.ones(5)), maker(np.ones(5))
     optimizer = AdamW(**options)
@@ -184,6 +167,6 @@ def test_what_cannot_be_captured_is_refused(options, prepare, monkeypatch):
     if prepare == "change":
         optimizer.beta_1 = 0.5
     before = libraries.look(x).copy()
-    with pytest.raises(RuntimeError, match="captured"), captured(monkeypatch):
+    with pytest.raises(RuntimeError, match="captured"), captured():
         optimizer.apply([g])
     assert np.array_equal(libraries.look(x), before)

@@ -2,21 +2,17 @@
 
 import os
 import signal
-import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import libraries, plain_library
+from helpers.interrupts import HOME, Injector, interrupted
 from helpers.libraries import torch
 from helpers.remembered import Remembered
 
-import adamw_numba
 from adamw_numba import AdamW, LossScaleOptimizer
 from adamw_numba.step import commit, engine
-
-HOME = str(Path(adamw_numba.__file__).parent)
 
 
 def variables(elsewhere=True):
@@ -61,37 +57,6 @@ def build(options, wrap, elsewhere=True):
 
 def snapshot(arrays, optimizer):
     return [libraries.look(a).tobytes() for a in [*arrays, *optimizer.variables]], optimizer.last_step
-
-
-class Injector:
-    """Raises at the n-th event that Python reports from code of ours, and keeps a list of them."""
-
-    def __init__(self, n, where=HOME, opcodes=False):
-        self.n, self.where, self.opcodes, self.line, self.lines = n, where, opcodes, None, []
-
-    def __call__(self, frame, event, argument):
-        if not frame.f_code.co_filename.startswith(self.where):
-            return None
-        frame.f_trace_opcodes = self.opcodes
-        if event == ("opcode" if self.opcodes else "line"):
-            self.n -= 1
-            self.lines.append((frame.f_code, frame.f_lineno))
-            if self.n == 0:
-                self.line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-                raise KeyboardInterrupt
-        return self
-
-
-def interrupted(optimizer, given, injector):
-    old = sys.gettrace()
-    sys.settrace(injector)
-    try:
-        optimizer.apply(given)
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(old)
-    return injector.line
 
 
 # What the step does, whether with a loss scale, with arrays that have no kernels, and at every opcode
