@@ -653,6 +653,7 @@ class AdamW:
         self.engine.require_built("set_weights")
         with self.engine.lock:
             own_variables.replace(self.engine.places(), list(weights), "weights")
+            self.engine.catch_up()
 
     def save_own_variables(self, store: Any) -> None:
         """Put a NumPy copy of every array of `variables` into a mapping, under ``"0"``, ``"1"``, ... as Keras does."""
@@ -670,6 +671,7 @@ class AdamW:
         self.engine.require_built("load_own_variables")
         with self.engine.lock:
             own_variables.load(self.engine.places(), store)
+            self.engine.catch_up()
 
     def __copy__(self) -> NoReturn:
         raise TypeError("a shallow copy would share its state with this optimizer; expected `copy.deepcopy`")

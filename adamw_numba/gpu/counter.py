@@ -16,14 +16,6 @@ from .streams import stream_of, wait_for_all
 from .words import CLIPPED, COUNTERS, GO, GUARDED, NORM, SKIPPED
 
 
-class Report(NamedTuple):
-    """What the GPU says of the steps so far."""
-
-    iteration: int
-    norm: float | None  # of the last step, if it took one
-    applied: bool  # the last step
-
-
 class Known(NamedTuple):
     """What the host knows. A step changes it with one assignment, so an interrupt comes before it or after it."""
 
@@ -69,6 +61,15 @@ class Known(NamedTuple):
         )
 
 
+class Report(NamedTuple):
+    """What the GPU says of the steps so far."""
+
+    iteration: int
+    norm: float | None  # of the last step, if it took one
+    applied: bool  # the last step
+    known: Known  # what the host knows once it has taken note
+
+
 class Counter:
     """The control words of one GPU: the count of each group, what was decided, and what the host has to be told.
 
@@ -96,13 +97,22 @@ class Counter:
         """Count on with as many groups as there are now; waits for the GPU."""
         before = self.known
         if self.words is not None:
-            self.report(self.read())
+            self.known = self.report(self.read()).known
         iteration = self.known.iteration
         self.words = cuda.to_device(np.zeros(COUNTERS + groups, np.int64))
         self._skipped_before, self._peek = 0, None
         self.set(iteration)
-        if not before.is_certain:  # the owner has yet to be told
-            self.known = self.known._replace(iteration=before.iteration, is_certain=False, pending=before.pending)
+        if not before.is_certain:
+            self._have_told_nobody(before)
+
+    def go_on(self, iteration: int) -> None:
+        """Have the GPU, which stopped there for want of coefficients, go on; the host has yet to be told."""
+        before = self.known
+        self.set(iteration)
+        self._have_told_nobody(before)
+
+    def _have_told_nobody(self, before: Known) -> None:
+        self.known = self.known._replace(iteration=before.iteration, is_certain=False, pending=before.pending)
 
     def set(self, iteration: int) -> None:
         """Have the GPU count on from another number; waits for it."""
@@ -121,13 +131,13 @@ class Counter:
         return words
 
     def report(self, words: Matrix) -> Report:
-        """What the control words say; from then on the host knows."""
+        """What the control words say."""
         self._collect(words)
         known = self.known.told(int(words[COUNTERS]))
-        self.known = known._replace(pending=known.has_captures, norm_pending=known.has_captures)
         norm = float(words[NORM : NORM + 1].view(np.float64)[0])
         applied = bool(words[GO]) or not known.is_guarded
-        return Report(known.iteration, norm if known.has_norm else None, applied)
+        after = known._replace(pending=known.has_captures, norm_pending=known.has_captures)
+        return Report(known.iteration, norm if known.has_norm else None, applied, after)
 
     def next_steps(self) -> tuple[int, int]:
         """The first step that the next launch may be, and how many it may be, by what is known for certain."""

@@ -319,7 +319,7 @@ class Plan:
         with self.current():
             words = self.counter.read()
             if words[EXHAUSTED]:
-                self.counter.set(int(words[COUNTERS]))
+                self.counter.go_on(int(words[COUNTERS]))
         if not words[EXHAUSTED]:
             return self.counter.report(words)
         self.rows.forget()

@@ -23,7 +23,7 @@ _kept: list[Any] = []  # memory that is never freed
 
 def function(name: str, arguments: Sequence[Any]) -> Any:
     """A function of C, with the arguments of the driver's, that counts its calls."""
-    stand_in = _STAND_INS.get(name, _succeed)
+    stand_in: Callable[..., int | None] = _STAND_INS.get(name, _succeed)
 
     def counted(*given: Any) -> int:
         calls[name] += 1

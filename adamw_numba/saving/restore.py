@@ -99,6 +99,7 @@ def restore(optimizer: Any, target: Any) -> Any:
                 f"restored from {saved.where} into an optimizer that differs: {'; '.join(told)}", stacklevel=3
             )
         _write(writes)
+        engine.catch_up()  # a GPU that counts by itself is told of the iteration
         _set_counts(engine, saved)
         return engine.extra
 

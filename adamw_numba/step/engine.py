@@ -331,17 +331,24 @@ class Engine:
         return int(self.state.scalars["iteration"]) // (self.hyper.gradient_accumulation_steps or 1)
 
     def catch_up(self, norm: bool = False) -> None:
-        """Ask a GPU that decides and counts by itself, if there is anything to ask; waits for it."""
+        """Ask a GPU that decides and counts by itself, if there is anything to ask; waits for it.
+
+        What has been written into the iteration since it was last told holds for the GPU as well.
+        """
         device = self.workspace and self.workspace.resident
         if not device or not (device.pending or (norm and device.norm_pending)):
             return
         with self.lock:
-            counts, report = device.pending, device.report()
+            told, counts, report = device.iteration, device.pending, device.report()
             iteration = self.state.scalars["iteration"]
-            if counts:  # otherwise the host has counted along, and may have been written
-                iteration[...] = report.iteration
             self.record.skipped += device.skipped
             device.skipped = 0
+            if counts and iteration.item() != told:
+                device.expect(iteration.item())
+                return
+            note = setattr, device.counter, "known", report.known
+            # Otherwise the host has counted along. Both at once, so that one never looks as if the user had written it.
+            exhaust(starmap(call, [(setitem, iteration, (), report.iteration), note] if counts else [note]))
             last = self.record.last
             if last is not None or report.iteration:
                 rate = self.rates_at(report.iteration - report.applied)[0] if last is None or self.key() else last[2]

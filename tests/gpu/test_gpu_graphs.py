@@ -119,6 +119,46 @@ def test_eager_steps_of_other_kinds_between_replays():
     assert optimizer.iterations == 6
 
 
+def restore(optimizer, at_one):
+    optimizer.restore(at_one)
+
+
+def load_own_variables(optimizer, at_one):
+    store = {}
+    optimizer.save_own_variables(store)
+    optimizer.load_own_variables(store | {"0": np.int64(1)})
+
+
+def set_weights(optimizer, at_one):
+    optimizer.set_weights([np.int64(1), *optimizer.variables[1:]])
+
+
+def write(optimizer, at_one):
+    optimizer.variables[0][...] = 1
+
+
+@pytest.mark.parametrize("back", [restore, load_own_variables, set_weights, write])
+def test_the_iteration_is_set_back_after_a_capture(back):
+    _, g, optimizer = stepped_once()
+    at_one = {}
+    optimizer.save(at_one)
+    with captured() as graph:
+        optimizer.apply([g])
+    optimizer.update_hyperparameters(20)
+    for _ in range(3):
+        graph.replay()
+    assert optimizer.iterations == 4
+    back(optimizer, at_one)
+    assert optimizer.iterations == 1
+    assert int(optimizer.variables[0]) == 1
+    optimizer.update_hyperparameters(20)
+    for _ in range(2):
+        graph.replay()
+    assert optimizer.iterations == 3
+    optimizer.apply([g])
+    assert optimizer.iterations == 4
+
+
 def test_rows_survive_a_callable_that_raises():
     _, g, optimizer = stepped_once()
     with captured() as graph:
