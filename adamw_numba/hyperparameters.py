@@ -128,6 +128,8 @@ class Rate:
         self.name = name
         self.function = function
         self.takes_step = _takes_step(function)
+        # One of ours follows from the step alone.
+        self.is_schedule = type(function).__module__ == f"{__package__}.schedules"
 
     def __call__(self, step: Any) -> Any:
         """The rate at a step: a checked float, or whatever comes back for a traced step."""

@@ -151,11 +151,13 @@ class LossScaleOptimizer:
     @property
     def variables(self) -> list[Array]:
         """Four scalars (iteration and learning rate, unused; step counter; dynamic scale), then the inner state."""
+        self.inner_optimizer.engine.lent_places()
         return [own[key] for _, own, key in self.places()]
 
     @property
     def state(self) -> dict[str, Array]:
         """The arrays of `variables` by name; those of the inner optimizer's scalars that are unused here prevail."""
+        self.inner_optimizer.engine.lent_places()
         return {name: own[key] for name, own, key in self.places()}
 
     @property

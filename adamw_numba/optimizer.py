@@ -195,7 +195,7 @@ class AdamW:
     @property
     def variables(self) -> list[Array]:
         """The arrays of the state, live, in Keras's order; float32 masters of 16-bit variables follow it."""
-        return [own[key] for _, own, key in self.engine.places()]
+        return [own[key] for _, own, key in self.engine.lent_places()]
 
     @property
     def variable_names(self) -> list[str]:
@@ -205,12 +205,12 @@ class AdamW:
     @property
     def state(self) -> dict[str, Array]:
         """The arrays of the state, live, by name."""
-        return {name: own[key] for name, own, key in self.engine.places()}
+        return {name: own[key] for name, own, key in self.engine.lent_places()}
 
     @property
     def averages(self) -> list[Array]:
         """The moving averages, live, in the order of `build`; zeros before the first update."""
-        return [own["average"] for own in self.engine.state.slots if "average" in own]
+        return [own[key] for _, own, key in self.engine.lent_places() if key == "average"]
 
     @property
     def last_step(self) -> LastStep | None:

@@ -59,6 +59,11 @@ class Plan:
                 raise ValueError(f"variable {brief(names[i])} is given twice; expected every array once")
             seen.add(id(variable))
 
+    def lend(self) -> None:
+        """Note that the user has been given the slots."""
+        if self._table is not None:
+            self._table.lend()
+
     def begin(self, gradients: Sequence[Array | None]) -> None:
         """Check the variables and their gradients."""
         if self._table is not None:

@@ -50,9 +50,10 @@ TYPE, EXPORTER, DTYPE, FLAGS, LOW, HIGH, NDIM, AXES = range(8)
     FIELDS,
     REFERENCES,
     NEW,
-) = range(16)
+    WATCHED,
+) = range(17)
 _MISSING = _CUPY = _SAME = -1
-_BLOCK_WORDS = 16
+_BLOCK_WORDS = 17
 UNSEEN = [0] * AXES  # equals no array: no type lies at address 0
 
 
@@ -70,7 +71,7 @@ def record(array: Any, layout: Any, low: int, high: int, flags: int) -> list[int
         return [*known, *layout.shape, *layout.strides]
     known[EXPORTER] = exporter(type(array))
     found = (ctypes.c_int64 * _DL_WORDS)()
-    if not known[EXPORTER] or not describe(id(array), known[EXPORTER], ctypes.addressof(found), _CLEAR):
+    if not known[EXPORTER] or not describe(id(array), known[EXPORTER], ctypes.addressof(found), CLEAR_ERROR):
         return UNSEEN
     known[FLAGS], known[DTYPE] = found[_DEVICE], found[_KIND]
     return [*known, *layout.shape, *(stride // array.element_size() for stride in layout.strides)]
@@ -155,10 +156,15 @@ class Reader:
         for entry, array in self._arrays.items():
             self._block[entry] = array.ctypes.data
         self._block[OWNED_COUNT], self._block[GRADIENTS] = len(owned), len(gradient_records)
+        self._block[WATCHED] = len(owned)
         self._block[RANGES] = ranges.shape[1]
-        self._block[NONE], self._block[CLEAR] = id(None), _CLEAR
+        self._block[NONE], self._block[CLEAR] = id(None), CLEAR_ERROR
         self.address = int(self._block.ctypes.data)
         self.count = len(gradient_records)
+
+    def watch(self, count: int) -> None:
+        """Compare only so many of the arrays that a step writes, the first ones, from now on."""
+        self._block[WATCHED] = count
 
     @property
     def has_new(self) -> bool:
@@ -253,7 +259,7 @@ def read(gradients, address):
     lows, highs = _words(block[LOWS], block[RANGES]), _words(block[HIGHS], block[RANGES])
     references = _words(block[REFERENCES], count)
     present = new = 0
-    for k in range(owned.size):  # an owned array that has moved needs new ranges, and a new check for overlap
+    for k in range(block[WATCHED]):  # an owned array that has moved needs new ranges, and a new check for overlap
         if _address_as_known(owned[k], known[starts[k] :], block) != table[places[k]]:
             return _MISSING
     items = _words(_words(gradients + _ITEMS, 1)[0], count)
@@ -279,4 +285,4 @@ def read(gradients, address):
 _capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi)
 )
-_CLEAR: int = ctypes.cast(ctypes.pythonapi.PyErr_Clear, ctypes.c_void_p).value or 0
+CLEAR_ERROR: int = ctypes.cast(ctypes.pythonapi.PyErr_Clear, ctypes.c_void_p).value or 0

@@ -88,6 +88,7 @@ class AddressTable:
         self._references: list[Any] = []  # to gradients: see `reader.Reader`
         self._claimed: list[int] = []  # where all of them lay when `_extents` and `_ranges` were made
         self._extents = self._ranges = np.zeros((2, 0), np.int64)
+        self._is_lent = False
         self._reader: reader.Reader | None = None
         self._tensors: Tensors | None = None
         self._memory: list[tuple[int, int]] | None = None
@@ -134,6 +135,15 @@ class AddressTable:
             return _FAILED
         known.has_new = False
         return present
+
+    def lend(self) -> None:
+        """From now on, look at the slots at each step as well: the user has been given them, and may change them.
+
+        Until then nobody can, and looking at them would take half of the time of a step of many small tensors.
+        """
+        self._is_lent = True
+        if self._reader is not None:
+            self._reader.watch(len(self._places))
 
     def runs(self) -> Iterator[tuple[tuple[str, str], Matrix]]:
         """The elements of all variables as evenly spaced runs, by how a variable and its gradient are stored."""
@@ -323,6 +333,8 @@ class AddressTable:
         owned = [array for _, _, array in self._places]
         found = [seen.record for seen in self._gradients]
         known = reader.Reader(owned, self._cells, records, found, self._ranges, self.addresses, self._references)
+        if not self._is_lent:
+            known.watch(len(self.own))
         columns = [i for i in self.own if is_torch_array(self.variables[i])]
         if columns:
             known_of = [self._gradients[i] for i in columns]

@@ -1,14 +1,14 @@
 """What a torch tensor's header does not tell: how much its storage holds, and whether its values are yet to be changed.
 
-A tensor keeps its shape and address when its storage is resized, and a kernel would then write beyond the end. `conj`
-and some views of complex numbers only set a bit, and the values in memory are not those of the tensor. DLPack tells
-neither. One fact is asked of all tensors at a time, since `map` over a function of C is the fastest loop there is; and
-what an object cannot change, or only this optimizer can, is not asked again.
+A tensor keeps its shape when its storage is resized, and a kernel would then write beyond the end. `conj` and some views
+of complex numbers only set a bit, and the values in memory are not those of the tensor. DLPack tells neither. One fact is
+asked of all tensors at a time, since `map` over a function of C is the fastest loop there is; and nothing is asked again
+that does not change: a storage that is resized lies elsewhere afterwards, and of a tensor that is the same object at the
+same address, all is known.
 """
 
 import sys
-from collections.abc import Iterable, Sequence
-from itertools import chain
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -32,14 +32,13 @@ class Tensors:
     def __init__(self, variables: Sequence[Array], columns: Sequence[int], signatures: Sequence[Any]) -> None:
         self._variables, self._columns = variables, columns
         self._is_complex = any(variable.is_complex() for variable in variables)
-        # A tensor that requires a gradient stays a leaf: torch refuses what would make it a result.
+        # A tensor that requires a gradient stays a leaf as long as it does: torch refuses what would make it a result.
         self._may_be_results = [variable for variable in variables if not variable.requires_grad]
         # A view that is yet to be negated, the imaginary part of a conjugate, steps over the real parts: of what is
         # dense and has more than one element, the strides tell.
         self._may_be_lazy = [v for v in variables if v.is_complex() or v.numel() < 2 or not v.is_contiguous()]
-        self._known_sizes = [each and each[-1][0] for each in signatures]
-        self._known_gradients = [each and (each[-1][1], *each[-3:-1]) for each in signatures]
-        self._known, self._sizes = self._facts(), _sizes(variables)
+        self._known_gradients = [each and (*each[-1], *each[-3:-1]) for each in signatures]
+        self._known = self._facts()
 
     def are_as_known(self, gradients: Sequence[Array | None], are_new: bool) -> bool:
         """Whether nothing has changed but values and addresses; False also where that cannot be told.
@@ -50,27 +49,25 @@ class Tensors:
         are_new : bool
             Whether one of them is another object than when it was looked at, or lies elsewhere.
         """
-        given = [gradients[column] for column in self._columns]
-        sizes, known = self._known_sizes, self._known_gradients
-        if type(None) in set(map(type, given)):
-            there = [gradient is not None for gradient in given]
-            given, sizes, known = (
-                [each for each, is_there in zip(all_of, there, strict=True) if is_there]
-                for all_of in (given, sizes, known)
-            )
         try:
-            if _sizes(chain(self._variables, given)) != self._sizes + sizes or self._facts() != self._known:
+            if (self._may_be_results or self._may_be_lazy) and self._facts() != self._known:
                 return False
-            return not are_new or self._of_gradients(given) == known
+            return not are_new or self._are_gradients_as_known(gradients)
         except (RuntimeError, NotImplementedError):
             return False
 
+    def _are_gradients_as_known(self, gradients: Sequence[Array | None]) -> bool:
+        pairs = zip((gradients[column] for column in self._columns), self._known_gradients, strict=True)
+        there = [(gradient, known) for gradient, known in pairs if gradient is not None]
+        given = [gradient for gradient, _ in there]
+        torch = sys.modules["torch"]
+        sizes = map(torch.UntypedStorage.nbytes, map(torch.Tensor.untyped_storage, given))
+        offsets = map(torch.Tensor.storage_offset, given)
+        found = list(zip(sizes, offsets, *self._lazy(given), strict=True))
+        return found == [known for _, known in there]
+
     def _facts(self) -> tuple[list[Any], ...]:
         return list(map(_IS_LEAF, self._may_be_results)), *self._lazy(self._may_be_lazy)
-
-    def _of_gradients(self, given: Sequence[Array]) -> list[tuple[Any, ...]]:
-        offsets = map(sys.modules["torch"].Tensor.storage_offset, given)
-        return list(zip(offsets, *self._lazy(given), strict=True))
 
     def _lazy(self, tensors: Sequence[Array]) -> tuple[list[bool], list[bool]]:
         """Whether each is a conjugate, and a negative, that has not been computed."""
@@ -78,8 +75,3 @@ class Tensors:
         conjugate = list(map(kind.is_conj, tensors)) if self._is_complex else [False] * len(tensors)
         return conjugate, list(map(kind.is_neg, tensors))
 
-
-def _sizes(tensors: Iterable[Array]) -> list[int]:
-    """How many bytes the storage of each holds."""
-    torch = sys.modules["torch"]
-    return list(map(torch.UntypedStorage.nbytes, map(torch.Tensor.untyped_storage, tensors)))

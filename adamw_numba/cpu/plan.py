@@ -78,6 +78,10 @@ class Plan:
         self._laid_out: object = None  # the arrangement that `groups` are made for
         self._lay_out()
 
+    def lend(self) -> None:
+        """Note that the user has been given the slots."""
+        self.table.lend()
+
     def begins_as_before(self, gradients: Sequence[Array | None]) -> bool:
         """Begin a step for which nothing has changed but values and addresses; otherwise `begin` is to do it."""
         return self.table.reads(gradients) == self.count

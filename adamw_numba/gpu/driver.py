@@ -18,7 +18,7 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ..arrays.compiled import cached, entry_point, jit, pointer
+from ..arrays.compiled import cached, call_plain, entry_point, jit, pointer
 from .memory import SIMULATED
 from .words import THREADS
 
@@ -49,8 +49,8 @@ _WITHOUT_TIMING, _NON_BLOCKING, _RELAXED = 2, 1, 2  # an event, a stream, a mode
 ACTIVE, INVALIDATED = 1, 2  # the states of a capture; 0 is none
 
 # A board: what the compiled functions know of one GPU.
-BOARD_WORDS = 9
-FUNCTIONS, CONTEXT, STREAM, ASK, DEVICE, MIRROR, TABLE, OUT, DEFAULT = range(BOARD_WORDS)
+BOARD_WORDS = 10
+FUNCTIONS, CONTEXT, STREAM, ASK, CLEAR, DEVICE, MIRROR, TABLE, OUT, DEFAULT = range(BOARD_WORDS)
 # A mirror: the bytes on the host, those sent last, how many words, where they go, and the ring of pinned buffers.
 MIRROR_WORDS = 8
 HOST, SENT, COUNT, TARGET, RING, RING_SIZE, NEXT, IS_SENT = range(MIRROR_WORDS)
@@ -250,6 +250,7 @@ def begins_as_before(board):
     out[0] = b[STREAM]
     # The library's own function for its current stream, from DLPack's exchange API, where it has one.
     if b[ASK] != 0 and _call(b[ASK], (_DLPACK_CUDA, b[DEVICE], b[OUT])) != 0:
+        call_plain(b[CLEAR])
         return False
     if out[0] != b[STREAM]:
         return False

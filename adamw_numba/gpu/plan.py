@@ -22,7 +22,7 @@ from .launcher import Launcher
 from .rows import Rows
 from .streams import Streams, wait_for_all
 from .tables import Mirror
-from .words import CLIPPED, CONTROL, COUNTERS, EXHAUSTED, GUARDED, STILL
+from .words import ALPHA, CLIPPED, CONTROL, COUNTERS, DECAY, EXHAUSTED, GUARDED, SCALE, STILL
 from .workload import Workload
 
 Call = tuple[Any, ...]
@@ -84,6 +84,10 @@ class Plan:
         return self.streams.on_device()
 
     # Beginning a step
+
+    def lend(self) -> None:
+        """Note that the user has been given the slots."""
+        self.table.lend()
 
     def begins_as_before(self, gradients: Sequence[Array | None]) -> bool:
         """Begin a step for which nothing has changed but values and addresses; otherwise `begin` is to do it."""
@@ -359,5 +363,6 @@ class Plan:
 def row(recipe: Recipe, clipnorm: float | None = None) -> list[float]:
     """The numbers of a step in the columns that the kernels read; with no limits of norms but the one given."""
     limits = [recipe.clipnorm or 0.0, recipe.global_clipnorm or 0.0] if clipnorm is None else [clipnorm, 0.0]
-    decisions = float(recipe.overwrite), float(recipe.is_update), recipe.factor
-    return [*map(float, recipe.coefficients()), *decisions, *limits]
+    numbers = [*recipe.c, recipe.overwrite, recipe.is_update, recipe.factor, *limits]
+    numbers[ALPHA], numbers[DECAY], numbers[SCALE] = recipe.alpha, recipe.decay, recipe.scale
+    return numbers

@@ -61,7 +61,7 @@ class Rows:
         A user's schedule may raise here, so everything is computed before anything is changed.
         """
         steps = range(first, first + count + (0 if key is None else AHEAD))
-        rows = np.array([row_at(k) for k in steps])
+        rows = np.array([row_at(k) for k in steps], np.float64)
         if len(steps) > self._capacity:
             self._make(len(steps))
         self._steps = range(0)  # until they have been sent

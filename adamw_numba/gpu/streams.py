@@ -64,7 +64,7 @@ class Streams:
             self.board[driver.CONTEXT] = driver.answer("cuCtxGetCurrent")
         self.board[driver.FUNCTIONS] = driver.addresses().ctypes.data
         self.board[driver.OUT], self.board[driver.DEVICE] = self._out.ctypes.data, device
-        self.board[driver.ASK] = ask.get("torch", 0)
+        self.board[driver.ASK], self.board[driver.CLEAR] = ask.get("torch", 0), reader.CLEAR_ERROR
         self._address = int(self.board.ctypes.data)
 
     def on_device(self) -> AbstractContextManager[Any]:

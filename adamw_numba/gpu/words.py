@@ -21,7 +21,7 @@ GO, EXHAUSTED, SKIPPED, NORM, FINISHED, COUNTERS = range(6)
 FIRST, ROW_COUNT, HEADER_WORDS = range(3)
 # The columns of a row: the coefficients in their order, then
 OVERWRITE, IS_UPDATE, NORM_FACTOR, CLIPNORM, GLOBAL_CLIPNORM, ROW_COLUMNS = range(10, 16)
-EPSILON, SCALE = map(Coefficients._fields.index, ("epsilon", "scale"))
+ALPHA, DECAY, EPSILON, SCALE = map(Coefficients._fields.index, ("alpha", "decay", "epsilon", "scale"))
 # Flags of a launch: each array's scale comes from the norms; a step is skipped where a norm is not finite; the launch
 # uses row 0 and counts nothing.
 CLIPPED, GUARDED, STILL = 1, 2, 4

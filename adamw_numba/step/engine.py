@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from .. import arrays, schedules
+from .. import arrays
 from .. import hyperparameters as hp
 from ..array_api import stateless
 from ..arrays import Array
@@ -119,11 +119,11 @@ class Engine:
 
     def key(self) -> object:
         """Equal for steps whose coefficients follow from the iteration alone, in the same way; None if they may not."""
-        own = self.rate()
-        rates = [None if isinstance(own, float) else own.function, self.hyper.weight_decay]
-        if any(callable(rate) and type(rate).__module__ != schedules.__name__ for rate in rates):
+        hyper = self.hyper
+        rate, decay = hyper.learning_rate_function, hyper.weight_decay_function
+        if not ((rate is None or rate.is_schedule) and (decay is None or decay.is_schedule)):
             return None
-        return own if rates[0] is None else rates[0], self.hyper.token
+        return self.state.scalars["learning_rate"].item() if rate is None else rate.function, hyper.token
 
     # Building
 
@@ -262,8 +262,10 @@ class Engine:
     def _ask_gpus(self, loss_scale: float | None) -> None:
         """Catch up with a GPU that counts by itself, where this step needs its count."""
         for gpu in self.workspace.gpus:  # type: ignore[union-attr]
+            if gpu.is_certain:
+                continue
             asks = gpu.has_captures or loss_scale is not None or self.hyper.nonfinite == "raise" or self.key() is None
-            if not gpu.is_certain and asks and not gpu.looks_captured():
+            if asks and not gpu.looks_captured():
                 self.catch_up()
 
     def update_one(self, gradient: Array, variable: Array, learning_rate: float) -> None:
@@ -358,6 +360,12 @@ class Engine:
         """Where every array of the state is kept, in Keras's order, once a GPU has been asked."""
         self.catch_up()
         return self.state.places()
+
+    def lent_places(self) -> list[Place]:
+        """The same for the user, who may change the arrays from now on."""
+        if self.workspace is not None:
+            self.workspace.lend()
+        return self.places()
 
     def send_hyperparameters(self, steps: int) -> None:
         """Send a GPU the coefficients of the next steps: see `AdamW.update_hyperparameters`."""

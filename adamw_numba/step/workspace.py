@@ -40,6 +40,11 @@ class Workspace(NamedTuple):
         for plan in self.plans:
             plan.begin(gradients)
 
+    def lend(self) -> None:
+        """Note that the user has been given the slots: see `AddressTable.lend`."""
+        for plan in self.plans:
+            plan.lend()
+
     def work(self, recipe: Recipe, gradients: Sequence[Array | None]) -> tuple[list[Call], list[Call]]:
         """The work of all plans: calls that may be repeated, and calls that may not."""
         if len(self.plans) == 1:
