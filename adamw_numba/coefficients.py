@@ -136,6 +136,11 @@ class Recipes:
         self._usual: Recipe | None = None  # of every step but the first, where all of them are of one kind
         self._made: dict[tuple[bool, bool, bool], Recipe] = {}
 
+    @property
+    def has_fixed_rates(self) -> bool:
+        """Whether learning rate and weight decay are numbers."""
+        return self.hyper.learning_rate_function is None and self.hyper.weight_decay_function is None
+
     def at(self, number: int, rate: float, weight_decay: float) -> Recipe:
         """The recipe of the step after `number` others, filled in."""
         recipe, updates = self._usual, number

@@ -143,8 +143,8 @@ def main(arguments: list[str] | None = None) -> int:
             for name in OPTIONS:
                 times = [found[name, count] for count in COUNTS]
                 further = (times[-1] - times[1]) / (COUNTS[-1] - COUNTS[1])
-                print(f"{kind:6s} {name:6s}" + "".join(f"{n:7,d}: {t:8.1f} us" for n, t in zip(COUNTS, times, strict=True)), end="")
-                print(f"   {further:.2f} us for each further array")
+                told = "".join(f"{n:7,d}: {t:8.1f} us" for n, t in zip(COUNTS, times, strict=True))
+                print(f"{kind:6s} {name:6s}{told}   {further:.2f} us for each further array")
                 if name == "plain":
                     slow += [f"{kind}: ten arrays"] * (max(times[:2]) > FIRST)
                     slow += [f"{kind}: further arrays"] * (further > FURTHER[kind])

@@ -1,10 +1,10 @@
-"""What a torch tensor's header does not tell: how much its storage holds, and whether its values are yet to be changed.
+"""What a torch tensor's header does not tell: what its storage holds, and whether its values are yet to be changed.
 
-A tensor keeps its shape when its storage is resized, and a kernel would then write beyond the end. `conj` and some views
-of complex numbers only set a bit, and the values in memory are not those of the tensor. DLPack tells neither. One fact is
-asked of all tensors at a time, since `map` over a function of C is the fastest loop there is; and nothing is asked again
-that does not change: a storage that is resized lies elsewhere afterwards, and of a tensor that is the same object at the
-same address, all is known.
+A tensor keeps its shape when its storage is resized, and a kernel would then write beyond the end. `conj` and some
+views of complex numbers only set a bit, and the values in memory are not those of the tensor. DLPack tells neither. One
+fact is asked of all tensors at a time, since `map` over a function of C is the fastest loop there is; and nothing is
+asked again that does not change: a storage that is resized lies elsewhere afterwards, and of a tensor that is the same
+object at the same address, all is known.
 """
 
 import sys
@@ -74,4 +74,3 @@ class Tensors:
         kind = sys.modules["torch"].Tensor
         conjugate = list(map(kind.is_conj, tensors)) if self._is_complex else [False] * len(tensors)
         return conjugate, list(map(kind.is_neg, tensors))
-

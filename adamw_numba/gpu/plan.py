@@ -6,7 +6,7 @@ few kernels with three integers each; nothing waits for the GPU, a step that is 
 and a captured graph follows the schedule.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -26,7 +26,7 @@ from .words import ALPHA, CLIPPED, CONTROL, COUNTERS, DECAY, EXHAUSTED, GUARDED,
 from .workload import Workload
 
 Call = tuple[Any, ...]
-RowAt = Callable[[int], Sequence[float]]
+RowsOf = Callable[[range], Matrix]
 
 
 class Plan:
@@ -136,7 +136,7 @@ class Plan:
         with self.current():
             self.counter.set(iteration)
 
-    def send_ahead(self, row_at: RowAt, key: object) -> None:
+    def send_ahead(self, rows_of: RowsOf, key: object) -> None:
         """Send the rows of this step and the next ones, unless they are there.
 
         Raises
@@ -145,14 +145,14 @@ class Plan:
             While a graph is captured, if they are not.
         """
         if not self.is_capturing:
-            self.send_rows(*self.counter.next_steps(), row_at, key)
+            self.send_rows(*self.counter.next_steps(), rows_of, key)
         elif not self.rows.are_current(key):
             raise RuntimeError(
                 "a hyperparameter has changed, or no step was taken yet, when a graph is captured; expected one step, "
                 "or update_hyperparameters(), before the capture"
             )
 
-    def send_rows(self, first: int, count: int, row_at: RowAt, key: object) -> None:
+    def send_rows(self, first: int, count: int, rows_of: RowsOf, key: object) -> None:
         """Send the rows of `count` steps from `first` on, and of some more, unless they are there, made with that key.
 
         A key of None says that a row holds for nothing but this step.
@@ -166,7 +166,7 @@ class Plan:
         with self.current():
             stream = max(self.streams.handle, 0)
             self.counter.look(stream)
-            self.rows.write(first, count, row_at, key)
+            self.rows.write(first, count, rows_of, key)
             self._describe_if_moved()
             self.rows.send(stream)
 
@@ -178,7 +178,7 @@ class Plan:
             wait_for_all()
             self.streams.take([None] * len(self.table.names))
             self.expect(first)
-            self.send_rows(first, steps, lambda k: row(recipe_at(k)), key)
+            self.send_rows(first, steps, lambda numbers: rows_of(map(recipe_at, numbers)), key)
             wait_for_all()
 
     # A step, as every plan takes it
@@ -186,7 +186,7 @@ class Plan:
     def norms(self, recipe: Recipe, gradients: Sequence[Array | None]) -> tuple[Matrix, float]:
         """The norm of each variable's gradient, 0 elsewhere, and of all together; waits for the GPU."""
         self._check_not_captured()
-        self.send_rows(recipe.number, 1, lambda _: row(recipe), None)
+        self.send_rows(recipe.number, 1, lambda _: rows_of([recipe]), None)
         found = np.zeros(len(self.table.names))
         with self.current():
             launch, *arguments = self.launcher.norms(self.workload, recipe.variant.accumulate)
@@ -202,7 +202,7 @@ class Plan:
             return [], self._work_alone(recipe, gradients)
         self.expect(recipe.number)
         each = recipe.clipnorm if recipe.clips is not None and recipe.clipnorm else 0.0
-        self.send_rows(recipe.number, 1, lambda _: row(recipe, each), None)
+        self.send_rows(recipe.number, 1, lambda _: rows_of([recipe], each), None)
         # The host knows the norms, but the kernels read from memory what each gradient is multiplied with.
         flags = CLIPPED if each else 0
         return [], self._launches(recipe, flags, norms=bool(each))
@@ -212,7 +212,7 @@ class Plan:
             return []
         if self.has_captures:
             raise RuntimeError("`update_step` would take the rows of a captured graph; expected no capture before it")
-        self.send_rows(0, 1, lambda _: row(recipe, 0.0), None)
+        self.send_rows(0, 1, lambda _: rows_of([recipe], 0.0), None)
         return self._launches(recipe, STILL, norms=False, counts=False)
 
     def _check_not_captured(self) -> None:
@@ -228,10 +228,11 @@ class Plan:
         """The launches of a step that the GPU decides and counts by itself, and whether the host can count along."""
         if self.iteration != recipe.number:
             self.expect(recipe.number)
-        if self.is_capturing or not self.rows.hold(*self.counter.next_steps(), key):
+        is_capturing = self.streams.is_capturing
+        if is_capturing or not self.rows.hold(*self.counter.next_steps(), key):
             self._send_ahead(recipe, recipes, rates_at, key)
         clips, guarded = bool(recipe.clipnorm or recipe.global_clipnorm), recipe.nonfinite == "skip"
-        knows = self.is_certain and not guarded and not self.is_capturing
+        knows = self.counter.known.is_certain and not guarded and not is_capturing
         # Where the host does not know which step this is, it may be an update, of which norms are clipped.
         clipped = clips and (recipe.is_update or not knows)
         if clips and not clipped:
@@ -240,9 +241,17 @@ class Plan:
         return self._launches(recipe, flags, norms=guarded or clipped, decides=not knows), knows
 
     def _send_ahead(self, recipe: Recipe, recipes: Recipes, rates_at: Any, key: object) -> None:
-        number, alpha, decay, here = recipe.number, recipe.alpha, recipe.decay, row(recipe)
-        self.send_ahead(lambda k: here if k == number else row(recipes.at(k, *rates_at(k))), key)
-        recipe.number, recipe.alpha, recipe.decay = number, alpha, decay  # filled in for the steps ahead meanwhile
+        number, alpha, decay = recipe.number, recipe.alpha, recipe.decay
+        fixed = rates_at(number) if recipes.has_fixed_rates else None
+
+        def recipe_at(k: int) -> Recipe:
+            if k != number:
+                return recipes.at(k, *(fixed or rates_at(k)))
+            recipe.number, recipe.alpha, recipe.decay = number, alpha, decay  # filled in for others meanwhile
+            return recipe
+
+        self.send_ahead(lambda numbers: rows_of(map(recipe_at, numbers)), key)
+        recipe_at(number)
 
     def _launches(
         self, recipe: Recipe, flags: int, *, norms: bool, counts: bool = True, decides: bool = False
@@ -256,13 +265,13 @@ class Plan:
         decides : bool
             Whether the GPU decides if it is, which the host may ask about.
         """
-        variant, is_captured = recipe.variant, self.is_capturing
+        variant, is_captured = recipe.variant, self.streams.is_capturing
         if variant.clip:
             variant = variant._replace(clip=False)
         launch = self.launcher.step(self.workload, variant, flags, norms=norms)
         if is_captured:
             self.launcher.keep_for_graphs(self.rows.mirror, self.counter.words, self.workload, self._sent_table)
-        after = self.counter.after(flags, is_captured=is_captured, counts=counts, decides=decides, normed=norms)
+        after = self.counter.after(flags, is_captured, counts, decides, norms)
         return [launch, *self.streams.ending(), (setattr, self.counter, "known", after)]
 
     def check_captured(self, clipped: bool, guarded: bool) -> None:
@@ -360,9 +369,24 @@ class Plan:
             self._described = self.rows.mirror
 
 
-def row(recipe: Recipe, clipnorm: float | None = None) -> list[float]:
-    """The numbers of a step in the columns that the kernels read; with no limits of norms but the one given."""
+def rows_of(recipes: Iterable[Recipe], clipnorm: float | None = None) -> Matrix:
+    """The numbers of steps in the columns that the kernels read; with no limits of norms but the one given.
+
+    Most steps are of one kind, and their rows differ in two numbers.
+    """
+    kinds: dict[Recipe, int] = {}
+    which, alphas, decays = [], [], []
+    for recipe in recipes:
+        which.append(kinds.setdefault(recipe, len(kinds)))
+        alphas.append(recipe.alpha)
+        decays.append(recipe.decay)
+    rows = np.array([_row(recipe, clipnorm) for recipe in kinds], np.float64)[which]
+    rows[:, ALPHA], rows[:, DECAY] = alphas, decays
+    return rows
+
+
+def _row(recipe: Recipe, clipnorm: float | None) -> list[float]:
     limits = [recipe.clipnorm or 0.0, recipe.global_clipnorm or 0.0] if clipnorm is None else [clipnorm, 0.0]
     numbers = [*recipe.c, recipe.overwrite, recipe.is_update, recipe.factor, *limits]
-    numbers[ALPHA], numbers[DECAY], numbers[SCALE] = recipe.alpha, recipe.decay, recipe.scale
+    numbers[SCALE] = recipe.scale
     return numbers

@@ -4,7 +4,7 @@ The kernels choose a row by their own count of steps. So most steps send nothing
 same row again, and the replays of a captured graph follow the schedules.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from ..update import LEAST_EPSILON
 from .tables import Mirror
 from .words import EPSILON, FIRST, HEADER, HEADER_WORDS, ROW_COLUMNS, ROW_COUNT, ROWS, ROWS_DOUBLE
 
-AHEAD = 64  # rows that are sent beyond those that are needed now
+AHEAD = 128  # rows that are sent beyond those that are needed now
 
 
 class Rows:
@@ -28,7 +28,7 @@ class Rows:
     def __init__(self) -> None:
         self._key: object = None
         self._written: tuple[range, object] = range(0), None
-        self._make(4 * AHEAD)
+        self._make(2 * AHEAD)
 
     def _make(self, capacity: int) -> None:
         size = capacity * ROW_COLUMNS
@@ -45,7 +45,7 @@ class Rows:
     def hold(self, first: int, count: int, key: object) -> bool:
         """Whether those of `count` steps from `first` on were sent, made with that key; None says they hold once."""
         held = self._steps
-        return key is not None and key == self._key and held.start <= first and first + count <= held.stop
+        return key is not None and held.start <= first and first + count <= held.stop and key == self._key
 
     def are_current(self, key: object) -> bool:
         """Whether any were sent, made with that key."""
@@ -55,13 +55,15 @@ class Rows:
         """Send them again next time."""
         self._key = None
 
-    def write(self, first: int, count: int, row_at: Callable[[int], Sequence[float]], key: object) -> None:
+    def write(self, first: int, count: int, rows_of: Callable[[range], Matrix], key: object) -> None:
         """Work out those of `count` steps from `first` on, and of some more; `send` is to follow.
 
         A user's schedule may raise here, so everything is computed before anything is changed.
         """
-        steps = range(first, first + count + (0 if key is None else AHEAD))
-        rows = np.array([row_at(k) for k in steps], np.float64)
+        # Where a rate is set anew at every step, as torch's schedulers do it, further rows would never be used.
+        is_fleeting = key is None or (key != self._key and bool(self._steps) and first <= self._steps.start + 1)
+        steps = range(first, first + count + (0 if is_fleeting else AHEAD))
+        rows = rows_of(steps)
         if len(steps) > self._capacity:
             self._make(len(steps))
         self._steps = range(0)  # until they have been sent
