@@ -5,7 +5,7 @@ The compiled functions of driver.py call it as they call the driver.
 
 import ctypes
 import traceback
-from collections import Counter
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,27 +14,26 @@ from .words import THREADS
 _OWN_STREAM = 7  # of whoever makes one
 _UNKNOWN_ERROR = 999
 
-calls: "Counter[str]" = Counter()  # how often each function was called
+calls: "deque[tuple[str, tuple[Any, ...]]]" = deque(maxlen=1000)  # the last ones: functions and their arguments
 kernels: list[Any] = [None]  # by their handles
 recorded: list[Callable[[], object]] | None = None  # what goes into the graph that is captured at the moment
-_current = 0  # the context
+_contexts = [0]  # the last one is current
 _kept: list[Any] = []  # memory that is never freed
 
 
 def function(name: str, arguments: Sequence[Any]) -> Any:
-    """A function of C, with the arguments of the driver's, that counts its calls."""
-    stand_in: Callable[..., int | None] = _STAND_INS.get(name, _succeed)
+    """A function of C, with the arguments of the driver's, that notes its calls."""
 
-    def counted(*given: Any) -> int:
-        calls[name] += 1
+    def noted(*given: Any) -> int:
+        calls.append((name, given))
         try:
-            return int(stand_in(*given) or 0)
+            return int(STAND_INS.get(name, _succeed)(*given) or 0)
         except BaseException:  # from here it can go nowhere else
             traceback.print_exc()
             return _UNKNOWN_ERROR
 
     make: Any = ctypes.CFUNCTYPE
-    return make(ctypes.c_int, *arguments)(counted)
+    return make(ctypes.c_int, *arguments)(noted)
 
 
 def handle_of(kernel: Any) -> int:
@@ -53,18 +52,15 @@ def _put(address: int, value: int, kind: Any = ctypes.c_int64) -> None:
 
 
 def _get_context(out: int) -> None:
-    _put(out, _current)
+    _put(out, _contexts[-1])
 
 
-def _push_context(context: int) -> None:
-    global _current
-    _current = context
+def _push_context(context: int | None) -> None:
+    _contexts.append(context or 0)
 
 
 def _pop_context(out: int) -> None:
-    global _current
-    _put(out, _current)
-    _current = 0
+    _put(out, _contexts.pop())
 
 
 def _launch(kernel: int, grid: int, *rest: Any) -> None:
@@ -100,7 +96,7 @@ def _create(out: int, flags: int) -> None:
     _put(out, _OWN_STREAM)
 
 
-_STAND_INS: dict[str, Callable[..., int | None]] = {
+STAND_INS: dict[str, Callable[..., int | None]] = {
     "cuCtxGetCurrent": _get_context,
     "cuCtxPushCurrent_v2": _push_context,
     "cuCtxPopCurrent_v2": _pop_context,

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import libraries
+from helpers.reading import read, reader_of
 from helpers.training import train
 
 from adamw_numba import arrays, update
@@ -30,21 +31,6 @@ TENSORS = {
     "bfloat16 tensor": torch.ones(4, dtype=torch.bfloat16),
     "float16 tensor": torch.ones(4, dtype=torch.float16),
 }
-
-
-def read(reader, gradients):
-    return headers.read(id(gradients), reader.address) >= 0
-
-
-def reader_of(array):
-    layout = arrays.layout_of(array)
-    low, high = (end - layout.address for end in arrays.extent(layout))
-    table = np.zeros((8, 1), np.int64)
-    table[update.P] = layout.address
-    records = [[headers.record(array, layout, low, high, flags)] for flags in (headers.WRITEABLE, headers.ALIGNED)]
-    return headers.Reader(
-        [array], np.array([[update.P], [0]]), *records, np.zeros((2, 0), np.int64), table, [False]
-    ), table
 
 
 @pytest.mark.parametrize("case", [*ARRAYS, *TENSORS])

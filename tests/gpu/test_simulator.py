@@ -11,7 +11,13 @@ import pytest
 pytest.importorskip("numba_cuda")
 
 HERE = Path(__file__).parent
-PASS = {"test_gpu_arrays": 9, "test_gpu_counting": 50, "test_gpu_graphs": 11, "test_gpu_numbers": 50}  # at least
+PASS = {  # at least
+    "test_gpu_arrays": 9,
+    "test_gpu_calls": 14,
+    "test_gpu_counting": 15,
+    "test_gpu_graphs": 15,
+    "test_gpu_numbers": 50,
+}
 
 
 @pytest.mark.parametrize(
