@@ -89,7 +89,7 @@ def test_the_context_is_entered_where_another_is_current():
 
 def test_buffers_that_are_under_way(monkeypatch, caplog):
     """A copy that is not done is no error: another buffer is taken, and nothing is said of it."""
-    optimizer, (gradients, others) = stepping(["float32"])
+    optimizer, (_, others) = stepping(["float32"])
     busy = iter([600, 600] + [0] * 100)
     with monkeypatch.context() as patch, caplog.at_level(logging.DEBUG):
         patch.setitem(simulated_driver.STAND_INS, "cuEventQuery", lambda event: next(busy))
