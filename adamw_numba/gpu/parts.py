@@ -148,9 +148,10 @@ def coefficients_in(compute):
             get(row + 4 * size),
             get(row + 5 * size),
             get(row + 6 * size),
+            get(row + 7 * size),
             scale,
-            get(row + 8 * size),
             get(row + 9 * size),
+            get(row + 10 * size),
         )
 
     return row_at, coefficients

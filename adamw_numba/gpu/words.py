@@ -20,7 +20,7 @@ GO, EXHAUSTED, SKIPPED, NORM, FINISHED, COUNTERS = range(6)
 # The header of the rows: the iteration that the first one is for, and how many there are.
 FIRST, ROW_COUNT, HEADER_WORDS = range(3)
 # The columns of a row: the coefficients in their order, then
-OVERWRITE, IS_UPDATE, NORM_FACTOR, CLIPNORM, GLOBAL_CLIPNORM, ROW_COLUMNS = range(10, 16)
+OVERWRITE, IS_UPDATE, NORM_FACTOR, CLIPNORM, GLOBAL_CLIPNORM, ROW_COLUMNS = range(11, 17)
 EPSILON, SCALE = map(Coefficients._fields.index, ("epsilon", "scale"))
 # Flags of a launch: each array's scale comes from the norms; a step is skipped where a norm is not finite; the launch
 # uses row 0 and counts nothing.

@@ -106,6 +106,15 @@ def test_norms_of_extreme_float64(value):
     np.testing.assert_allclose(libraries.look(x), y, rtol=1e-14)
 
 
+def test_without_momentum_the_first_moment_is_the_gradient():
+    """A difference from a larger number would lose the last bits of a small gradient."""
+    optimizer = AdamW(0.1, beta_1=0.0)
+    optimizer.build([array(np.ones(3), "float64")])
+    for gradient in ([1e3, -1e3, 1e6], [1.1, 1e-9, -0.3]):
+        optimizer.apply([array(gradient, "float64")])
+        np.testing.assert_array_equal(libraries.look(optimizer.state["momentum/0"]), gradient)
+
+
 def steps_with_changes(make_array):
     """Steps among which all that may change does."""
     variables = {"a": make_array(np.ones(6)), "b": make_array(np.full(4, 2.0))}
