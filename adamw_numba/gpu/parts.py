@@ -10,7 +10,7 @@ from numba import cuda, types
 
 from ..update import Coefficients
 from . import memory
-from .memory import SIZES, add_word, device_function, put_word, scalar_function, word
+from .memory import SIMULATED, SIZES, add_word, device_function, put_word, scalar_function, word
 from .words import (
     CONTROL,
     COUNT,
@@ -38,11 +38,14 @@ from .words import (
 )
 
 SIGNATURE = types.void(types.int64, types.int64, types.int64)  # descriptor of a group, flags, expected iteration
+# How every kernel is compiled; the simulator knows no options. There is nothing to link, and where the linker optimizes
+# once more, an H100 takes bfloat16 with all options at 86 instead of 91 % of its bandwidth.
+OPTIONS = {} if SIMULATED else {"lto": False}
 
 
 def kernel(function):
     """Compile a function for the current device, without asking for the types of its arguments at each launch."""
-    return cuda.jit(SIGNATURE)(function)
+    return cuda.jit(SIGNATURE, **OPTIONS)(function)
 
 
 @scalar_function

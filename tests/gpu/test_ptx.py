@@ -36,7 +36,7 @@ SQUARES = [
 KERNELS = [*UPDATES, *SQUARES, ("norm",), ("decision",)]
 IN_FLOAT32 = [kernel for kernel in UPDATES if kernel[1].compute == "float32"]
 QUICK = [UPDATES[0], UPDATES[-1], SQUARES[-1], ("norm",), ("decision",)]
-CAPABILITIES = [(8, 0), (9, 0)]
+CAPABILITIES = [(8, 0, ""), (9, 0, "a")]  # as numba-cuda asks for them: with all that a GPU can do, from 9.0 on
 
 
 def name_of(kernel):
@@ -59,26 +59,48 @@ def function_of(kernel):
     return {"norm": norm_kernels.norm_function, "decision": norm_kernels.decision_function}[name]
 
 
-@cache
-def ptx_of(kernel):
-    """The PTX of a kernel for each GPU generation; what is the same for both is compiled once."""
-    import numba.cuda.dispatcher as dispatcher
-    from numba.cuda import compiler
+def compiled(kernel):
+    """A kernel as `parts.kernel` compiles it, all but loaded, since there is no GPU."""
+    from numba.cuda import codegen, dispatcher
 
     from adamw_numba.gpu import parts
 
-    dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=CAPABILITIES[0])  # there is no GPU
-    options = dict.fromkeys(("debug", "opt", "abi_info", "launch_bounds")) | dict.fromkeys(
-        ("lineinfo", "device", "fastmath", "forceinline", "lto"), False
-    )
-    library, _ = compiler._compile_pyfunc_with_fixup(
-        function_of(kernel), parts.SIGNATURE, cc=CAPABILITIES[0], abi="numba", **options
-    )
-    return {capability: "".join(library.get_asm_strs(cc=capability)) for capability in CAPABILITIES}
+    device = SimpleNamespace(compute_capability=CAPABILITIES[0][:2])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatcher, "get_current_device", lambda: device)
+        patch.setattr(dispatcher._Kernel, "bind", lambda kernel: None)
+        patch.setattr(codegen.CUDACodeLibrary, "_ensure_cc", lambda library, cc: cc or CAPABILITIES[0])
+        (found,) = parts.kernel(function_of(kernel)).overloads.values()
+    return found
+
+
+def ptx_for(found, capability):
+    """The PTX that a GPU's assembler is given: of the linker, where that optimizes."""
+    return found.inspect_lto_ptx(capability) if found.library._lto else found.inspect_asm(capability)
+
+
+@cache
+def ptx_of(kernel):
+    """The PTX of a kernel for each GPU generation; what is the same for both is compiled once."""
+    found = compiled(kernel)
+    return {capability: ptx_for(found, capability) for capability in CAPABILITIES}
 
 
 def accesses(ptx, instruction):
     return Counter(re.findall(rf"\s{instruction}\.global((?:\.cs)?\.v\d\.\w+)", ptx))
+
+
+def test_what_is_read_here_is_compiled_like_what_runs(monkeypatch):
+    """By the same call with the same options: another option is seen in the code."""
+    from adamw_numba.gpu import parts
+
+    assert parts.OPTIONS == {"lto": False}
+    assert ".maxntid" not in ptx_of(UPDATES[0])[CAPABILITIES[0]]
+    monkeypatch.setitem(parts.OPTIONS, "launch_bounds", 96)
+    monkeypatch.setitem(parts.OPTIONS, "lto", True)
+    found = compiled(UPDATES[0])
+    assert found.library._lto
+    assert re.search(r"\.maxntid 96\b", ptx_for(found, CAPABILITIES[0]))
 
 
 def test_these_are_all_variants():
@@ -90,8 +112,8 @@ def test_these_are_all_variants():
     "kernel", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in KERNELS], ids=name_of
 )
 def test_machine_code(kernel):
-    for (major, minor), ptx in ptx_of(kernel).items():
-        assert f".target sm_{major}{minor}" in ptx
+    for (major, minor, letter), ptx in ptx_of(kernel).items():
+        assert f".target sm_{major}{minor}{letter}\n" in ptx
         assert ".local" not in ptx  # everything stays in registers
         assert "call.uni" not in ptx
         if kernel in IN_FLOAT32:
