@@ -10,7 +10,7 @@ from .counter import Counter
 from .memory import SIMULATED
 from .streams import Streams
 from .tables import keep_for_graphs
-from .words import STILL, THREADS
+from .words import NORMS_ALONE, STILL, THREADS
 from .workload import Group, Workload
 
 _MOST_BLOCKS = 2**31 - 1
@@ -57,16 +57,13 @@ class Launcher:
         ]
 
     def norms(self, workload: Workload, accumulates: bool, flags: int, *, decides: bool = True) -> list[Launch]:
-        """What takes the norms of the gradients, and decides what follows from them."""
+        """What takes the norms of the gradients, and decides what follows from them, unless the host does."""
         kernel = norm_kernels.square_kernel
         found = [(kernel(g.storage.g, g.storage.compute, accumulates), g.square_chunks, g) for g in workload.groups]
         first = workload.groups[0]  # its descriptor tells of the norms of all
-        found.append((norm_kernels.norm_kernel(), workload.arrays, first))
-        if decides:
-            found.append((norm_kernels.decision_kernel(), 1, first))
-        return [
-            Launch(self.configured(kernel, grid), group.address, flags & STILL, -1) for kernel, grid, group in found
-        ]
+        found.append((norm_kernels.decision_kernel(), workload.arrays, first))
+        flags = flags & STILL if decides else NORMS_ALONE | STILL
+        return [Launch(self.configured(kernel, grid), group.address, flags, -1) for kernel, grid, group in found]
 
     def configured(self, kernel: Any, grid: int) -> Any:
         """A kernel with its launch configuration, which is kept: making one takes longer than a launch."""
