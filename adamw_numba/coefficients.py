@@ -32,6 +32,7 @@ def coefficients(
     return Coefficients(
         alpha=step_size(updates, learning_rate, log(hyper.beta_1), log(hyper.beta_2), xp),
         decay=learning_rate * weight_decay,
+        beta_1=hyper.beta_1,
         beta_1c=1 - hyper.beta_1,
         beta_2=hyper.beta_2,
         beta_2c=1 - hyper.beta_2,

@@ -27,6 +27,7 @@ class Coefficients(NamedTuple):
 
     alpha: Any  # lr * sqrt(1 - beta_2^t) / (1 - beta_1^t)
     decay: Any  # lr * weight_decay, 0 for an excluded array
+    beta_1: Any
     beta_1c: Any  # 1 - beta_1
     beta_2: Any
     beta_2c: Any  # 1 - beta_2
@@ -66,8 +67,9 @@ def make_update(sqrt: Callable[..., Any], maximum: Callable[..., Any], minimum: 
     def update(p, g, m, v, top, average, total, limit, c):  # type: ignore[no-untyped-def]
         x = g * c.scale if total is None else (g * c.unscale + total) * c.scale
         x = x if limit is None else minimum(maximum(x, -limit), limit)
-        m = m + (x - m) * c.beta_1c
-        v = v * c.beta_2 + x * x * c.beta_2c  # not `v + (x^2 - v) * ...`: that loses small x where beta_2 is small
+        # Not `m + (x - m) * ...`: beside a large m or v, that loses a small x where beta is small.
+        m = m * c.beta_1 + x * c.beta_1c
+        v = v * c.beta_2 + x * x * c.beta_2c
         highest = None if top is None else maximum(top, v)
         second = v if top is None else highest
         p = p - p * c.decay

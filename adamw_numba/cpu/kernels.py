@@ -46,9 +46,9 @@ LIKE = {"float32": np.float32(0), "float64": np.float64(0), "float16": np.int16(
 
 # Entries of a block: addresses, then sizes.
 WORK, CHUNKS, TABLE, ARRAYS, FACTORS, NUMBERS, PARTIALS, SUMS, IS_FAR, BLOCK_WORDS = range(10)
-# The numbers of a step: ten coefficients (see update.Coefficients), whether to overwrite the variables with their
+# The numbers of a step: eleven coefficients (see update.Coefficients), whether to overwrite the variables with their
 # averages, and the scale of the squares.
-SCALE, OVERWRITE, SQUARE_SCALE, HOW_MANY = 7, 10, 11, 12
+SCALE, OVERWRITE, SQUARE_SCALE, HOW_MANY = 8, 11, 12, 13
 # Rows of the factors, one number for each variable: of its decay, and of its clip.
 DECAY, CLIP = range(2)
 
@@ -176,11 +176,12 @@ def cast_coefficients(c, decayed, clip, like):
         cast(c[2]),
         cast(c[3]),
         cast(c[4]),
-        max(cast(c[5]), cast(LEAST_EPSILON)),
-        cast(c[6]),
-        cast(c[7] * clip),
-        cast(c[8]),
+        cast(c[5]),
+        max(cast(c[6]), cast(LEAST_EPSILON)),
+        cast(c[7]),
+        cast(c[8] * clip),
         cast(c[9]),
+        cast(c[10]),
     )
 
 

@@ -10,7 +10,7 @@ from ..update import Variant
 from . import driver, kernels, norm_kernels
 from .memory import SIMULATED
 from .streams import Streams
-from .words import STILL
+from .words import NORMS_ALONE, STILL
 from .workload import Workload
 
 _MOST_BLOCKS = 2**31 - 1
@@ -43,16 +43,16 @@ class Launcher:
         made = self._made.get((variant, flags, norms))
         if made is None:
             with self._streams.on_device():
-                first = self._norms(workload, variant.accumulate, True) if norms else []
+                first = self._norms(workload, variant.accumulate) if norms else []
                 made = self._make((variant, flags, norms), [*first, *self._updates(workload, variant)], flags)
         return made[0]
 
-    def norms(self, workload: Workload, accumulates: bool, *, decides: bool = False) -> Call:
-        """What launches the norms of the gradients alone."""
-        key = accumulates, decides
+    def norms(self, workload: Workload, accumulates: bool) -> Call:
+        """What launches the norms of the gradients alone, on which the host decides."""
+        key = "norms", accumulates
         if key not in self._made:
             with self._streams.on_device():
-                self._make(key, self._norms(workload, accumulates, decides), STILL)
+                self._make(key, self._norms(workload, accumulates), NORMS_ALONE | STILL)
         return self._made[key][0]
 
     def keep_for_graphs(self, *things: Any) -> None:
@@ -62,15 +62,12 @@ class Launcher:
     def _updates(self, workload: Workload, variant: Variant) -> list[_Planned]:
         return [(kernels.update_kernel(g.storage, variant), g.chunks, g.address) for g in workload.groups]
 
-    def _norms(self, workload: Workload, accumulates: bool, decides: bool) -> list[_Planned]:
+    def _norms(self, workload: Workload, accumulates: bool) -> list[_Planned]:
         kernel, first = norm_kernels.square_kernel, workload.groups[0]  # whose descriptor tells of the norms of all
-        planned = [
+        squares = [
             (kernel(g.storage.g, g.storage.compute, accumulates), g.square_chunks, g.address) for g in workload.groups
         ]
-        planned.append((norm_kernels.norm_kernel(), workload.arrays, first.address))
-        if decides:
-            planned.append((norm_kernels.decision_kernel(), 1, first.address))
-        return planned
+        return [*squares, (norm_kernels.decision_kernel(), workload.arrays, first.address)]
 
     def _make(self, key: object, planned: Sequence[_Planned], flags: int) -> tuple[Call, Matrix]:
         """The call that launches kernels one after another, and the rows that it goes through."""

@@ -7,8 +7,9 @@ version of this file. There are two: intrinsics for numba-cuda, and plain Python
 `word`, `put_word` and `add_word` (atomic; returns the old value) access one int64. `number(dtype)` makes a pair of
 functions that read and write one float. `elements(storage, width, streaming)` makes a pair ``load(out, address)`` and
 ``store(values, address)`` for `width` neighbours, between memory and a local array of the compute type: in accesses of
-128 bits where the neighbours fill them; `streaming` says that nobody reads the same bytes again soon.
-`rounded(storage)` is what a number becomes when it is stored and loaded again.
+128 bits where the neighbours fill them; `streaming` says that nobody reads the same bytes again soon. With `times` and
+`apart`, for as many such groups of neighbours, so many elements from one to the next. `rounded(storage)` is what a
+number becomes when it is stored and loaded again.
 """
 
 import ctypes
@@ -59,15 +60,19 @@ def _simulated():
 
         return get, put
 
-    def elements(storage, width, streaming):
+    def elements(storage, width, streaming, times=1, apart=0):
+        step = apart * SIZES[storage]
+
         def load(out, address):
-            check(address, width)
-            out[:width] = memory(address, dtypes[storage], width)
+            for k in range(times):
+                check(address + k * step, width)
+                out[k * width :][:width] = memory(address + k * step, dtypes[storage], width)
 
         def store(values, address):
-            check(address, width)
-            with np.errstate(over="ignore"):
-                memory(address, dtypes[storage], width)[:] = values[:width]
+            for k in range(times):
+                check(address + k * step, width)
+                with np.errstate(over="ignore"):
+                    memory(address + k * step, dtypes[storage], width)[:] = values[k * width :][:width]
 
         return load, store
 
@@ -199,21 +204,21 @@ def _compiled():
                 vector = builder.insert_element(vector, value, index(i))
             builder.store(vector, pointer(builder, address, vector.type)).align = ACCESS
 
-    def accesses(width, storage):
-        """How many elements one access takes, and at which elements they begin."""
-        count = min(width, ACCESS // SIZES[storage])
-        return count, range(0, width, count)
+    def accesses(storage, width, times, apart):
+        """How many elements one access takes; for each access, which lane is its first, and the byte it begins at."""
+        size, count = SIZES[storage], min(width, ACCESS // SIZES[storage])
+        starts = [(k * width + i, (k * apart + i) * size) for k in range(times) for i in range(0, width, count)]
+        return count, starts
 
-    def elements(storage, width, streaming):
-        size = SIZES[storage]
-        count, starts = accesses(width, storage)
+    def elements(storage, width, streaming, times=1, apart=0):
+        count, starts = accesses(storage, width, times, apart)
 
         @intrinsic
         def load(typingctx, out, address):
             def codegen(context, builder, signature, args):
                 data = context.make_array(signature.args[0])(context, builder, args[0]).data
-                for start in starts:
-                    at = builder.add(args[1], ir.Constant(word_type, start * size))
+                for start, byte in starts:
+                    at = builder.add(args[1], ir.Constant(word_type, byte))
                     for i, x in enumerate(read(builder, at, storage, count, streaming)):
                         builder.store(widen(builder, x, storage), builder.gep(data, [index(start + i)]))
                 return context.get_dummy_value()
@@ -224,8 +229,8 @@ def _compiled():
         def store(typingctx, values, address):
             def codegen(context, builder, signature, args):
                 data = context.make_array(signature.args[0])(context, builder, args[0]).data
-                for start in starts:
-                    at = builder.add(args[1], ir.Constant(word_type, start * size))
+                for start, byte in starts:
+                    at = builder.add(args[1], ir.Constant(word_type, byte))
                     numbers = [builder.load(builder.gep(data, [index(start + i)])) for i in range(count)]
                     write(builder, at, [narrow(builder, x, storage) for x in numbers], storage, streaming)
                 return context.get_dummy_value()

@@ -1,8 +1,8 @@
-"""The norms of gradients on a GPU: sums of squares, their roots, and what follows from them, in three launches.
+"""The norms of gradients on a GPU: sums of squares, their roots, and what follows from them, in two launches.
 
-The first launch takes every gradient in fixed chunks, the second adds up each array's chunks in order, and the third,
-one block of threads, decides on the step and on what each gradient is multiplied with. Sums are of float64, and the
-order of every addition is fixed, so equal gradients have equal norms.
+The first launch takes every gradient in fixed chunks. In the second, a block of threads for each array adds up its
+chunks in order, and the last one to finish decides on the step and on what each gradient is multiplied with. Sums are
+of float64, and the order of every addition is fixed, so equal gradients have equal norms.
 
 The square of a large or small float64 does not fit a float64. So three sums are kept, of the squares of ordinary
 numbers, of large ones made smaller and of small ones made larger by a power of two (Blue 1978, "A portable Fortran
@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 from numba import cuda, types
 
-from ..update import TOTAL, G, M, accumulate
+from ..update import TOTAL, G, accumulate
 from . import memory, parts
-from .memory import ACCESS, FLOATS, SIZES, device_function, scalar_function
+from .memory import ACCESS, FLOATS, SIZES, add_word, device_function, scalar_function
 from .parts import entry, put_entry
 from .words import (
     ARRAY,
@@ -31,7 +31,9 @@ from .words import (
     GO,
     NORM,
     NORM_FACTOR,
+    NORMED,
     NORMS,
+    NORMS_ALONE,
     PARTIALS,
     RANGES,
     S_AT,
@@ -64,16 +66,19 @@ class Sums(NamedTuple):
     small: float
 
 
+class Place(NamedTuple):
+    """Where a run's gradient and its sum of the window lie, and bytes from one element of each to the next."""
+
+    g: int
+    total: int
+    g_step: int
+    step: int
+
+
 @cache
 def square_kernel(g_type: str, compute: str, accumulates: bool):
     """`square_function`, compiled for the current device."""
     return parts.kernel(square_function(g_type, compute, accumulates))
-
-
-@cache
-def norm_kernel():
-    """`norm_function`, compiled for the current device."""
-    return parts.kernel(norm_function)
 
 
 @cache
@@ -106,28 +111,84 @@ def square_function(g_type: str, compute: str, accumulates: bool):
 
 
 def _sums_of_chunk(g_type, compute, accumulates):
-    """The squares of a chunk that one thread of the block sums."""
-    width, dtype = ACCESS // SIZES[g_type], FLOATS[compute]
-    load = _load_lanes(g_type, compute, accumulates, width)
-    with_square = _with_rescued_square if compute == "float64" else _with_square
-    total = TOTAL if accumulates else M  # which is not read
+    """The squares of a chunk that one thread of the block sums: the same ones in the same order, wherever they lie."""
+    width = ACCESS // SIZES[g_type]
+    add_whole, add_rest = _add_whole(g_type, compute, accumulates), _add_rest(g_type, compute, accumulates)
+    is_aligned, total = _is_aligned(g_type, compute, accumulates), TOTAL if accumulates else G  # which is not read
 
     @device_function
     def sums_of_chunk(group, table, run, begin, end, c):
         column, arrays = table + 8 * entry(run, ARRAY), entry(group, ARRAYS)
-        sums, x = Sums(0.0, 0.0, 0.0), cuda.local.array(width, dtype)
+        sums, i = Sums(0.0, 0.0, 0.0), begin + cuda.threadIdx.x * width
         if entry(column, arrays * G) == 0:
             return sums
-        at = entry(column, arrays * G) + entry(run, G_AT), entry(column, arrays * total) + entry(run, S_AT)
-        i = begin + cuda.threadIdx.x * width
-        while i < end:
-            load(x, at, (entry(run, G_STEP), entry(run, S_STEP)), i, end, c)
-            for k in range(width):
+        at = Place(
+            entry(column, arrays * G) + entry(run, G_AT),
+            entry(column, arrays * total) + entry(run, S_AT),
+            entry(run, G_STEP),
+            entry(run, S_STEP),
+        )
+        if is_aligned(at):
+            sums, i = add_whole(sums, at, i, end, c)
+        return add_rest(sums, at, i, end, c)
+
+    return sums_of_chunk
+
+
+@cache
+def _is_aligned(g_type, compute, accumulates):
+    """Whether every access of a run may be a wide one; its chunks begin at multiples of that."""
+    g_size, size = SIZES[g_type], SIZES[compute]
+
+    @scalar_function
+    def is_aligned(at):
+        is_dense, bits = at.g_step == g_size, at.g
+        if accumulates:
+            is_dense, bits = is_dense and at.step == size, bits | at.total
+        return is_dense and bits & (ACCESS - 1) == 0
+
+    return is_aligned
+
+
+def _add_whole(g_type, compute, accumulates):
+    """Add the squares of whole vectors, as long as there are several, all of which are loaded before the first is used.
+
+    One load at a time for each thread would leave a quarter of an H100's bandwidth unused.
+    """
+    width, several = ACCESS // SIZES[g_type], 2 if accumulates else 4  # so many that all fit into the registers
+    load, g_size, size = _load(g_type, compute, accumulates, width, several), SIZES[g_type], SIZES[compute]
+    with_square, count, dtype = _with_square_of(compute), several * width, FLOATS[compute]
+
+    @device_function
+    def add_whole(sums, at, i, end, c):
+        x = cuda.local.array(count, dtype)
+        last = end - ((several - 1) * THREADS + 1) * width
+        while i <= last:
+            load(x, at.g + i * g_size, at.total + i * size, c)
+            for k in range(count):
                 sums = with_square(sums, np.float64(x[k]))
+            i += several * THREADS * width
+        return sums, i
+
+    return add_whole
+
+
+def _add_rest(g_type, compute, accumulates):
+    """Add the squares of what is left of a chunk, or of all of it if it is not aligned, by single elements."""
+    width, dtype = ACCESS // SIZES[g_type], FLOATS[compute]
+    load, with_square = _load(g_type, compute, accumulates, 1), _with_square_of(compute)
+
+    @device_function
+    def add_rest(sums, at, i, end, c):
+        x = cuda.local.array(1, dtype)
+        while i < end:
+            for k in range(i, min(i + width, end)):
+                load(x, at.g + k * at.g_step, at.total + k * at.step, c)
+                sums = with_square(sums, np.float64(x[0]))
             i += THREADS * width
         return sums
 
-    return sums_of_chunk
+    return add_rest
 
 
 @scalar_function
@@ -144,35 +205,16 @@ def _with_rescued_square(sums, x):
     return Sums(sums.middle + x * x, sums.big, sums.small)  # also NaN
 
 
-def _load_lanes(g_type, compute, accumulates, width):
-    """Load neighbours of what the norm is of, from element i on; zeros after the end."""
-    g_size, size, dtype = SIZES[g_type], SIZES[compute], FLOATS[compute]
-    load_many, load_one = _load(g_type, compute, accumulates, width), _load(g_type, compute, accumulates, 1)
-
-    @scalar_function
-    def is_aligned(g, total, g_step, step):
-        return g_step == g_size and g % ACCESS == 0 and (not accumulates or (step == size and total % ACCESS == 0))
-
-    @device_function
-    def load_lanes(x, at, steps, i, end, c):
-        one = cuda.local.array(1, dtype)
-        (g, total), (g_step, step) = (at[0] + i * steps[0], at[1] + i * steps[1]), steps
-        if is_aligned(g, total, g_step, step) and i + width <= end:
-            load_many(x, g, total, c)
-        else:
-            for k in range(width):
-                x[k] = 0
-                if i + k < end:
-                    load_one(one, g + k * g_step, total + k * step, c)
-                    x[k] = one[0]
-
-    return load_lanes
+def _with_square_of(compute):
+    return _with_rescued_square if compute == "float64" else _with_square
 
 
-def _load(g_type, compute, accumulates, width):
-    """Load neighbours of a gradient, added to the sum of the window where there is one."""
-    load_g, load_total = memory.elements(g_type, width, False)[0], memory.elements(compute, width, True)[0]
-    dtype = FLOATS[compute]
+def _load(g_type, compute, accumulates, width, several=1):
+    """Load neighbours of a gradient, and of what the thread takes after them; with the sum of the window, if any."""
+    apart = THREADS * width  # elements from what a thread takes to what it takes next
+    load_g, _ = memory.elements(g_type, width, False, several, apart)
+    load_total, _ = memory.elements(compute, width, True, several, apart)
+    count, dtype = several * width, FLOATS[compute]
 
     @scalar_function
     def load(x, g, total, c):
@@ -180,10 +222,10 @@ def _load(g_type, compute, accumulates, width):
 
     @device_function
     def load_sum(x, g, total, c):
-        totals = cuda.local.array(width, dtype)
+        totals = cuda.local.array(count, dtype)
         load_g(x, g)
         load_total(totals, total)
-        for k in range(width):
+        for k in range(count):
             x[k] = _accumulate(totals[k], x[k], c)
 
     return load_sum if accumulates else load
@@ -230,27 +272,40 @@ def _put_sums(at, sums):
     _put(at + 16, sums.small)
 
 
-def norm_function(group, flags, table):
-    """The kernel, of one block per array, that adds each array's sums of squares and takes the root."""
+def decision_function(group, flags, table):
+    """The kernel, of one block for each array, that takes its norm; the last block to finish decides on the step."""
     lanes = cuda.shared.array(THREADS, types.float64)
     a = np.int64(cuda.blockIdx.x)
-    partials, own = entry(group, PARTIALS), entry(group, RANGES) + 16 * a
-    first, last = entry(own, 0), entry(own, 1)
-    middle = _sum_of_partials(partials, first, last, lanes)
-    big = _sum_of_partials(partials + 8, first, last, lanes)
-    small = _sum_of_partials(partials + 16, first, last, lanes)
+    norm = _root_of(_all_of_all_lanes(_sums_of_partials(group, a), lanes))
     if cuda.threadIdx.x == 0:
-        _put(entry(group, NORMS) + 8 * a, _root_of(Sums(middle, big, small)))
+        _put(entry(group, NORMS) + 8 * a, norm)
+    if flags & NORMS_ALONE == 0 and _is_last_block(entry(group, CONTROL), lanes):
+        _decide(group, flags, lanes)
 
 
 @device_function
-def _sum_of_partials(partials, first, last, lanes):
-    total = np.float64(0)
-    k = first + cuda.threadIdx.x
+def _sums_of_partials(group, a):
+    """The sums of chunks of an array that one thread adds up."""
+    own = entry(group, RANGES) + 16 * a
+    sums, k, last = Sums(0.0, 0.0, 0.0), entry(own, 0) + cuda.threadIdx.x, entry(own, 1)
     while k < last:
-        total += _get(partials + _SUMS * k)
+        at = entry(group, PARTIALS) + _SUMS * k
+        sums = Sums(sums.middle + _get(at), sums.big + _get(at + 8), sums.small + _get(at + 16))
         k += THREADS
-    return _sum_of_lanes(total, lanes)
+    return sums
+
+
+@device_function
+def _is_last_block(control, lanes):
+    """Whether all other blocks have written their norms, which this one then sees; every thread gets the answer."""
+    if cuda.threadIdx.x == 0:
+        cuda.threadfence()  # the norm is written before it is counted, and those of others are read after
+        lanes[0] = add_word(control + 8 * NORMED, 1)
+        cuda.threadfence()
+    cuda.syncthreads()
+    is_last = lanes[0] == cuda.gridDim.x - 1
+    cuda.syncthreads()
+    return is_last
 
 
 @scalar_function
@@ -268,13 +323,14 @@ def _root_of(sums):
     return norm
 
 
-def decision_function(group, flags, table):
-    """The kernel, of one block, that decides on the step and on what each gradient is multiplied with."""
-    lanes = cuda.shared.array(THREADS, types.float64)
+@device_function
+def _decide(group, flags, lanes):
+    """Decide on the step, and on what each gradient is multiplied with; by one block, for the next launch."""
     index = max(parts.row_index(group, flags & STILL), 0)
     row, control = _row_at(group, index), entry(group, CONTROL)
     whole = _whole_norm(entry(group, NORMS), entry(group, ARRAYS), lanes) * _get(row + 8 * NORM_FACTOR)
     if cuda.threadIdx.x == 0:
+        put_entry(control, NORMED, 0)
         _put(control + 8 * NORM, whole)
         put_entry(control, GO, 1 if whole - whole == 0 else 0)  # not of an infinity, nor of NaN
     a = np.int64(cuda.threadIdx.x)

@@ -236,7 +236,7 @@ class Plan:
         # Where the host does not know which step this is, it may be an update, of which norms are clipped.
         clipped = clips and (recipe.is_update or not knows)
         if clips and not clipped:
-            self.launcher.norms(self.workload, recipe.variant.accumulate, decides=True)  # loaded, for a graph to come
+            self.launcher.norms(self.workload, recipe.variant.accumulate)  # loaded, for a graph to come
         flags = clipped * CLIPPED | guarded * GUARDED
         return self._launches(recipe, flags, norms=guarded or clipped, decides=not knows), knows
 

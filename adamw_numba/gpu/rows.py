@@ -32,8 +32,8 @@ class Rows:
 
     def _make(self, capacity: int) -> None:
         size = capacity * ROW_COLUMNS
-        self._capacity, self._steps = capacity, range(0)
-        self.mirror = Mirror(np.zeros(HEADER_WORDS + size + (size + 1) // 2, np.int64))
+        mirror = Mirror(np.zeros(HEADER_WORDS + size + (size + 1) // 2, np.int64))
+        self._capacity, self._steps, self.mirror = capacity, range(0), mirror  # at once, for an interrupt
 
     @property
     def addresses(self) -> dict[int, int]:

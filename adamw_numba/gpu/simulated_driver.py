@@ -27,7 +27,8 @@ def function(name: str, arguments: Sequence[Any]) -> Any:
     def noted(*given: Any) -> int:
         calls.append((name, given))
         try:
-            return int(STAND_INS.get(name, _succeed)(*given) or 0)
+            stand_in: Callable[..., int | None] = STAND_INS.get(name, _succeed)
+            return int(stand_in(*given) or 0)
         except BaseException:  # from here it can go nowhere else
             traceback.print_exc()
             return _UNKNOWN_ERROR

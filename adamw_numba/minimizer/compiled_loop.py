@@ -35,7 +35,7 @@ def coefficient_rows(optimizer: Any, first: int, count: int) -> tuple[Any, Any]:
     rows = np.empty((kernel.ROW_ENTRIES, count))
     for k in kernel.VARYING:
         rows[k] = c[k]
-    rows[:10, 0] = [column if np.ndim(column) == 0 else column[0] for column in c]
+    rows[: kernel.OVERWRITE, 0] = [column if np.ndim(column) == 0 else column[0] for column in c]
     frequency = optimizer.ema_overwrite_frequency if optimizer.use_ema else None
     rows[kernel.OVERWRITE] = (steps + 1) % frequency == 0 if frequency else 0
     return rows, rates[:, 0]

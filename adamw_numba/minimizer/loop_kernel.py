@@ -29,8 +29,8 @@ RUNS, HOMES, COUNT, SIZE, PADDED, ROWS, FIRST, LAST, LIMITS, CLIPS, CHUNK, BLOCK
 X, COPY, GRADIENT, M, V, TOP, AVERAGE, BEST, BEST_GRADIENT, PREVIOUS, LOWER, UPPER, ARRAYS = range(13)
 EVALUATE, WORDS, VALUES, COUNTS, ITERATION, RECORDS, SUMS, MARKS, LEFT, RUN_ENTRIES = range(12, 22)
 # The rows: one column per iteration.
-OVERWRITE, ROW_ENTRIES = 10, 11  # ten coefficients, and whether to overwrite with the average
-VARYING = (0, 1, 9)  # the coefficients that differ from step to step: alpha, decay, average_c; others are in the first
+OVERWRITE, ROW_ENTRIES = 11, 12  # eleven coefficients, and whether to overwrite with the average
+VARYING = (0, 1, 10)  # the coefficients that differ from step to step: alpha, decay, average_c; others are in the first
 CLIPNORM, GLOBAL_CLIPNORM = range(2)
 RECORD = 4  # fun, gradient norm, step norm, learning rate
 HERE, BEFORE_UPDATE, AFTER_UPDATE = range(3)  # where in an iteration a run was left; HERE is between two
@@ -125,9 +125,9 @@ def _largest_inward(count, x, g, lower, upper):
 @jit
 def _numbers(rows, steps, k):
     """The coefficients of iteration `k`; those that do not vary are in column 0 (`VARYING`)."""
-    alpha, decay, average_c = rows[k], rows[steps + k], rows[9 * steps + k]
-    n = (rows[2 * steps], rows[3 * steps], rows[4 * steps], rows[5 * steps], rows[6 * steps], rows[7 * steps])
-    return alpha, decay, *n, rows[8 * steps], average_c
+    alpha, decay, average_c = rows[k], rows[steps + k], rows[10 * steps + k]
+    betas = (rows[2 * steps], rows[3 * steps], rows[4 * steps], rows[5 * steps])
+    return alpha, decay, *betas, rows[6 * steps], rows[7 * steps], rows[8 * steps], rows[9 * steps], average_c
 
 
 @jit

@@ -119,6 +119,28 @@ def test_eager_steps_of_other_kinds_between_replays():
     assert optimizer.iterations == 6
 
 
+def test_norms_that_the_host_judges_decide_nothing_on_the_gpu():
+    """A step that the host refuses leaves what a replay has said of itself."""
+    maker = array if SIMULATED else (lambda a: libraries.torch_on_gpu(a, "float32"))
+    x, g = maker(np.ones(4)), maker(np.ones(4))
+    optimizer = AdamW(0.1, nonfinite="skip")
+    optimizer.build([x])
+    optimizer.apply([g])
+    with captured() as graph:
+        optimizer.apply([g])
+    graph.replay()
+    optimizer.nonfinite = "raise"
+    with pytest.raises(FloatingPointError):
+        optimizer.apply([maker(np.full(4, np.nan))])
+    assert optimizer.last_step.applied
+    assert optimizer.last_step.gradient_norm == 2.0
+    assert optimizer.iterations == 2
+    optimizer.nonfinite = "skip"
+    optimizer.update_hyperparameters(9)
+    graph.replay()
+    assert optimizer.iterations == 3
+
+
 def restore(optimizer, at_one):
     optimizer.restore(at_one)
 

@@ -78,6 +78,25 @@ def test_alignment_and_chunks_leave_the_bits_alone(dtype, options, size, monkeyp
     assert all(np.array_equal(results[0], other) for other in results[1:])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}], ids=["plain", "sums"])
+@pytest.mark.parametrize("size", [5, 129, 533])
+def test_alignment_leaves_the_bits_of_norms_alone(dtype, options, size):
+    maker = libraries.torch_on_gpu if dtype == "bfloat16" and not SIMULATED else MAKE
+    size = size if SIMULATED else size * 300
+    random = np.random.default_rng(size)
+    values, norms = random.normal(size=(2, size)), set()
+    for offset in (0, 1, 2, 5):
+        optimizer = AdamW(0.1, global_clipnorm=1.0, **options)
+        optimizer.build([maker(np.zeros(offset + size), dtype)[offset:]])
+        for row in values:
+            optimizer.apply([maker(np.concatenate([np.ones(offset), row]), dtype)[offset:]])
+        norms.add(optimizer.last_step.gradient_norm)
+    expected = np.linalg.norm(values.sum(0) / 2 if options else values[1])
+    assert len(norms) == 1
+    assert norms.pop() == pytest.approx(expected, rel={"float16": 1e-3, "bfloat16": 1e-2}.get(dtype, 1e-6))
+
+
 def test_repeated_runs_have_the_same_bits():
     random = np.random.default_rng(0)
     shapes = [(70,), (9, 11), ()] if SIMULATED else [(70_001,), (257, 129), ()]
@@ -104,6 +123,15 @@ def test_norms_of_extreme_float64(value):
     cpu.apply([np.full(9, value)])
     np.testing.assert_allclose(optimizer.last_step.gradient_norm, cpu.last_step.gradient_norm, rtol=1e-14)
     np.testing.assert_allclose(libraries.look(x), y, rtol=1e-14)
+
+
+def test_without_momentum_the_first_moment_is_the_gradient():
+    """A difference from a larger number would lose the last bits of a small gradient."""
+    optimizer = AdamW(0.1, beta_1=0.0)
+    optimizer.build([array(np.ones(3), "float64")])
+    for gradient in ([1e3, -1e3, 1e6], [1.1, 1e-9, -0.3]):
+        optimizer.apply([array(gradient, "float64")])
+        np.testing.assert_array_equal(libraries.look(optimizer.state["momentum/0"]), gradient)
 
 
 def steps_with_changes(make_array):

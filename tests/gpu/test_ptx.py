@@ -33,10 +33,10 @@ SQUARES = [
     for g in ("float16", "bfloat16", "float32", "float64")
     for accumulates in NO_YES
 ]
-KERNELS = [*UPDATES, *SQUARES, ("norm",), ("decision",)]
+KERNELS = [*UPDATES, *SQUARES, ("decision",)]
 IN_FLOAT32 = [kernel for kernel in UPDATES if kernel[1].compute == "float32"]
-QUICK = [UPDATES[0], UPDATES[-1], SQUARES[-1], ("norm",), ("decision",)]
-CAPABILITIES = [(8, 0), (9, 0)]
+QUICK = [UPDATES[0], UPDATES[-1], SQUARES[-1], ("decision",)]
+CAPABILITIES = [(8, 0, ""), (9, 0, "a")]  # as numba-cuda asks for them: with all that a GPU can do, from 9.0 on
 
 
 def name_of(kernel):
@@ -56,33 +56,55 @@ def function_of(kernel):
         return kernels.update_function(*arguments)
     if name == "square":
         return norm_kernels.square_function(*arguments)
-    return {"norm": norm_kernels.norm_function, "decision": norm_kernels.decision_function}[name]
+    return norm_kernels.decision_function
+
+
+def compiled(kernel):
+    """A kernel as `parts.kernel` compiles it, all but loaded, since there is no GPU."""
+    from numba.cuda import codegen, dispatcher
+
+    from adamw_numba.gpu import parts
+
+    device = SimpleNamespace(compute_capability=CAPABILITIES[0][:2])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatcher, "get_current_device", lambda: device)
+        patch.setattr(dispatcher._Kernel, "bind", lambda kernel: None)
+        patch.setattr(codegen.CUDACodeLibrary, "_ensure_cc", lambda library, cc: cc or CAPABILITIES[0])
+        (found,) = parts.kernel(function_of(kernel)).overloads.values()
+    return found
+
+
+def ptx_for(found, capability):
+    """The PTX that a GPU's assembler is given: of the linker, where that optimizes."""
+    return found.inspect_lto_ptx(capability) if found.library._lto else found.inspect_asm(capability)
 
 
 @cache
 def ptx_of(kernel):
     """The PTX of a kernel for each GPU generation; what is the same for both is compiled once."""
-    import numba.cuda.dispatcher as dispatcher
-    from numba.cuda import compiler
-
-    from adamw_numba.gpu import parts
-
-    dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=CAPABILITIES[0])  # there is no GPU
-    options = dict.fromkeys(("debug", "opt", "abi_info", "launch_bounds")) | dict.fromkeys(
-        ("lineinfo", "device", "fastmath", "forceinline", "lto"), False
-    )
-    library, _ = compiler._compile_pyfunc_with_fixup(
-        function_of(kernel), parts.SIGNATURE, cc=CAPABILITIES[0], abi="numba", **options
-    )
-    return {capability: "".join(library.get_asm_strs(cc=capability)) for capability in CAPABILITIES}
+    found = compiled(kernel)
+    return {capability: ptx_for(found, capability) for capability in CAPABILITIES}
 
 
 def accesses(ptx, instruction):
     return Counter(re.findall(rf"\s{instruction}\.global((?:\.cs)?\.v\d\.\w+)", ptx))
 
 
+def test_what_is_read_here_is_compiled_like_what_runs(monkeypatch):
+    """By the same call with the same options: another option is seen in the code."""
+    from adamw_numba.gpu import parts
+
+    assert parts.OPTIONS == {"lto": False}
+    assert ".maxntid" not in ptx_of(UPDATES[0])[CAPABILITIES[0]]
+    monkeypatch.setitem(parts.OPTIONS, "launch_bounds", 96)
+    monkeypatch.setitem(parts.OPTIONS, "lto", True)
+    found = compiled(UPDATES[0])
+    assert found.library._lto
+    assert re.search(r"\.maxntid 96\b", ptx_for(found, CAPABILITIES[0]))
+
+
 def test_these_are_all_variants():
-    assert len({name_of(kernel) for kernel in KERNELS}) * len(CAPABILITIES) == 2 * (80 + 8 + 2)
+    assert len({name_of(kernel) for kernel in KERNELS}) * len(CAPABILITIES) == 2 * (80 + 8 + 1)
     assert len(IN_FLOAT32) == 72
 
 
@@ -90,8 +112,8 @@ def test_these_are_all_variants():
     "kernel", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in KERNELS], ids=name_of
 )
 def test_machine_code(kernel):
-    for (major, minor), ptx in ptx_of(kernel).items():
-        assert f".target sm_{major}{minor}" in ptx
+    for (major, minor, letter), ptx in ptx_of(kernel).items():
+        assert f".target sm_{major}{minor}{letter}\n" in ptx
         assert ".local" not in ptx  # everything stays in registers
         assert "call.uni" not in ptx
         if kernel in IN_FLOAT32:
@@ -99,8 +121,10 @@ def test_machine_code(kernel):
         if kernel[0] == "update":
             check_that_main_loops_move_128_bits(ptx, *kernel[1:])
         if kernel[0] == "square":
-            wide = {"float32": ".v4.f32", "float64": ".v2.f64"}.get(kernel[1], ".v4.b32")
-            assert accesses(ptx, "ld")[wide] >= 1
+            check_that_several_loads_are_under_way(ptx, *kernel[1:])
+        if kernel[0] == "decision":  # a norm is written before its block is counted, and others' are read after that
+            order = r"st\.global\.f64.*membar\.gl;.*atom\.global\.add.*membar\.gl;.*bar\.sync.*ld\.global\.f64"
+            assert re.search(order, ptx, re.S)
 
 
 def check_that_main_loops_move_128_bits(ptx, storage, variant):
@@ -119,6 +143,17 @@ def check_that_main_loops_move_128_bits(ptx, storage, variant):
     assert loads[narrow] >= 1, loads
     assert stores[narrow] >= 1, stores
     assert all(kind in (streaming, narrow, ".v4.f32") for kind in loads | stores), (loads, stores)
+
+
+def check_that_several_loads_are_under_way(ptx, g, compute, accumulates):
+    """The loop over whole vectors loads all of them before it uses the first, and does not look where they lie."""
+    loops = [block for block in re.split(r"\n\$L__\w+:", ptx) if re.search(r"ld\.global\S*\.v\d", block)]
+    assert len(loops) == 1
+    size, g_size = ({"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}[kind] for kind in (compute, g))
+    assert accesses(loops[0], "ld").total() == (2 * (1 + size // g_size) if accumulates else 4)
+    before, *_ = re.split(r"\b(?:fma|add|mul|abs)\.(?:rn\.)?f\d", loops[0])
+    assert accesses(before, "ld") == accesses(loops[0], "ld")
+    assert not re.search(r"\b(?:rem|div|setp\.\S+\.[bsu]\d+)\b.*(?=ld\.global)", loops[0], re.S)
 
 
 def shapes_of_results(ptx):

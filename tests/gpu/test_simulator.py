@@ -15,8 +15,8 @@ PASS = {  # at least
     "test_gpu_arrays": 9,
     "test_gpu_calls": 14,
     "test_gpu_counting": 15,
-    "test_gpu_graphs": 15,
-    "test_gpu_numbers": 50,
+    "test_gpu_graphs": 16,
+    "test_gpu_numbers": 75,
 }
 
 

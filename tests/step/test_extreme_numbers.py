@@ -4,6 +4,8 @@ import array_api_strict
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from helpers import libraries
 from helpers.training import built
 
 
@@ -29,3 +31,12 @@ def test_numbers_at_the_ends():
             new, state = jit(optimizer.stateless_apply)(optimizer.variables, gradients, [jnp.ones(1)] * 2)
             assert int(state[0]) == 1
             np.testing.assert_allclose(np.asarray(new[0]), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", [libraries.numpy, libraries.strict])
+def test_without_momentum_the_first_moment_is_the_gradient(make):
+    """A difference from a larger number would lose the last bits of a small gradient."""
+    optimizer = built([make(np.ones(3), "float64")], beta_1=0.0)
+    for gradient in ([1e3, -1e3, 1e6], [1.1, 1e-9, -0.3]):
+        optimizer.apply([make(gradient, "float64")])
+        np.testing.assert_array_equal(libraries.look(optimizer.state["momentum/0"]), gradient)
