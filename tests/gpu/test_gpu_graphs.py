@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import libraries
 from helpers.libraries import torch
-from helpers.on_gpu import SIMULATED, array, equal, marks
+from helpers.on_gpu import SIMULATED, equal, marks, tensor
 
 from adamw_numba import AdamW, schedules
 
@@ -75,7 +75,6 @@ GRAPH_OPTIONS = [
 @pytest.mark.parametrize("options", GRAPH_OPTIONS)
 def test_a_captured_graph_follows_the_schedules(options, monkeypatch):
     """20 replays with changing rates have the bits of 20 eager steps."""
-    maker = array if SIMULATED else (lambda a: libraries.torch_on_gpu(a, "float32"))
     rates = {
         "learning_rate": schedules.CosineDecay(0.1, 30, 0.1),
         "weight_decay": schedules.PolynomialDecay(0.1, 25, 0.01),
@@ -83,7 +82,7 @@ def test_a_captured_graph_follows_the_schedules(options, monkeypatch):
     results = []
     for is_captured in (False, True):
         sizes = (11, 3) if SIMULATED else (100_037, 6)
-        variables, gradients = [maker(np.ones(n)) for n in sizes], [maker(np.ones(n)) for n in sizes]
+        variables, gradients = [tensor(np.ones(n)) for n in sizes], [tensor(np.ones(n)) for n in sizes]
         optimizer = AdamW(**rates, **options)
         optimizer.build(variables)
         optimizer.apply(gradients)
@@ -103,8 +102,7 @@ def test_a_captured_graph_follows_the_schedules(options, monkeypatch):
 
 
 def stepped_once():
-    maker = array if SIMULATED else (lambda a: libraries.torch_on_gpu(a, "float32"))
-    x, g = maker(np.ones(5)), maker(np.ones(5))
+    x, g = tensor(np.ones(5)), tensor(np.ones(5))
     optimizer = AdamW(0.1)
     optimizer.build([x])
     optimizer.apply([g])
@@ -175,8 +173,7 @@ def test_a_graph_that_runs_out_of_rows_stops_and_says_so(monkeypatch):
     [({}, None), ({"nonfinite": "raise"}, "step"), ({"learning_rate": 0.2}, "change")],
 )
 def test_what_cannot_be_captured_is_refused(options, prepare, monkeypatch):
-    maker = array if SIMULATED else (lambda a: libraries.torch_on_gpu(a, "float32"))
-    x, g = maker(np.ones(5)), maker(np.ones(5))
+    x, g = tensor(np.ones(5)), tensor(np.ones(5))
     optimizer = AdamW(**options)
     optimizer.build([x])
     if prepare:
