@@ -194,6 +194,13 @@ def test_the_page_has_a_place_for_every_part():
     assert report.render(page, report.sections(found)) == page
 
 
+def gpu_benchmark():
+    pytest.importorskip("torch")
+    from benchmarks import gpu
+
+    return gpu
+
+
 class Rows:
     """An optimizer whose captured step does nothing once its coefficients run out."""
 
@@ -211,7 +218,7 @@ class Rows:
 @pytest.mark.parametrize("forgotten", [0, 1])
 def test_replays_on_a_gpu_are_counted(forgotten, monkeypatch):
     """Coefficients are sent for all of them, and one that did nothing is an error."""
-    from benchmarks import gpu
+    gpu = gpu_benchmark()
 
     def timed(call, count):
         for _ in range(count):
@@ -237,7 +244,7 @@ def test_replays_on_a_gpu_are_counted(forgotten, monkeypatch):
 @pytest.mark.slow
 def test_the_gpu_benchmark_without_a_gpu(monkeypatch, tmp_path, capsys):
     """All of it, with a step's call in place of its capture and no clock, on small arrays of the host."""
-    from benchmarks import gpu
+    gpu = gpu_benchmark()
 
     taken = []
 
@@ -270,7 +277,7 @@ def test_the_gpu_benchmark_without_a_gpu(monkeypatch, tmp_path, capsys):
     ("line", "expected"), [("--help", "--turns"), ("--turns 2", "at least 3"), ("--quick", "no GPU here")]
 )
 def test_the_gpu_benchmark_says_what_it_expects(line, expected, monkeypatch, capsys):
-    from benchmarks import gpu
+    gpu = gpu_benchmark()
 
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as refusal:
