@@ -31,7 +31,29 @@ COMPARED = ("torch", "jax", "keras", "optax")
 MAY_BE_MISSING = os.environ.get("ADAMW_NUMBA_TESTS_WITHOUT", "").split()
 
 
+# With `-m gpu` only these files are looked at, which run with few packages, in whatever versions a machine has.
+GPU_TESTS = Path(__file__).parent / "gpu"
+FOREIGN = r"(?!adamw_numba|helpers|test_)"  # modules
+
+
+def only_gpu(config):
+    return config.option.markexpr == "gpu"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """With pytest-xdist, have the kernels that a file's tests share compiled by one worker."""
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "loadfile"
+        config.option.loadscopereorder = False  # files with slow tests come first: see below
+
+
 def pytest_configure(config):
+    if only_gpu(config):
+        for kind in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning"):
+            config.addinivalue_line("filterwarnings", f"ignore::{kind}:{FOREIGN}")
+        config.addinivalue_line("filterwarnings", "ignore::UserWarning:cupy")  # of what it does not find
+        return
     missing = [name for name in COMPARED if name not in MAY_BE_MISSING and find_spec(name) is None]
     if missing:
         raise pytest.UsageError(
@@ -40,8 +62,10 @@ def pytest_configure(config):
         )
 
 
-def pytest_ignore_collect(collection_path):
+def pytest_ignore_collect(collection_path, config):
     """Leave out files that import at their top what is missing; others skip the tests that need it."""
+    if only_gpu(config):
+        return True if collection_path.is_file() and GPU_TESTS not in collection_path.parents else None
     missing = [name for name in MAY_BE_MISSING if find_spec(name) is None]
     if missing and collection_path.suffix == ".py":
         top = rf"^(?:import|from) (?:{'|'.join(missing)})\b"

@@ -192,3 +192,95 @@ def test_the_page_has_a_place_for_every_part():
     ):
         assert text in page
     assert report.render(page, report.sections(found)) == page
+
+
+def gpu_benchmark():
+    pytest.importorskip("torch")
+    from benchmarks import gpu
+
+    return gpu
+
+
+class Rows:
+    """An optimizer whose captured step does nothing once its coefficients run out."""
+
+    def __init__(self):
+        self.iterations, self.rows = 1, 0
+
+    def update_hyperparameters(self, steps):
+        self.rows = steps
+
+    def replay(self):
+        self.iterations += self.rows > 0
+        self.rows -= 1
+
+
+@pytest.mark.parametrize("forgotten", [0, 1])
+def test_replays_on_a_gpu_are_counted(forgotten, monkeypatch):
+    """Coefficients are sent for all of them, and one that did nothing is an error."""
+    gpu = gpu_benchmark()
+
+    def timed(call, count):
+        for _ in range(count):
+            call()
+        return 0.1
+
+    monkeypatch.setattr(gpu, "timed", timed)
+    optimizer = Rows()
+    steps = gpu.Steps(optimizer, optimizer.replay, captured=True)
+    send = steps.prepare
+    steps.prepare = lambda n: send(n - forgotten)
+    contenders = {"adamw_numba": steps, "another": lambda: None}
+    if forgotten:
+        with pytest.raises(RuntimeError, match=r"took \d+ of 664 timed steps; expected all of them"):
+            gpu.interleaved(contenders, 3)
+    else:
+        times = gpu.interleaved(contenders, 3)
+        assert times == dict.fromkeys(["from idle", "in a row"], dict.fromkeys(contenders, [0.1] * 3))
+        assert optimizer.iterations == 1 + 4 + 3 * (20 + 200)
+        assert optimizer.rows == 0
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_without_a_gpu(monkeypatch, tmp_path, capsys):
+    """All of it, with a step's call in place of its capture and no clock, on small arrays of the host."""
+    gpu = gpu_benchmark()
+
+    taken = []
+
+    def timed(call, count):
+        call()
+        taken.append(call)
+        return 1.0
+
+    small = {"resnet50": [(7, 3)] * 5, "gpt2": [(7, 3), (5,)], "mlp": [(4,)]}
+    for name, value in {"DEVICE": "cpu", "MILLION": 60, "timed": timed, "WORKLOADS": small}.items():
+        monkeypatch.setattr(gpu, name, value)
+    monkeypatch.setattr(gpu, "captured", lambda step: step)
+    monkeypatch.setattr(gpu, "describe", lambda argv: f"a machine\n{argv}")
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(gpu, "on_cupy", lambda sizes: {})
+    file = tmp_path / "run.json"
+    gpu.main(["--quick", "--turns", "3", "--json", str(file)])
+    found = json.loads(file.read_text())["milliseconds"]
+    assert {"16M float32", "resnet50, in a graph", "gpt2: clip, AMSGrad, average", "host, 1000 arrays"} < set(found)
+    for name, times in found.items():
+        for measured in [times] if name.startswith("host") else times.values():
+            assert "adamw_numba" in measured
+            assert len(measured) >= 2
+    assert "host time of a step, 10 arrays" in capsys.readouterr().out
+    assert taken
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"), [("--help", "--turns"), ("--turns 2", "at least 3"), ("--quick", "no GPU here")]
+)
+def test_the_gpu_benchmark_says_what_it_expects(line, expected, monkeypatch, capsys):
+    gpu = gpu_benchmark()
+
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as refusal:
+        gpu.main(line.split())
+    shown = capsys.readouterr()
+    assert expected in f"{refusal.value}{shown.out}{shown.err}"

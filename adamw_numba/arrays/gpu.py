@@ -8,6 +8,8 @@ No module of this package may be called ``cuda...``: numba-cuda redirects every 
 ``numba.cuda``, which ``adamw_numba.cuda`` does.
 """
 
+import importlib
+import importlib.metadata
 import importlib.util
 import math
 import sys
@@ -52,19 +54,56 @@ def require(name: str, array: Array) -> None:
     Raises
     ------
     ImportError
-        If numba-cuda is missing.
+        If numba-cuda is missing or cannot be imported, or if its compiler is not found.
     RuntimeError
         If there is no usable driver or GPU.
     """
     what = f"{name} is a {type(array).__module__}.{type(array).__qualname__} on a GPU"
     if importlib.util.find_spec("numba_cuda") is None:
         raise ImportError(f"{what}, which needs numba-cuda: {EXTRAS}")
-    from numba import cuda as compiler
-
-    cuda: Any = compiler
+    cuda = _imported(what)
+    if missing := _missing_compiler():
+        raise ImportError(f"{what}, but numba-cuda does not find its compiler, libNVVM ({missing}): {EXTRAS}")
     if not cuda.is_available():
-        error = str(cuda.cuda_error() or "cuda.is_available() is False").strip().partition("\n")[0]
+        error = _first_line(cuda.cuda_error() or "cuda.is_available() is False")
         raise RuntimeError(f"{what}, but Numba finds no usable GPU here ({error}); expected a driver and {EXTRAS}")
+
+
+def _imported(what: str) -> Any:
+    """The module `numba.cuda`; an error names the versions that do not go together."""
+    try:
+        from numba import cuda
+
+        if not _is_simulated():
+            importlib.import_module("numba.cuda.np.arrayobj")  # depends on NumPy; Numba imports it when it compiles
+    except Exception as error:  # an AttributeError, for example, where NumPy has dropped a function
+        packages = "numba-cuda", "numba", "numpy"
+        versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise ImportError(
+            f"{what}, but numba-cuda cannot be imported here ({versions}; {reason}); "
+            f"expected versions that go together: {EXTRAS}"
+        ) from error
+    return cuda
+
+
+def _missing_compiler() -> str:
+    """Why the first kernel could not be compiled: libNVVM or what it needs is not found. Empty if nothing is missing.
+
+    Numba searches in the same way, but only when it compiles, and its errors do not say what to install.
+    """
+    if _is_simulated():
+        return ""
+    paths: Any = importlib.import_module("numba.cuda.cuda_paths")
+    try:
+        found = paths.get_cuda_paths()  # raises if libNVVM or NVRTC is missing; Numba keeps what was found
+    except RuntimeError as error:
+        return _first_line(error)
+    return "" if found["libdevice"].info else "libdevice is missing"
+
+
+def _first_line(text: object) -> str:
+    return str(text).strip().partition("\n")[0]
 
 
 def device_index(array: Array) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import libraries
 from helpers.libraries import torch
-from helpers.on_gpu import SIMULATED, array, equal, marks
+from helpers.on_gpu import SIMULATED, equal, marks, tensor
 
 from adamw_numba import AdamW, schedules
 
@@ -58,7 +58,6 @@ GRAPH_OPTIONS = [
 @pytest.mark.parametrize("options", GRAPH_OPTIONS)
 def test_a_captured_graph_follows_the_schedules(options):
     """20 replays with changing rates have the bits of 20 eager steps."""
-    maker = array if SIMULATED else (lambda a: libraries.torch_on_gpu(a, "float32"))
     rates = {
         "learning_rate": schedules.CosineDecay(0.1, 30, 0.1),
         "weight_decay": schedules.PolynomialDecay(0.1, 25, 0.01),
@@ -66,7 +65,7 @@ def test_a_captured_graph_follows_the_schedules(options):
     results = []
     for is_captured in (False, True):
         sizes = (11, 3) if SIMULATED else (100_037, 6)
-        variables, gradients = [maker(np.ones(n)) for n in sizes], [maker(np.ones(n)) for n in sizes]
+        variables, gradients = [tensor(np.ones(n)) for n in sizes], [tensor(np.ones(n)) for n in sizes]
         optimizer = AdamW(**rates, **options)
         optimizer.build(variables)
         optimizer.apply(gradients)
@@ -86,8 +85,7 @@ def test_a_captured_graph_follows_the_schedules(options):
 
 
 def stepped_once():
-    maker = array if SIMULATED else (lambda a: libraries.torch_on_gpu(a, "float32"))
-    x, g = maker(np.ones(5)), maker(np.ones(5))
+    x, g = tensor(np.ones(5)), tensor(np.ones(5))
     optimizer = AdamW(0.1)
     optimizer.build([x])
     optimizer.apply([g])
@@ -121,8 +119,7 @@ def test_eager_steps_of_other_kinds_between_replays():
 
 def test_norms_that_the_host_judges_decide_nothing_on_the_gpu():
     """A step that the host refuses leaves what a replay has said of itself."""
-    maker = array if SIMULATED else (lambda a: libraries.torch_on_gpu(a, "float32"))
-    x, g = maker(np.ones(4)), maker(np.ones(4))
+    x, g = tensor(np.ones(4)), tensor(np.ones(4))
     optimizer = AdamW(0.1, nonfinite="skip")
     optimizer.build([x])
     optimizer.apply([g])
@@ -131,7 +128,7 @@ def test_norms_that_the_host_judges_decide_nothing_on_the_gpu():
     graph.replay()
     optimizer.nonfinite = "raise"
     with pytest.raises(FloatingPointError):
-        optimizer.apply([maker(np.full(4, np.nan))])
+        optimizer.apply([tensor(np.full(4, np.nan))])
     assert optimizer.last_step.applied
     assert optimizer.last_step.gradient_norm == 2.0
     assert optimizer.iterations == 2
@@ -220,8 +217,7 @@ def test_a_graph_that_runs_out_of_rows_stops_and_says_so():
     [({}, None), ({"nonfinite": "raise"}, "step"), ({"learning_rate": 0.2}, "change")],
 )
 def test_what_cannot_be_captured_is_refused(options, prepare):
-    maker = array if SIMULATED else (lambda a: libraries.torch_on_gpu(a, "float32"))
-    x, g = maker(np.ones(5)), maker(np.ones(5))
+    x, g = tensor(np.ones(5)), tensor(np.ones(5))
     optimizer = AdamW(**options)
     optimizer.build([x])
     if prepare:

@@ -6,7 +6,7 @@ See helpers/on_gpu.py for where these tests run.
 import numpy as np
 import pytest
 from helpers import libraries
-from helpers.on_gpu import BOUNDED, MAKE, SIMULATED, array, equal, marks, on_every_library
+from helpers.on_gpu import BOUNDED, MAKE, SIMULATED, array, equal, marks, on_every_library, tensor
 from helpers.oracle import Oracle
 from hypothesis import given
 from test_parity import assert_equals_the_textbook, magnitudes, runs, train
@@ -56,7 +56,7 @@ def test_every_dtype_agrees_with_the_cpu(make, run):
 def test_alignment_and_chunks_leave_the_bits_alone(dtype, options, size, monkeypatch):
     from adamw_numba.gpu import words, workload
 
-    maker = libraries.torch_on_gpu if dtype == "bfloat16" and not SIMULATED else MAKE
+    maker = tensor if dtype == "bfloat16" else array
     random = np.random.default_rng(size)
     values, gradients = random.normal(size=size), random.normal(size=(2, size))
     results = []

@@ -1,8 +1,10 @@
 """GPU arrays where they cannot be used: the error says what to install, and nothing else changes."""
 
 import importlib.util
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,6 +52,46 @@ def test_without_numba_cuda_the_error_names_the_extra(array, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "numba_cuda" else find(name))
     with pytest.raises(ImportError, match=r"variable 'w' .*needs numba-cuda: pip install 'adamw-numba\[cuda13\]'"):
         AdamW(0.1).build({"w": array})
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"), [("nvvm", "libnvvm.so"), ("nvrtc", "libnvrtc.so"), ("libdevice", "libdevice is missing")]
+)
+def test_without_the_compiler_the_error_names_the_extra(name, missing, monkeypatch):
+    """numba-cuda alone does not bring libNVVM."""
+    pytest.importorskip("numba_cuda")
+    from numba.cuda import cuda_paths
+
+    def nothing(*_):
+        raise cuda_paths.pathfinder.DynamicLibNotFoundError(f'Failure finding "lib{name}.so"')
+
+    monkeypatch.delattr(cuda_paths.get_cuda_paths, "_cached_result", raising=False)
+    if name == "libdevice":
+        absent = {"libdevice": cuda_paths._env_path_tuple("<unknown>", None)}
+        monkeypatch.setattr(cuda_paths, "get_cuda_paths", lambda: absent)
+    else:
+        monkeypatch.setattr(cuda_paths, f"_get_{name}", nothing)
+    with pytest.raises(
+        ImportError, match=rf"variable 'w' .*compiler, libNVVM \(.*{missing}.*\): .*adamw-numba\[cuda13\]"
+    ):
+        AdamW(0.1).build({"w": OnGPU()})
+
+
+def test_versions_that_do_not_go_together():
+    """NumPy 2.5 lacks a function that numba-cuda wants: in a process of its own, since modules stay imported."""
+    pytest.importorskip("numba_cuda")
+    code = (
+        "import sys, numpy as np; sys.path.insert(0, sys.argv[1]); np.__dict__.pop('row_stack', None)\n"
+        "from test_without_gpu import OnGPU; from adamw_numba import AdamW\n"
+        "try: AdamW(0.1).build({'w': OnGPU()})\n"
+        "except ImportError as error: print(error)"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code, str(Path(__file__).parent)]
+    said = subprocess.run(command, check=True, timeout=600, capture_output=True, text=True).stdout
+    versions = rf"numba-cuda \S+, numba \S+, numpy {re.escape(np.__version__)}; AttributeError: .*row_stack"
+    assert re.match(
+        rf"variable 'w' .*cannot be imported here \({versions}.*\); .*go together: .*adamw-numba\[cuda13\]", said
+    )
 
 
 def test_a_gpu_gradient_for_a_host_variable():

@@ -18,17 +18,13 @@ class Injector:
         How the names of the files begin that count.
     opcodes : bool
         Whether every opcode is an event, not every line.
-    without : tuple of str
-        The names of files that do not count.
     """
 
-    def __init__(self, n, where=HOME, opcodes=False, without=()):
-        self.n, self.where, self.opcodes, self.without = n, where, opcodes, without
-        self.line, self.lines = None, []
+    def __init__(self, n, where=HOME, opcodes=False):
+        self.n, self.where, self.opcodes, self.line, self.lines = n, where, opcodes, None, []
 
     def __call__(self, frame, event, argument):
-        file = frame.f_code.co_filename
-        if not file.startswith(self.where) or file.endswith(self.without or "\0"):
+        if not frame.f_code.co_filename.startswith(self.where):
             return None
         frame.f_trace_opcodes = self.opcodes
         if event == ("opcode" if self.opcodes else "line"):

@@ -1,11 +1,10 @@
 """The array libraries that tests run on: how to make an array of each, and how to look at one.
 
-torch, JAX, Keras and optax are imported where they are first used, since the tests also run without them: a test that
-uses one that is not installed is skipped. conftest.py says which may be missing.
+torch, JAX, Keras, optax and array_api_strict are imported where they are first used, since the tests also run without
+them: a test that uses one that is not installed is skipped. conftest.py says which may be missing.
 """
 
 import array_api_compat
-import array_api_strict
 import ml_dtypes
 import numpy as np
 import pytest
@@ -19,10 +18,15 @@ class Library:
         self._name = name
 
     def __getattr__(self, name):
+        # pytest asks everything in a file for such names; if that imported the library, it would skip the whole file.
+        if name.startswith("__") and name != "__version__":
+            raise AttributeError(name)
         return getattr(pytest.importorskip(self._name), name)
 
 
-torch, jax, jnp, keras, optax = map(Library, ("torch", "jax", "jax.numpy", "keras", "optax"))
+torch, jax, jnp, keras, optax, array_api_strict = map(
+    Library, ("torch", "jax", "jax.numpy", "keras", "optax", "array_api_strict")
+)
 DTYPES = {"bfloat16": ml_dtypes.bfloat16}
 
 
@@ -46,7 +50,12 @@ def strided(array, dtype):
 
 
 def to_torch(array, dtype):
-    return torch.tensor(np.array(array)).to(getattr(torch, dtype))
+    """Rounded by NumPy, to the values of the other libraries' arrays: torch rounds float64 to float16 by way of float32."""
+    with np.errstate(over="ignore"):
+        values = numpy(array, dtype)
+    if dtype == "bfloat16":  # which torch cannot take from NumPy
+        return torch.tensor(values.view(np.int16)).view(torch.bfloat16)
+    return torch.tensor(values)
 
 
 def parameter(array, dtype):
@@ -97,7 +106,7 @@ def to_cupy(array, dtype):
 def cupy_fortran(array, dtype):
     import cupy
 
-    return cupy.asfortranarray(cupy.asarray(numpy(array, dtype)))
+    return cupy.asarray(numpy(array, dtype), order="F")  # `asfortranarray` gives an array of no axes one
 
 
 def torch_on_gpu(array, dtype):

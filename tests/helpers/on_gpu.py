@@ -7,6 +7,7 @@ kernels read the host's memory; what the simulator cannot do is skipped there.
 import contextlib
 import threading
 import time
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -34,13 +35,14 @@ def gpu_makers():
         import cupy  # noqa: F401
 
         makers += [libraries.to_cupy, libraries.cupy_fortran]
-    if torch.cuda.is_available():
+    if find_spec("torch") is not None and torch.cuda.is_available():
         makers += [libraries.torch_on_gpu, libraries.parameter_on_gpu, libraries.transposed_on_gpu]
     return makers, ""
 
 
 MAKERS, REASON = gpu_makers()
 MAKE = MAKERS[0] if MAKERS else None
+HAS_TORCH = libraries.torch_on_gpu in MAKERS
 marks = [pytest.mark.gpu, pytest.mark.skipif(not MAKERS, reason=REASON)]
 if SIMULATED:  # NumPy's scalars warn of what a GPU does in silence
     marks.append(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
@@ -69,6 +71,15 @@ if SIMULATED:
 
 def array(values, dtype="float32"):
     return MAKE(np.asarray(values), dtype)
+
+
+def tensor(values, dtype="float32"):
+    """An array of torch, which captures graphs and has bfloat16; in the simulator any."""
+    if SIMULATED:
+        return array(values, dtype)
+    if not HAS_TORCH:
+        pytest.skip("torch has no GPU here")
+    return libraries.torch_on_gpu(values, dtype)
 
 
 def equal(one, other):
