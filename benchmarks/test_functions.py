@@ -33,7 +33,7 @@ def test_kernel(benchmark, name):
     optimizer, _ = prepared([SIZE], name if name in COMPUTE else "float32", **VARIANTS[name])
     number = 2 * (optimizer.gradient_accumulation_steps or 1) - 1  # of a step that updates
     recipe = coefficients.Recipes(optimizer.hyper).at(number, 1e-3, 0.004)
-    _, calls = optimizer.engine.host.work(recipe, [])
+    _, calls = optimizer.engine.alone.work(recipe, [])
     benchmark(lambda: [function(*arguments) for function, *arguments in calls])
 
 
@@ -42,14 +42,14 @@ def test_norms(benchmark, dtype):
     """The norms of the gradients of one array."""
     optimizer, _ = prepared([SIZE], dtype, global_clipnorm=1.0)
     recipe = coefficients.Recipes(optimizer.hyper).at(3, 1e-3, 0.004)
-    benchmark(optimizer.engine.host.norms, recipe, [])
+    benchmark(optimizer.engine.alone.norms, recipe, [])
 
 
 @pytest.mark.parametrize("count", [1, 100, 1000])
 def test_reading_addresses(benchmark, count):
     """The addresses of small arrays, their gradients and their state."""
     optimizer, gradients = prepared([(10,)] * count)
-    assert benchmark(optimizer.engine.host.table.reads, gradients) == count
+    assert benchmark(optimizer.engine.alone.table.reads, gradients) == count
 
 
 def test_coefficients(benchmark):
