@@ -17,6 +17,7 @@ from .signals import caught_signals
 from .warm_start import read_start, take_state
 
 Callback = Callable[[Run], None]
+_WORTHWHILE = 16  # iterations that the compiled loop takes at once
 
 
 def prepare(fun: Any, x0: Any, args: Any, jac: Any, bounds: Any, settings: Settings) -> Run:
@@ -53,7 +54,7 @@ def drive(run: Run, settings: Settings, callback: Callback | None) -> Any:
         try:
             checkpointing.restore()
             run.start()
-            loop = compiled([run]) if settings["compiled"] else None
+            loop = _loop_of(run, settings, callback)
             while not run.reason:
                 if loop is None:
                     run.advance()
@@ -88,6 +89,19 @@ def drive_all(runs: Sequence[Run], loop: Any, settings: Settings) -> None:
         raise
     finally:
         progress.close()
+
+
+def _loop_of(run: Run, settings: Settings, callback: Callback | None) -> Any:
+    """The compiled loop that is to take the iterations, or None for Python."""
+    if not settings["compiled"]:
+        return None
+    loop = compiled([run])
+    looked_at = callable(settings["progress"]) or (callback is not None and settings["callback_every"] < _WORTHWHILE)
+    if loop is None and not looked_at:
+        from .compiled_loop import loop_around_python
+
+        loop = loop_around_python(run, settings["maxtime"])
+    return loop
 
 
 def compiled(runs: Sequence[Run]) -> Any:
