@@ -16,7 +16,7 @@ from .run import Run
 from .signals import caught_signals
 from .warm_start import read_start, take_state
 
-Callback = Callable[[Run], None]
+Callback = Callable[[Run], Any]
 _WORTHWHILE = 16  # iterations that the compiled loop takes at once
 
 
@@ -29,6 +29,11 @@ def prepare(fun: Any, x0: Any, args: Any, jac: Any, bounds: Any, settings: Setti
     objective = Objective(
         fun, jac, args, problem, settings["batches"], settings["workers"], settings["finite_diff_rel_step"]
     )
+    least, most = objective.least_calls(), settings["maxfev"]
+    if most is not None and most < least:
+        raise ValueError(
+            f"`maxfev` is {most}, while a value and its gradient take {least} evaluations of `fun`; expected as many"
+        )
     # With batches, the values at two points belong to different functions: the lower one is not the better point.
     best = settings["batches"] is None if settings["return_best"] is None else settings["return_best"]
     optimizer = AdamW(**settings["hyper"])
@@ -128,8 +133,10 @@ def _after_iterations(
     finite = run.reason != stopping.NONFINITE
     if callback is not None and finite and (run.reason or run.nit % settings["callback_every"] == 0):
         try:
-            callback(run)
+            stops = callback(run)
         except StopIteration:
+            stops = True
+        if stops is True:  # nothing else: a callback may return anything
             run.stop(stopping.CALLBACK)
     _stop_in_time(run, settings)
     if not run.reason and signals:
