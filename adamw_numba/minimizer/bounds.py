@@ -33,7 +33,7 @@ def read_bounds(bounds: Any, container: Container, names: Sequence[str], leaves:
     for own, name, leaf in zip(each, names, leaves, strict=True):
         lower, upper = _pair(own, name, tuple(leaf.shape), nested)
         _check(name, lower, upper)
-        pairs.append((_like(leaf, lower), _like(leaf, upper)))
+        pairs.append(tuple(_like(leaf, bound) for bound in _rounded_inward(arrays.dtype_name(leaf), lower, upper)))
         _check_cast(name, *pairs[-1])
     return pairs
 
@@ -161,6 +161,19 @@ def _check_cast(name: str, lower: Array, upper: Array) -> None:
         raise ValueError(
             f"`bounds` of {brief(name)} lie beyond the range of {arrays.dtype_name(lower)}; expected bounds within it"
         )
+
+
+def _rounded_inward(dtype: str, lower: Matrix, upper: Matrix) -> tuple[Matrix, Matrix]:
+    """Bounds that an array of a dtype can hold, and none outside of those given; equal ones stay equal."""
+    if dtype not in ("float16", "float32"):
+        return lower, upper
+    with np.errstate(over="ignore"):
+        low, high = lower.astype(dtype), upper.astype(dtype)
+        free, infinity = lower < upper, np.array(np.inf, dtype)
+        low = np.where(free & (low < lower), np.nextafter(low, infinity), low)
+        high = np.where(free & (high > upper), np.nextafter(high, -infinity), high)
+    crossed = low > high  # no number of the dtype lies between them
+    return np.where(crossed, lower, low), np.where(crossed, upper, high)
 
 
 def _like(leaf: Array, bound: Matrix) -> Array:

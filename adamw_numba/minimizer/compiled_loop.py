@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from . import loop_kernel as kernel
 from .history import COLUMNS
 from .objective import is_compiled
 from .objective_kernel import argument_words, objective_kernel
+from .python_objective import PythonObjective
 
 # A block of iterations is one compiled call. It has as many as take about SECONDS: signals are seen and progress is
 # shown between two of them.
@@ -72,7 +74,8 @@ class Loop:
     def __init__(self, runs: Sequence[Any], evaluate: Any, words: Any, kept: Any) -> None:
         self.runs, self._kept, self.optimizer = list(runs), (evaluate, kept), runs[0].optimizer
         optimizer, x = self.optimizer, runs[0].get("x")[0]
-        self.rows = 16
+        self.python = evaluate if isinstance(evaluate, PythonObjective) else None
+        self.rows = 1 if self.python else 16
         self.threads = 1 if _is_parallel(runs[0].objective) else optimizer.threads
         self.limits = runs[0].limits
         self.clips = np.array([optimizer.clipnorm or 0.0, optimizer.global_clipnorm or 0.0])
@@ -135,7 +138,8 @@ class Loop:
         if helpers_of(call):
             call_helpers(helpers_of(call), WOKEN_FROM)
         function, *arguments = call
-        function(*arguments)
+        with self.python.called(self.words[0]) if self.python else nullcontext():
+            function(*arguments)
 
     def _take_over(self, r: int, run: Any, records: Any, rates: Any, first: int, before: tuple[int, float]) -> None:
         """Note what a run has done; the rest of an iteration in Python where the compiled loop could not."""
@@ -149,6 +153,8 @@ class Loop:
             run.advance()
         elif unfinished:
             run.rate[0] = rates[run.iteration - 1 - first]
+            if self.python and self.python.error is not None:
+                raise self.python.error
             run.finish()
 
 
@@ -213,6 +219,20 @@ def compiled_loop(runs: Sequence[Any]) -> Loop | None:
     words, specs, kept = described
     evaluate = objective_kernel(objective.fun, objective.jac, objective.fills, x.dtype.name, x.shape, specs)
     return None if evaluate is None else Loop(runs, evaluate, words, kept)
+
+
+def loop_around_python(run: Any, maxtime: float | None) -> Loop | None:
+    """The compiled loop over a run of an objective in Python, or None where something needs Python at each step."""
+    leaves, optimizer = run.get("x"), run.optimizer
+    if len(leaves) != 1 or isinstance(run.problem.container, (dict, list, tuple)) or not _in_advance(optimizer):
+        return None
+    x, rates = leaves[0], (optimizer.hyper.learning_rate_function, optimizer.hyper.weight_decay_function)
+    if type(x) is not np.ndarray or x.dtype.name not in ("float32", "float64"):
+        return None
+    # A rate of the user's may depend on what the objective does.
+    if not all(rate is None or rate.is_schedule for rate in rates):
+        return None
+    return Loop([run], PythonObjective(run, math.inf if maxtime is None else maxtime), np.zeros(1, np.int64), None)
 
 
 def _in_advance(optimizer: Any) -> bool:

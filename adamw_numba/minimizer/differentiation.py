@@ -98,6 +98,13 @@ class Differences:
             calls += info["nfev"]
         return Evaluation(value, _split(gradient, shapes), calls)
 
+    def least_calls(self, leaves: Sequence[Array]) -> int:
+        """How many evaluations one gradient takes at least."""
+        free = sum(leaf.size for leaf in leaves)
+        if self.bounds is not None:
+            free = sum(int((lower < upper).sum()) for lower, upper in self.bounds)
+        return int(1 + free * (2 if self.method == "3-point" else 1))
+
     def close(self) -> None:
         """End the processes."""
         self._stack.close()

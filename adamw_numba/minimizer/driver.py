@@ -16,7 +16,8 @@ from .run import Run
 from .signals import caught_signals
 from .warm_start import read_start, take_state
 
-Callback = Callable[[Run], None]
+Callback = Callable[[Run], Any]
+_WORTHWHILE = 16  # iterations that the compiled loop takes at once
 
 
 def prepare(fun: Any, x0: Any, args: Any, jac: Any, bounds: Any, settings: Settings) -> Run:
@@ -28,6 +29,11 @@ def prepare(fun: Any, x0: Any, args: Any, jac: Any, bounds: Any, settings: Setti
     objective = Objective(
         fun, jac, args, problem, settings["batches"], settings["workers"], settings["finite_diff_rel_step"]
     )
+    least, most = objective.least_calls(), settings["maxfev"]
+    if most is not None and most < least:
+        raise ValueError(
+            f"`maxfev` is {most}, while a value and its gradient take {least} evaluations of `fun`; expected as many"
+        )
     # With batches, the values at two points belong to different functions: the lower one is not the better point.
     best = settings["batches"] is None if settings["return_best"] is None else settings["return_best"]
     optimizer = AdamW(**settings["hyper"])
@@ -53,7 +59,7 @@ def drive(run: Run, settings: Settings, callback: Callback | None) -> Any:
         try:
             checkpointing.restore()
             run.start()
-            loop = compiled([run]) if settings["compiled"] else None
+            loop = _loop_of(run, settings, callback)
             while not run.reason:
                 if loop is None:
                     run.advance()
@@ -90,6 +96,19 @@ def drive_all(runs: Sequence[Run], loop: Any, settings: Settings) -> None:
         progress.close()
 
 
+def _loop_of(run: Run, settings: Settings, callback: Callback | None) -> Any:
+    """The compiled loop that is to take the iterations, or None for Python."""
+    if not settings["compiled"]:
+        return None
+    loop = compiled([run])
+    looked_at = callable(settings["progress"]) or (callback is not None and settings["callback_every"] < _WORTHWHILE)
+    if loop is None and not looked_at:
+        from .compiled_loop import loop_around_python
+
+        loop = loop_around_python(run, settings["maxtime"])
+    return loop
+
+
 def compiled(runs: Sequence[Run]) -> Any:
     """The compiled loop over runs of one objective, or None where Python is needed at each step."""
     if not is_compiled(runs[0].objective.fun):
@@ -114,8 +133,10 @@ def _after_iterations(
     finite = run.reason != stopping.NONFINITE
     if callback is not None and finite and (run.reason or run.nit % settings["callback_every"] == 0):
         try:
-            callback(run)
+            stops = callback(run)
         except StopIteration:
+            stops = True
+        if stops is True:  # nothing else: a callback may return anything
             run.stop(stopping.CALLBACK)
     _stop_in_time(run, settings)
     if not run.reason and signals:

@@ -41,7 +41,10 @@ def number_of(value: Any) -> float:
         pass
     except OverflowError:
         raise ValueError(f"`fun` returned {returned(value)}; expected a number within the range of float64") from None
-    raise TypeError(f"`fun` returned {returned(value)}; expected a real number")
+    hint = ""
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        hint = ": pass jac=True if `fun` returns the value and the gradient"
+    raise TypeError(f"`fun` returned {returned(value)}; expected a real number{hint}")
 
 
 def gradients_of(gradient: Container, container: Container, names: list[str], leaves: Sequence[Array]) -> list[Array]:

@@ -34,6 +34,7 @@ VARYING = (0, 1, 10)  # the coefficients that differ from step to step: alpha, d
 CLIPNORM, GLOBAL_CLIPNORM = range(2)
 RECORD = 4  # fun, gradient norm, step norm, learning rate
 HERE, BEFORE_UPDATE, AFTER_UPDATE = range(3)  # where in an iteration a run was left; HERE is between two
+RAISED, PAUSED = 1, 2  # what an objective leaves in its first word: it has raised; Python has something to do
 PADDING, MOST_PADDED = 32, 2**12  # bytes: a vector; and an array that is small
 
 _note, _verdict = jit(stopping.note), jit(stopping.verdict)
@@ -144,9 +145,10 @@ def _evaluate(run, size, padded, like, values, counts):
     x, g, words = pointer(run[X], like), pointer(run[GRADIENT], like), pointer(run[WORDS], np.int64(0))
     _copy(padded, pointer(run[COPY], like), x)
     words[0] = 0
-    values[stopping.FUN] = _call_objective(run[EVALUATE], run[COPY], run[GRADIENT], run[WORDS])
-    if words[0] != 0:
+    value = _call_objective(run[EVALUATE], run[COPY], run[GRADIENT], run[WORDS])
+    if words[0] == RAISED:
         return False
+    values[stopping.FUN] = value
     if run[LOWER] == 0:
         values[stopping.GRADIENT_NORM] = _largest(padded, g)
     else:
@@ -211,7 +213,8 @@ def _advance(block, run, like, top, average, limit):
             run[LEFT] = AFTER_UPDATE
             return
         # The step is measured only where somebody will see it; the stride of the history is a power of two.
-        recorded = counts[stopping.NIT] & (marks[1] - 1) == 0 or iteration[0] == last
+        paused = pointer(run[WORDS], np.int64(0))[0] == PAUSED
+        recorded = counts[stopping.NIT] & (marks[1] - 1) == 0 or iteration[0] == last or paused
         measured = recorded or limits[stopping.XTOL] >= 0
         if measured:
             _measure(run, size, like, values)
@@ -225,6 +228,8 @@ def _advance(block, run, like, top, average, limit):
         records[RECORD * k] = values[stopping.FUN]
         records[RECORD * k + 1] = values[stopping.GRADIENT_NORM]
         records[RECORD * k + 2] = values[stopping.STEP_NORM]
+        if paused:
+            return
 
 
 @jit

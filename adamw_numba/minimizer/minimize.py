@@ -47,7 +47,7 @@ def minimize(
         Not used, with a RuntimeWarning.
     callback : callable, optional
         ``callback(intermediate_result)`` (with exactly this name) or ``callback(xk)``, after every iteration (or
-        ``callback_every``); `StopIteration` stops.
+        ``callback_every``); `StopIteration`, or to return True, stops.
     tol : float, optional
         Sets ``gtol``.
     **options

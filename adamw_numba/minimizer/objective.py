@@ -74,6 +74,10 @@ class Objective:
             value, gradient = self.fun(self._copies(leaves), *rest), self.jac(self._copies(leaves), *rest)
         return Evaluation(number_of(value), gradients_of(gradient, container, self.problem.names, leaves), 1)
 
+    def least_calls(self) -> int:
+        """How many evaluations of the function an iteration takes at least."""
+        return 1 if self._differences is None else self._differences.least_calls(self.problem.leaves)
+
     def close(self) -> None:
         """End the processes of finite differences, and let go of the batches."""
         if self._differences is not None:

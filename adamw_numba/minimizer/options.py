@@ -1,8 +1,12 @@
 """The options of `minimize`: what each may be, and what it is by default."""
 
+import math
+import sys
 import warnings
 from contextlib import suppress
 from typing import Any
+
+import numpy as np
 
 from .. import hyperparameters as hp
 from ..arrays.brief import brief
@@ -12,6 +16,18 @@ Settings = dict[str, Any]
 
 _tolerance = hp.real("a float >= 0, or None", lambda value: value >= 0, optional=True)
 _seconds = hp.real("a number of seconds > 0, or None", lambda value: value > 0, optional=True)
+
+
+def _count(least: int) -> hp.Check:
+    """A check for a number of iterations or evaluations; as in SciPy, it may be a float, and infinity or None none."""
+    integer = hp.integer(least)
+
+    def check(name: str, value: Any) -> Any:
+        if isinstance(value, (float, np.floating)):
+            value = None if value == math.inf else int(value) if value == value // 1 else value
+        return integer(name, value)
+
+    return check
 
 
 def _flag_or_none(name: str, value: Any) -> bool | None:
@@ -36,8 +52,8 @@ def _anything(name: str, value: Any) -> Any:
 
 # Option -> default and check; AdamW's hyperparameters are added to them.
 _OPTIONS: dict[str, tuple[Any, hp.Check]] = {
-    "maxiter": (10_000, hp.integer(0, optional=False)),
-    "maxfev": (None, hp.integer(1)),
+    "maxiter": (10_000, _count(0)),
+    "maxfev": (None, _count(1)),
     "maxtime": (None, _seconds),
     "gtol": (1e-5, _tolerance),
     "ftol": (None, _tolerance),
@@ -76,10 +92,9 @@ def read_settings(options: dict[str, Any], tol: Any, hess: Any, hessp: Any, cons
 def _warn_of_unused(hess: Any, hessp: Any, constraints: Any) -> None:
     for name, value in (("hess", hess), ("hessp", hessp)):
         if value is not None:
-            message = f"Method AdamW does not use Hessian information ({name})."
-            warnings.warn(message, RuntimeWarning, stacklevel=5)
+            _warn(f"Method AdamW does not use Hessian information ({name}).", RuntimeWarning)
     if not (constraints is None or (isinstance(constraints, (tuple, list)) and not constraints)):
-        warnings.warn("Method AdamW cannot handle constraints.", RuntimeWarning, stacklevel=5)
+        _warn("Method AdamW cannot handle constraints.", RuntimeWarning)
 
 
 def _warn_of_unknown(options: dict[str, Any]) -> None:
@@ -89,7 +104,15 @@ def _warn_of_unknown(options: dict[str, Any]) -> None:
         return
     hints = [f"`{key}` is `{SYNONYMS[key]}` here" for key in unknown if key in SYNONYMS]
     # SciPy's words
-    warnings.warn("; ".join([f"Unknown solver options: {_listed(unknown)}", *hints]), _warning(), stacklevel=5)
+    _warn("; ".join([f"Unknown solver options: {_listed(unknown)}", *hints]), _warning())
+
+
+def _warn(message: str, category: Any) -> None:
+    """Warn of the first line that is neither ours nor SciPy's."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("adamw_numba.", "scipy.")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 def _listed(names: list[str], most: int = 10) -> str:

@@ -61,6 +61,7 @@ class Run:
     def _add_numbers(self, capacity: int) -> None:
         self.values = self._numbers("values", (stopping.HOW_MANY_VALUES,))
         self.values[[stopping.PREVIOUS, stopping.BEST, stopping.REFERENCE]] = math.inf
+        self.values[stopping.FUN] = math.nan  # nothing is evaluated yet
         self.counts = self._numbers("counts", (stopping.HOW_MANY_COUNTS,), np.int64)
         rows = self._numbers("history", (capacity, len(COLUMNS)))
         last = self._numbers("history_last", (len(COLUMNS),))

@@ -193,13 +193,10 @@ def test_gradients_of_other_layouts_and_dtypes(advanced):
 
 # What needs Python at each step: keywords
 PYTHON = {
-    "batches": {"batches": [0.5, 1.0], "args": (DATA,)},
     "accumulation": {"gradient_accumulation_steps": 3},
     "loss scale": {"loss_scale_factor": 2.0},
     "skip": {"nonfinite": "skip"},
     "a rate of nothing": {"learning_rate": lambda: 0.01},
-    "argument of another kind": {"args": (0.5, (DATA,)), "fun": numba.njit(lambda x, a, d: valley(x, a, d[0]))},
-    "boolean argument": {"args": (True, DATA)},
     "half precision": {"fun": lambda x, a, d: bowl(x.astype(np.float32)), "x0": START.astype(np.float16)},
 }
 

@@ -3,10 +3,12 @@
 import pickle
 import subprocess
 import sys
+import warnings
 
 import array_api_strict
 import jax
 import jax.numpy as jnp
+import numba
 import numpy as np
 import optax
 import pytest
@@ -230,6 +232,7 @@ def test_finite_differences(case):
 
 
 PROCESSES = """
+import numba
 import numpy as np
 from scipy.optimize import rosen
 from adamw_numba import minimize, multistart
@@ -769,3 +772,83 @@ def test_an_error_before_anything_is_evaluated():
     with pytest.raises(ArithmeticError) as caught:
         minimize(fun, np.ones(2), jac=True)
     assert any("nothing evaluated yet" in note for note in caught.value.__notes__)
+
+
+def test_nothing_was_evaluated():
+    """Where the first call fails, there is no value, and no number is given for one."""
+
+    def fails(x):
+        raise ZeroDivisionError
+
+    for fun in (fails, numba.njit(lambda x: (1 // int(x[0] - x[0]) * 1.0, x))):
+        with pytest.raises(ZeroDivisionError) as caught:
+            minimize(fun, START, jac=True)
+        assert np.isnan(caught.value.intermediate_result.fun)
+        assert caught.value.intermediate_result.nfev == 0
+        assert "nothing evaluated yet" in caught.value.__notes__[0]
+
+
+def test_a_value_and_a_gradient_without_jac():
+    with pytest.raises(TypeError, match=r"type tuple; expected a real number: pass jac=True"):
+        minimize(both, START)
+
+
+@pytest.mark.parametrize(("jac", "least"), [("2-point", 6), ("3-point", 11), ("cs", 6)])
+def test_maxfev_has_room_for_a_gradient(jac, least):
+    calls = []
+    with pytest.raises(ValueError, match=rf"`maxfev` is {least - 1}, .* {least} evaluations"):
+        minimize(lambda x: calls.append(x) or rosen(x), np.full(5, 0.5), jac=jac, maxfev=least - 1)
+    assert not calls
+    assert minimize(rosen, np.full(5, 0.5), jac=jac, maxfev=least).nfev == least
+    fixed = [(0.5, 0.5)] * 4 + [(None, None)]
+    assert minimize(rosen, np.full(5, 0.5), jac="2-point", maxfev=2, bounds=fixed).nfev == 2
+
+
+def test_counts_as_scipy_takes_them():
+    keywords = {"jac": True, "gtol": None, "learning_rate": 0.01}
+    assert minimize(bowl, np.ones(2), maxiter=1e1, **keywords).nit == 10
+    for unlimited in (None, np.inf):
+        assert minimize(bowl, np.ones(2), maxiter=unlimited, maxfev=20.0, **keywords).nfev == 20
+    with pytest.raises(ValueError, match="maxiter"):
+        minimize(bowl, np.ones(2), maxiter=1.5, **keywords)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_callback_stops_by_returning_true(compiled):
+    for returned, nit in ((True, 3), (1, 9), (None, 9)):
+        count = iter(range(1, 100))
+        stop = lambda x, count=count, returned=returned: returned if next(count) == 3 else None  # noqa: E731
+        result = minimize(bowl, np.ones(2), jac=True, callback=stop, maxiter=9, gtol=None, compiled=compiled)
+        assert result.nit == nit
+        assert (result.status == 99) == (nit == 3)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_bounds_hold_in_the_dtype_of_x(dtype):
+    """0.3 rounds to a larger number in float32 and float16, where the function is not defined any more."""
+    seen = []
+
+    def fun(x):
+        seen.append(x.copy())
+        return float(-x.sum()), -np.ones_like(x)
+
+    result = minimize(fun, np.full(2, 0.2, dtype), jac=True, bounds=[(0.1, 0.3)] * 2, learning_rate=0.05, maxiter=20)
+    assert max(float(x.max()) for x in seen) <= 0.3
+    assert float(result.x.max()) == float(np.nextafter(np.array(0.3, dtype), np.array(0, dtype)))
+    down = minimize(lambda x: (float(x.sum()), np.ones_like(x)), np.full(2, 0.2, dtype), jac=True, bounds=[(0.1, 0.3)] * 2, learning_rate=0.05, maxiter=20)  # fmt: skip
+    assert float(down.x.min()) >= 0.1
+    fixed = minimize(fun, np.full(2, 0.2, dtype), jac=True, bounds=[(0.1, 0.1)] * 2, maxiter=3)
+    assert (fixed.x == np.array(0.1, dtype)).all()
+
+
+@pytest.mark.parametrize("by_scipy", [True, False])
+def test_warnings_point_at_the_caller(by_scipy):
+    options = {"nonsense": 1, "maxiter": 1}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if by_scipy:
+            scipy.optimize.minimize(both, START, jac=True, hess=both, method=minimize, options=options)
+        else:
+            minimize(both, START, jac=True, hess=both, **options)
+    assert len(caught) == 2
+    assert {warning.filename for warning in caught} == {__file__}
