@@ -31,7 +31,8 @@ def minimize(
     fun : callable
         ``fun(x, *args)``, or ``fun(x, batch, *args)`` with `batches`. It returns a number, or with ``jac=True`` the
         number and the gradient. With ``jac=True`` it may also be ``fun(x, gradient, *args)``, which fills the gradient
-        (zeros at first) and returns the number. It gets copies. A Numba function runs inside a compiled loop.
+        (zeros at first) and returns the number. It gets copies. A Numba function runs inside a compiled loop;
+        around a Python function of one NumPy array, everything else does.
     x0 : array, nested dict or list of arrays, or an earlier result
         Where to start; it is never written. Arrays of any library stay in that library and on their device; integers
         become floats. From an earlier result, the run goes on at its ``x_last`` with its ``state``.

@@ -53,6 +53,7 @@ class Objective:
     ) -> None:
         _check(fun, jac, problem.leaves)
         self.fun, self.jac, self.args, self.problem = fun, jac, args, problem
+        self._is_one_array = type(problem.container) is np.ndarray
         self.batches = None if batches is None else Batches(batches)
         # One parameter more than (x, batch, *args) is the gradient, to be filled.
         self.fills = jac is True and _required(fun) == 2 + len(args) + (batches is not None)
@@ -86,6 +87,8 @@ class Objective:
             self.batches.close()
 
     def _copies(self, leaves: Sequence[Array]) -> Container:
+        if self._is_one_array:  # most
+            return leaves[0].copy()
         return rebuild(self.problem.container, [arrays.like(leaf, leaf) for leaf in leaves])
 
     def _jointly(self, leaves: Sequence[Array], rest: tuple[Any, ...]) -> tuple[Any, Any]:
