@@ -1,7 +1,7 @@
 """The options of `minimize`: what each may be, and what it is by default."""
 
+import inspect
 import math
-import sys
 import warnings
 from contextlib import suppress
 from typing import Any
@@ -109,8 +109,8 @@ def _warn_of_unknown(options: dict[str, Any]) -> None:
 
 def _warn(message: str, category: Any) -> None:
     """Warn of the first line that is neither ours nor SciPy's."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("adamw_numba.", "scipy.")):
+    level, frame = 1, inspect.currentframe()
+    while frame and frame.f_back and frame.f_globals.get("__name__", "").startswith(("adamw_numba.", "scipy.")):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
 
