@@ -348,7 +348,9 @@ def _reference(variable: Array, gradient: Array | None) -> Any:
     """What tells that a gradient is the object that was looked at, without keeping it alive: only torch's need it."""
     if not is_torch_array(variable):
         return False
-    return None if gradient is None else weakref.ref(gradient)
+    if gradient is None or gradient.numel() < 2 or not gradient.is_contiguous():
+        return None  # it may become a view that is yet to be negated: see `Tensors`
+    return weakref.ref(gradient)
 
 
 def _has_lost_memory(where: int, seen: Seen) -> bool:

@@ -102,7 +102,8 @@ def _loop_of(run: Run, settings: Settings, callback: Callback | None) -> Any:
         return None
     loop = compiled([run])
     looked_at = callable(settings["progress"]) or (callback is not None and settings["callback_every"] < _WORTHWHILE)
-    if loop is None and not looked_at:
+    has_kernels = run.optimizer.engine.alone is not None  # not for arrays of other libraries, or without compilation
+    if loop is None and not looked_at and has_kernels:
         from .compiled_loop import loop_around_python
 
         loop = loop_around_python(run, settings["maxtime"])
