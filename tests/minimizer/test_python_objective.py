@@ -83,6 +83,8 @@ def keywords_of(form, options):
     ("form", "options"), [*((form, "plain") for form in FORMS), *(("together", o) for o in OPTIONS)]
 )
 def test_same_bits_as_the_ordinary_loop(form, options, advanced):
+    if form in ("torch", "jax"):
+        pytest.importorskip(form)
     keywords = keywords_of(form, options)
     found = minimize(**keywords)
     assert advanced
