@@ -129,7 +129,7 @@ class Rate:
         self.function = function
         self.takes_step = _takes_step(function)
         # One of ours follows from the step alone.
-        self.is_schedule = type(function).__module__ == f"{__package__}.schedules"
+        self.is_schedule = type(function).__module__.startswith(f"{__package__}.")
 
     def __call__(self, step: Any) -> Any:
         """The rate at a step: a checked float, or whatever comes back for a traced step."""

@@ -164,7 +164,10 @@ def _array_addresses(run: Any) -> list[int]:
     best = [run.get(role)[0] if role in run.roles else None for role in ("best", "best_gradient")]
     found = [run.get("x")[0], None, run.get("gradient")[0]]
     found += [slots.get(key) for key in ("momentum", "velocity", "velocity_hat", "average")]
-    found += [*best, run.get("previous")[0], *(run.bounds[0] if run.bounds else (None, None))]
+    bounds = run.bounds[0] if run.bounds else (None, None)
+    inner = run.inner_bounds[0] if run.inner_bounds else (None, None)
+    found += [*best, run.get("previous")[0], *inner]
+    found += [run.get("scale")[0], *bounds] if run.is_scaled else [None] * 3
     return [0 if array is None else array.ctypes.data for array in found]
 
 

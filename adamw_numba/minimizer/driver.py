@@ -1,11 +1,12 @@
 """Prepares runs and drives them until they stop: in Python or in a compiled loop, one alone or many together."""
 
-import sys
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..optimizer import AdamW
 from . import stopping
+from .automatic import schedule_for
 from .checkpointing import Checkpointing
 from .objective import Objective, is_compiled
 from .options import Settings
@@ -14,7 +15,7 @@ from .progress import Progress
 from .result import short
 from .run import Run
 from .signals import caught_signals
-from .warm_start import read_start, take_state
+from .warm_start import read_start
 
 Callback = Callable[[Run], Any]
 _WORTHWHILE = 16  # iterations that the compiled loop takes at once
@@ -24,7 +25,8 @@ def prepare(fun: Any, x0: Any, args: Any, jac: Any, bounds: Any, settings: Setti
     """Check everything and prepare a run; nothing is evaluated yet."""
     fun, jac = _unwrapped(fun, None if jac is False else jac)
     x0, state = read_start(x0, settings["state"])
-    problem = read_problem(x0, bounds)
+    noisy, x_scale = settings["batches"] is not None, settings["x_scale"]
+    problem = read_problem(x0, bounds, x_scale, settings["automatic"])
     args = args if isinstance(args, tuple) else (args,)
     objective = Objective(
         fun, jac, args, problem, settings["batches"], settings["workers"], settings["finite_diff_rel_step"]
@@ -35,11 +37,16 @@ def prepare(fun: Any, x0: Any, args: Any, jac: Any, bounds: Any, settings: Setti
             f"`maxfev` is {most}, while a value and its gradient take {least} evaluations of `fun`; expected as many"
         )
     # With batches, the values at two points belong to different functions: the lower one is not the better point.
-    best = settings["batches"] is None if settings["return_best"] is None else settings["return_best"]
-    optimizer = AdamW(**settings["hyper"])
+    best = not noisy if settings["return_best"] is None else settings["return_best"]
+    hyper = settings["hyper"]
+    if settings["automatic"]:
+        length = min(math.inf if limit is None else limit for limit in (settings["maxiter"], most and most // least))
+        automatic = {"beta_2": 0.999 if noisy else 0.9}
+        hyper = automatic | hyper | {"learning_rate": schedule_for(length, noisy, x_scale is not None)}
+    optimizer = AdamW(**hyper)
     run = Run(objective, problem, optimizer, stopping.limits_of(settings), settings["history"], best)
     if state is not None:
-        take_state(optimizer, state)
+        run.take_state(state)
     return run
 
 
@@ -61,10 +68,12 @@ def drive(run: Run, settings: Settings, callback: Callback | None) -> Any:
             run.start()
             loop = _loop_of(run, settings, callback)
             while not run.reason:
+                run.begin_stage()
                 if loop is None:
                     run.advance()
                 else:
                     loop.advance(_iterations_alone(run, settings, callback, checkpointing))
+                run.recover()
                 _after_iterations(run, settings, callback, checkpointing, signals)
                 progress.show(run)
             checkpointing.finish()
@@ -84,8 +93,11 @@ def drive_all(runs: Sequence[Run], loop: Any, settings: Settings) -> None:
         for run in runs:
             run.start()
         while going := [run for run in runs if not run.reason]:
-            loop.advance(sys.maxsize)
             for run in going:
+                run.begin_stage()
+            loop.advance(min(run.left_in_stage() for run in going))
+            for run in going:
+                run.recover()
                 _stop_in_time(run, settings)
             progress.show(min(going, key=lambda run: run.nit))
     except BaseException as error:
@@ -121,7 +133,7 @@ def compiled(runs: Sequence[Run]) -> Any:
 
 def _iterations_alone(run: Run, settings: Settings, callback: Callback | None, checkpointing: Checkpointing) -> int:
     """How many iterations the compiled loop may take before Python has something to do."""
-    most = checkpointing.iterations_left()
+    most = min(checkpointing.iterations_left(), run.left_in_stage())
     if callback is not None:
         most = min(most, settings["callback_every"] - run.nit % settings["callback_every"])
     return most

@@ -26,8 +26,11 @@ from . import stopping
 # A block: what all runs share.
 RUNS, HOMES, COUNT, SIZE, PADDED, ROWS, FIRST, LAST, LIMITS, CLIPS, CHUNK, BLOCK_ENTRIES = range(12)
 # A run: addresses, 0 for an array that does not exist; the last entry is where it was left for Python to go on.
-X, COPY, GRADIENT, M, V, TOP, AVERAGE, BEST, BEST_GRADIENT, PREVIOUS, LOWER, UPPER, ARRAYS = range(13)
-EVALUATE, WORDS, VALUES, COUNTS, ITERATION, RECORDS, SUMS, MARKS, LEFT, RUN_ENTRIES = range(12, 22)
+# Where there are units (SCALE), x, its bounds and the gradient are in them; COPY, BEST and BEST_GRADIENT are in the
+# user's, and so are the bounds of points (POINT_LOWER, POINT_UPPER).
+X, COPY, GRADIENT, M, V, TOP, AVERAGE, BEST, BEST_GRADIENT, PREVIOUS = range(10)
+LOWER, UPPER, SCALE, POINT_LOWER, POINT_UPPER, ARRAYS = range(10, 16)
+EVALUATE, WORDS, VALUES, COUNTS, ITERATION, RECORDS, SUMS, MARKS, LEFT, RUN_ENTRIES = range(15, 25)
 # The rows: one column per iteration.
 OVERWRITE, ROW_ENTRIES = 11, 12  # eleven coefficients, and whether to overwrite with the average
 VARYING = (0, 1, 10)  # the coefficients that differ from step to step: alpha, decay, average_c; others are in the first
@@ -140,10 +143,28 @@ def _project(run, size, like):
 
 
 @jit
+def _put_point(run, to, size, padded, like):
+    """Write x in the user's units, within the bounds, and exactly on them where x is."""
+    x, point = pointer(run[X], like), pointer(to, like)
+    if run[SCALE] == 0:
+        _copy(padded, point, x)
+        return
+    scale = pointer(run[SCALE], like)
+    for i in range(size):
+        point[i] = x[i] * scale[i]
+    if run[LOWER] != 0:
+        lower, upper = pointer(run[LOWER], like), pointer(run[UPPER], like)
+        least, most = pointer(run[POINT_LOWER], like), pointer(run[POINT_UPPER], like)
+        for i in range(size):
+            value = least[i] if x[i] <= lower[i] or point[i] < least[i] else point[i]
+            point[i] = most[i] if x[i] >= upper[i] or value > most[i] else value
+
+
+@jit
 def _evaluate(run, size, padded, like, values, counts):
     """Call the objective, with a copy of the array; False where it raised."""
     x, g, words = pointer(run[X], like), pointer(run[GRADIENT], like), pointer(run[WORDS], np.int64(0))
-    _copy(padded, pointer(run[COPY], like), x)
+    _put_point(run, run[COPY], size, padded, like)
     words[0] = 0
     value = _call_objective(run[EVALUATE], run[COPY], run[GRADIENT], run[WORDS])
     if words[0] == RAISED:
@@ -162,14 +183,29 @@ def _evaluate(run, size, padded, like, values, counts):
 @jit
 def _measure(run, size, like, values):
     x, before = pointer(run[X], like), pointer(run[PREVIOUS], like)
-    values[stopping.SIZE] = _largest(size, x)
-    values[stopping.STEP_NORM] = _largest_difference(size, x, before)
+    if run[SCALE] == 0:
+        values[stopping.SIZE] = _largest(size, x)
+        values[stopping.STEP_NORM] = _largest_difference(size, x, before)
+        return
+    scale, point = pointer(run[SCALE], like), pointer(run[COPY], like)
+    _put_point(run, run[COPY], size, size, like)  # again: the objective may have written into it
+    values[stopping.SIZE] = _largest(size, point)
+    for i in range(size):
+        point[i] = (x[i] - before[i]) * scale[i]
+    values[stopping.STEP_NORM] = _largest(size, point)
 
 
 @jit
-def _keep_best(run, padded, like):
-    _copy(padded, pointer(run[BEST], like), pointer(run[X], like))
+def _keep_best(run, size, padded, like):
+    _put_point(run, run[BEST], size, padded, like)
     _copy(padded, pointer(run[BEST_GRADIENT], like), pointer(run[GRADIENT], like))
+
+
+@jit
+def _scale_gradient(run, size, like):
+    g, scale = pointer(run[GRADIENT], like), pointer(run[SCALE], like)
+    for i in range(size):
+        g[i] *= scale[i]
 
 
 @jit
@@ -221,7 +257,9 @@ def _advance(block, run, like, top, average, limit):
         _note(values, counts, limits)
         counts[stopping.EVALUATED] = 1
         if run[BEST] != 0 and counts[stopping.BEST_AT] == counts[stopping.NIT]:
-            _keep_best(run, padded, like)
+            _keep_best(run, size, padded, like)
+        if run[SCALE] != 0:
+            _scale_gradient(run, size, like)
         counts[stopping.REASON] = _verdict(values, counts, limits)
         if counts[stopping.REASON] != stopping.GOING_ON and not measured:
             _measure(run, size, like, values)

@@ -52,10 +52,18 @@ def minimize(
     tol : float, optional
         Sets ``gtol``.
     **options
-        learning_rate, beta_1, beta_2, epsilon, amsgrad, clipnorm, clipvalue, global_clipnorm, use_ema, ... :
+        learning_rate : "auto", float, schedule or function, default "auto"
+            As in `AdamW`, a length in units of x. "auto" falls from 0.3 times the size of each element (at least 0.3)
+            over `maxiter`, in stages; each goes on from the best point, in units of the size of x there, and so does a
+            run after NaN, in smaller units. ``beta_2`` is then 0.9 by default; with `batches`, one gentle decay and
+            0.999.
+        x_scale : float, array or container like `x0`, or "bounds"
+            The unit of each element, or the widths of the bounds: AdamW moves ``x / x_scale``, all that it is given or
+            reports is x. As in `scipy.optimize.least_squares`.
+        beta_1, beta_2, epsilon, amsgrad, clipnorm, clipvalue, global_clipnorm, use_ema, ... :
             As in `AdamW`; ``weight_decay`` is 0 by default, since decay moves the minimum.
         maxiter, maxfev : int
-            The most updates (10,000) and evaluations of `fun` (no limit).
+            The most updates (10,000) and evaluations of `fun` (no limit); None and infinity for no limit.
         maxtime : float
             In seconds.
         gtol : float, default 1e-5
@@ -111,7 +119,7 @@ def minimize(
     >>> import numpy as np
     >>> def fun(x):
     ...     return ((x - 3) ** 2).sum(), 2 * (x - 3)
-    >>> result = minimize(fun, np.zeros(2), jac=True, learning_rate=0.1)
+    >>> result = minimize(fun, np.zeros(2), jac=True)
     >>> result.success, result.x.round(3)
     (True, array([3., 3.]))
     """

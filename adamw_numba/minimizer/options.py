@@ -69,6 +69,7 @@ _OPTIONS: dict[str, tuple[Any, hp.Check]] = {
     "batches": (None, _anything),
     "workers": (None, _anything),
     "finite_diff_rel_step": (None, _anything),
+    "x_scale": (None, _anything),
     "callback_every": (1, hp.integer(1, optional=False)),
     "compiled": (True, hp.flag),
 }
@@ -84,6 +85,11 @@ def read_settings(options: dict[str, Any], tol: Any, hess: Any, hessp: Any, cons
     if tol is not None and "gtol" not in options:
         settings["gtol"] = tol
     hyper = {key: options[key] for key in _HYPERPARAMETERS if key in options}
+    settings["automatic"] = isinstance(hyper.get("learning_rate", "auto"), str)
+    if settings["automatic"] and hyper.pop("learning_rate", "auto") != "auto":
+        raise ValueError(
+            f"`learning_rate` is {brief(options['learning_rate'])}; expected 'auto', a number, a schedule or a function"
+        )
     # A run that stops looks at the value and the gradient itself: the optimizer need not read the gradient again.
     hyper["nonfinite"] = "propagate" if settings["nonfinite"] == "stop" else settings["nonfinite"]
     return settings | {"hyper": {"weight_decay": 0.0} | hyper}

@@ -11,18 +11,20 @@ from ..arrays import Array
 from ..arrays.brief import brief
 from ..arrays.tree import Container, flatten, materialized, rebuild
 from .bounds import Bounds, read_bounds, within
+from .scaling import Scale, read_scale, scale_of_start
 
 
 class Problem(NamedTuple):
-    """The arrays to move, and how far they may."""
+    """The arrays to move, how far they may, and in which units."""
 
     names: list[str]
     container: Container
     leaves: list[Array]  # copies, within the bounds
     bounds: Bounds | None
+    scale: Scale | None
 
 
-def read_problem(x0: Any, bounds: Any) -> Problem:
+def read_problem(x0: Any, bounds: Any, x_scale: Any, wants_units: bool) -> Problem:
     """Copies of the arrays of `x0`, as floats, moved into the bounds.
 
     Raises
@@ -30,7 +32,7 @@ def read_problem(x0: Any, bounds: Any) -> Problem:
     TypeError
         If something is no array of real numbers.
     ValueError
-        If `x0` is empty, a number is not finite, or the bounds do not fit.
+        If `x0` is empty, a number is not finite, or the bounds or units do not fit.
     """
     if _is_numbers(x0):
         x0 = np.atleast_1d(np.asarray(x0))
@@ -41,7 +43,10 @@ def read_problem(x0: Any, bounds: Any) -> Problem:
     copies = [_checked_copy(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
     read = read_bounds(bounds, container, names, copies)
     copies = copies if read is None else within(copies, read)
-    return Problem(names, rebuild(container, copies), copies, read)
+    scale = scale_of_start(copies, read) if wants_units and x_scale is None else None
+    if x_scale is not None:
+        scale = read_scale(x_scale, container, names, copies, read)
+    return Problem(names, rebuild(container, copies), copies, read, scale)
 
 
 def _is_numbers(x0: Any) -> bool:

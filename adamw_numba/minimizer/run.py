@@ -1,9 +1,10 @@
 """One minimization: its arrays, what is known of them, and one iteration; all of it lives in the optimizer's state."""
 
 import math
+import sys
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,17 @@ from ..arrays import Array
 from ..arrays.tree import Container, rebuild
 from ..optimizer import AdamW
 from . import stopping
-from .bounds import inward, within
+from .automatic import Stages
+from .bounds import Bounds, inward, within
 from .evaluation import Evaluation
 from .history import COLUMNS, History
 from .objective import Objective
 from .problem import Problem
 from .result import new_result
+from .scaling import divided, multiplied, onto_bounds, scale_of_stage
+from .warm_start import take_state
+
+_SMALLEST = 1e-12  # units, in that of x, down to which a run goes on after NaN or infinity
 
 
 class Run:
@@ -51,11 +57,19 @@ class Run:
     ) -> None:
         self.objective, self.problem, self.optimizer, self.limits = objective, problem, optimizer, limits
         self.names, self.bounds = problem.names, problem.bounds
-        optimizer.build(rebuild(problem.container, problem.leaves))
-        self.mutable = all(map(arrays.is_mutable, problem.leaves))
+        function = optimizer.hyper.learning_rate_function
+        self.stages = function.function if function and isinstance(function.function, Stages) else None
+        self.is_scaled = problem.scale is not None
+        # What the optimizer moves: x, in its units where it has some.
+        self._variables = problem.leaves if problem.scale is None else divided(problem.leaves, problem.scale)
+        optimizer.build(rebuild(problem.container, self._variables))
+        self.mutable = all(map(arrays.is_mutable, self._variables))
         self._own: list[str] = []  # the names of what is no array of AdamW's
         self._add_numbers(capacity)
-        self._add_arrays(return_best)
+        self._returns_best = return_best
+        self._add_arrays(return_best or self.stages is not None)
+        self._inner_bounds: Bounds | None = None if self.is_scaled else problem.bounds
+        self.renew_bounds()
         self.started = time.perf_counter()
 
     def _add_numbers(self, capacity: int) -> None:
@@ -76,28 +90,33 @@ class Run:
         array: np.ndarray[Any, Any] = self.optimizer.add_variable(shape, dtype=dtype, name=name)
         return array
 
-    def _add_arrays(self, return_best: bool) -> None:
+    def _add_arrays(self, keeps_best: bool) -> None:
         leaves = self.problem.leaves
         # Immutable arrays are replaced at each update, so that the state has to hold the present ones.
-        roles = ["gradient", "previous", *["best", "best_gradient"] * return_best, *["x"] * (not self.mutable)]
+        roles = ["gradient", "previous", *["best", "best_gradient"] * keeps_best, *["x"] * (not self.mutable)]
+        roles += ["scale"] * self.is_scaled
         self._arrays = {role: [self._array_like(role, k, x) for k, x in enumerate(leaves)] for role in roles}
-        for role in ("best", "x", "previous"):
+        starts = {"best": leaves, "x": self._variables, "previous": self._variables, "scale": self.problem.scale}
+        for role, values in starts.items():
             if role in self._arrays:
-                self.put(role, leaves)
+                self.put(role, values)  # type: ignore[arg-type]
 
     def _array_like(self, role: str, k: int, x: Array) -> str:
         name = f"{role}_{k}"
         dtype = arrays.SLOT[arrays.dtype_name(x)] if role.endswith("gradient") else arrays.dtype_name(x)
         self.optimizer.engine.state.add(name, arrays.zeros_like(x, dtype), "zeros", late=True)
-        self._own.append(name)
+        if role != "scale":  # AdamW's state is in these units
+            self._own.append(name)
         return name
 
     # Its arrays
 
     def get(self, role: str) -> list[Array]:
-        """Live arrays, one per variable: ``x``, ``previous``, ``gradient``, ``best`` or ``best_gradient``."""
+        """Live arrays, one per variable: ``scale``; in these units, if there are any, ``x``, ``previous`` and
+        ``gradient``; and in the user's, ``best`` and ``best_gradient``.
+        """
         if role == "x" and self.mutable:
-            return self.problem.leaves
+            return self._variables
         return [self.optimizer.engine.state.added[True][name] for name in self._arrays[role]]
 
     def put(self, role: str, values: Sequence[Array]) -> None:
@@ -108,6 +127,33 @@ class Run:
         for name, value in zip(self._arrays[role], values, strict=True):
             added = self.optimizer.engine.state.added[True]
             added[name] = arrays.like(added[name], value)
+
+    def points(self) -> list[Array]:
+        """x in the user's units."""
+        x = self.get("x")
+        if not self.is_scaled:
+            return x
+        points = multiplied(x, self.get("scale"))
+        if self.bounds is None or self._inner_bounds is None:
+            return points
+        return onto_bounds(points, x, self.bounds, self._inner_bounds)
+
+    @property
+    def inner_bounds(self) -> Bounds | None:
+        """The bounds of what the optimizer moves."""
+        return self._inner_bounds
+
+    def renew_bounds(self) -> None:
+        """Bring the bounds of what the optimizer moves into the present units."""
+        if not self.is_scaled or self.bounds is None:
+            return
+        scale = self.get("scale")
+        pairs = [divided(pair, [unit] * 2) for pair, unit in zip(self.bounds, scale, strict=True)]
+        if self._inner_bounds is None or not self.mutable:
+            self._inner_bounds = [(lower, upper) for lower, upper in pairs]
+        else:  # in place, since the compiled loop knows where they are
+            for old, new in zip(self._inner_bounds, pairs, strict=True):
+                arrays.write_all(list(zip(old, new, strict=True)))
 
     @property
     def roles(self) -> set[str]:
@@ -138,9 +184,49 @@ class Run:
 
     def start(self) -> None:
         """Evaluate where nothing has been evaluated yet, and decide whether to go on."""
+        self.renew_bounds()  # of a run that was restored
         if not self.counts[stopping.EVALUATED]:
             self.evaluate()
         self.decide()
+
+    def left_in_stage(self) -> int:
+        """Iterations until a stage of the automatic learning rate ends."""
+        return sys.maxsize if self.stages is None else self.stages.left(self.iteration)
+
+    def begin_stage(self) -> None:
+        """Where a stage of the automatic learning rate begins: go on from the best point, in units of its size."""
+        if self.stages is not None and self.stages.begins_at(self.iteration) and self._has_best():
+            self._go_on_from_best(scale_of_stage(self.get("best"), self.problem.leaves))
+
+    def recover(self) -> None:
+        """After NaN or infinity, at an automatic learning rate: go on from the best point, in smaller units."""
+        if self.stages is None or self.reason != stopping.NONFINITE or not self._has_best():
+            return
+        scale = [unit / 10 for unit in self.get("scale")]
+        if _largest(scale) > _SMALLEST * max(1.0, _largest(self.get("best"))):  # else smaller ones would not help
+            self._go_on_from_best(scale)
+            self.decide()
+
+    def _has_best(self) -> bool:
+        return "best" in self._arrays and math.isfinite(self.values[stopping.BEST])
+
+    def _go_on_from_best(self, scale: list[Array]) -> None:
+        """Move to the best point, as if its gradient had always been the same."""
+        best, gradients = self.get("best"), self.get("best_gradient")
+        scaled = multiplied(gradients, scale)
+        self.put("scale", scale)
+        self.put("x", divided(best, scale))
+        self.put("gradient", [_cast(g, like) for g, like in zip(scaled, self.get("gradient"), strict=True)])
+        self.renew_bounds()
+        for slots, g, x in zip(self.optimizer.engine.state.slots, self.get("gradient"), self.get("x"), strict=True):
+            values = {"momentum": g, "velocity": g * g, "velocity_hat": g * g, "average": x}
+            for key in slots.keys() & values.keys():
+                if self.mutable:
+                    arrays.write(slots[key], values[key])
+                else:
+                    slots[key] = arrays.like(slots[key], values[key])
+        self.values[[stopping.FUN, stopping.PREVIOUS]] = self.values[stopping.BEST]
+        self.values[stopping.GRADIENT_NORM] = self._gradient_norm(best, gradients)
 
     def advance(self) -> None:
         """One update, and the evaluation of where it leads."""
@@ -170,8 +256,8 @@ class Run:
             self.optimizer.apply(gradients)
         else:
             self._apply_statelessly(gradients)
-        if self.bounds is not None:
-            self.put("x", within(self.get("x"), self.bounds))
+        if self._inner_bounds is not None:
+            self.put("x", within(self.get("x"), self._inner_bounds))
         self.counts[stopping.NIT] += 1
         self.rate[0] = self.optimizer.last_step.learning_rate  # type: ignore[union-attr]
         self.counts[stopping.UPDATED] = self.optimizer.iterations > before and self.rate[0] > 0
@@ -186,34 +272,45 @@ class Run:
 
     def evaluate(self) -> None:
         """Value and gradient where the last update has led, and what they mean for the tolerances."""
-        evaluation = self.objective.evaluate(self.get("x"), self.nit)
-        self._measure(evaluation)
+        points = self.points()
+        evaluation = self.objective.evaluate(points, self.nit)
+        likes = self.get("gradient")
+        gradients = [_cast(g, like) for g, like in zip(evaluation.gradients, likes, strict=True)]
+        self._measure(evaluation, points, gradients)
         stopping.note(self.values, self.counts, self.limits)
         self.counts[stopping.EVALUATED] = 1
         if "best" in self._arrays and self.counts[stopping.BEST_AT] == self.nit:
-            self.put("best", self.get("x"))
-            self.put("best_gradient", self.get("gradient"))
+            self.put("best", points)
+            self.put("best_gradient", gradients)
         self.history.extend(np.array([[self.nit, *self.values[:2], self.rate[0], self.values[2], self.elapsed]]))
 
-    def _measure(self, evaluation: Evaluation) -> None:
-        x, likes = self.get("x"), self.get("gradient")
-        self.put("gradient", [_cast(g, like) for g, like in zip(evaluation.gradients, likes, strict=True)])
-        gradients = self.get("gradient") if self.bounds is None else inward(x, self.get("gradient"), self.bounds)
-        moves = [_difference(*pair) for pair in zip(x, self.get("previous"), strict=True)]
+    def _measure(self, evaluation: Evaluation, points: list[Array], gradients: list[Array]) -> None:
+        moves = [_difference(*pair) for pair in zip(self.get("x"), self.get("previous"), strict=True)]
+        if self.is_scaled:
+            moves = multiplied(moves, self.get("scale"))
+            self.put("gradient", multiplied(gradients, self.get("scale")))
+        else:
+            self.put("gradient", gradients)
         self.values[stopping.FUN] = evaluation.value
-        self.values[stopping.GRADIENT_NORM] = _largest(gradients)
-        self.values[stopping.SIZE] = _largest(x)
+        self.values[stopping.GRADIENT_NORM] = self._gradient_norm(points, gradients)
+        self.values[stopping.SIZE] = _largest(points)
         self.values[stopping.STEP_NORM] = _largest(moves)
         self.counts[stopping.NFEV] += evaluation.calls
         self.counts[stopping.NJEV] += 1
         self.counts[stopping.COST] = evaluation.calls
 
+    def _gradient_norm(self, points: list[Array], gradients: list[Array]) -> float:
+        return _largest(gradients if self.bounds is None else inward(points, gradients, self.bounds))
+
     # What comes out
 
     def result(self) -> Any:
         """The result as it stands."""
-        best = "best" in self._arrays and math.isfinite(self.values[stopping.BEST])
+        best = self._returns_best and self._has_best()
         status, message = stopping.STATUS.get(self.reason, (-1, "Still going on."))
+        if status in (1, 2) and stopping.is_still_moving(self.optimizer):
+            remedy = "learning_rate" if self.stages is None else "x_scale"
+            message = f"{message} x was still moving by about learning_rate at each step: raise {remedy} or maxiter."
         fields = {
             "message": message,
             "success": status == 0,
@@ -245,7 +342,11 @@ class Run:
         )
 
     def _out(self, role: str) -> Container:
-        return rebuild(self.problem.container, [arrays.like(array, array) for array in self.get(role)])
+        """Copies, in the user's units."""
+        found = self.points() if role == "x" else self.get(role)
+        if role == "gradient" and self.is_scaled:
+            found = divided(found, self.get("scale"))
+        return rebuild(self.problem.container, [arrays.like(array, array) for array in found])
 
     def _state(self) -> dict[str, Array]:
         """Copies of AdamW's own arrays, by name."""
@@ -253,8 +354,18 @@ class Run:
         return {name: np.array(a) if isinstance(a, np.ndarray) else arrays.like(a, a) for name, a in live.items()}
 
     def _average(self) -> Container:
-        average = [arrays.like(x, a) for x, a in zip(self.get("x"), self.optimizer.averages, strict=True)]
+        found = self.optimizer.averages
+        found = multiplied(found, self.get("scale")) if self.is_scaled else found
+        average = [arrays.like(x, a) for x, a in zip(self.get("x"), found, strict=True)]
         return rebuild(self.problem.container, average if self.bounds is None else within(average, self.bounds))
+
+    # Going on
+
+    def take_state(self, state: Mapping[str, Any]) -> None:
+        """Start with AdamW's state of an earlier result, in its units."""
+        take_state(self.optimizer, state)
+        if self.is_scaled:
+            self.put("x", divided(self.problem.leaves, self.get("scale")))
 
     # Saving
 

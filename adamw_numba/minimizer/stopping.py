@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import namespace
+
 # What is known of the last evaluation, in float64; REFERENCE is the value that `patience` compares with.
 FUN, GRADIENT_NORM, STEP_NORM, SIZE, PREVIOUS, BEST, REFERENCE, HOW_MANY_VALUES = range(8)
 # What is counted, in int64. EVALUATED is 0 where the arrays have moved since the last evaluation. UPDATED is 1 where an
@@ -19,6 +21,7 @@ NIT, NFEV, NJEV, COST, BEST_AT, STALE, FLAT, STILL, REASON, EVALUATED, UPDATED, 
 # What is allowed, in float64: infinity for no limit, -1 for a tolerance that is off.
 GTOL, FTOL, XTOL, PATIENCE, MAXITER, MAXFEV, STOP_AT_NONFINITE, HOW_MANY_LIMITS = range(8)
 
+_ONE_WAY = 0.7  # of the size of the gradients; where they only go up and down, the average is a quarter of it
 IN_A_ROW = 10  # iterations: Adam's losses go up and down, and are nearly flat at each turn
 
 GOING_ON, GRADIENT, FUNCTION, STEP, NO_PROGRESS, ITERATIONS, EVALUATIONS, TIME, NONFINITE, CALLBACK, INTERRUPTED = (
@@ -47,6 +50,18 @@ def limits_of(settings: Mapping[str, Any]) -> np.ndarray[Any, Any]:
         limits[index] = math.inf if settings[key] is None else min(settings[key], sys.maxsize)
     limits[STOP_AT_NONFINITE] = settings["nonfinite"] == "stop"
     return limits
+
+
+def is_still_moving(optimizer: Any) -> bool:
+    """Whether the last steps went in one direction: Adam's average of gradients is then as large as they are."""
+    square = total = 0.0
+    for slots in optimizer.engine.state.slots:
+        xp = namespace(slots["momentum"])
+        square += float(xp.sum(slots["momentum"] ** 2))
+        total += float(xp.sum(slots["velocity"]))
+    steps = max(optimizer.iterations, 1)
+    first, second = (1 - beta**steps for beta in (optimizer.beta_1, optimizer.beta_2))
+    return bool(square * second > _ONE_WAY**2 * total * first**2 > 0)
 
 
 def note(values: Any, counts: Any, limits: Any) -> None:

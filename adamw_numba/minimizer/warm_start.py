@@ -19,7 +19,7 @@ def read_start(x0: Any, state: Any) -> tuple[Any, Any]:
 def take_state(optimizer: AdamW, state: Mapping[str, Any]) -> None:
     """Take AdamW's arrays from an earlier state; the learning rate of this call, and the run's own arrays, are kept."""
     own = optimizer.state
-    needed = {name for name in own if name == "iteration" or "/" in name}
+    needed = {name for name in own if name == "iteration" or "/" in name or name.startswith("scale_")}
     given = set(state) - {"learning_rate"}
     if given != needed:
         missing, unknown = brief_names(sorted(needed - given)), brief_names(sorted(given - needed, key=str))

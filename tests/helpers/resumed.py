@@ -68,16 +68,19 @@ CASES = {
 }
 
 
+def plain(array):
+    """As an array of NumPy, which has no bfloat16."""
+    return np.asarray(array.float() if hasattr(array, "float") else array)
+
+
 def flat(result):
     """All numbers of a result but the times."""
     arrays = {key: result[key] for key in ("fun", "fun_last", "nit", "nfev", "njev", "status") if key in result}
     trees = {key: result[key] for key in ("x", "x_last", "jac", "x_average") if key in result}
     for name, tree in trees.items():
         leaves = [tree["a"], tree["b"][0]] if isinstance(tree, dict) else [tree]
-        arrays |= {
-            f"{name}{k}": np.asarray(leaf.float() if hasattr(leaf, "float") else leaf) for k, leaf in enumerate(leaves)
-        }
-    arrays |= {f"state {key}": np.asarray(value) for key, value in result["state"].items()}
+        arrays |= {f"{name}{k}": plain(leaf) for k, leaf in enumerate(leaves)}
+    arrays |= {f"state {key}": plain(value) for key, value in result["state"].items()}
     return arrays | {f"history {key}": value for key, value in result["history"].items() if key != "time"}
 
 

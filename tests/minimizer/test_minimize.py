@@ -556,7 +556,9 @@ def test_history_says_what_happened():
     np.testing.assert_array_equal(result.history["learning_rate"][1:], [rate(t) for t in range(20)])
 
 
-@pytest.mark.parametrize("options", [{}, {"amsgrad": True, "use_ema": True}])
+@pytest.mark.parametrize(
+    "options", [{"learning_rate": 0.001}, {"learning_rate": 0.001, "amsgrad": True, "use_ema": True}]
+)
 def test_warm_start(options):
     whole = minimize(both, START, jac=True, maxiter=40, **options)
     half = minimize(both, START, jac=True, maxiter=15, **options)
@@ -566,7 +568,7 @@ def test_warm_start(options):
         np.testing.assert_array_equal(result.x_last, whole.x_last)
         assert result.state["iteration"] == 40
     with pytest.raises(ValueError, match="velocity_hat"):
-        minimize(both, half, jac=True, amsgrad=not options)
+        minimize(both, half, jac=True, **options | {"amsgrad": "amsgrad" not in options})
 
 
 class Shuffled:

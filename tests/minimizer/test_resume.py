@@ -60,7 +60,8 @@ def test_a_signal_from_outside(number, tmp_path):
     status, nit, *message = child.communicate()[0].split()
     assert (status, child.returncode) == ("130", 0)
     assert message[-1] == "saved."
-    result = minimize(lambda x: ((x**2).sum(), 2 * x), np.ones(2), jac=True, checkpoint=path, maxiter=int(nit))
+    options = {"learning_rate": 1e-4, "checkpoint": path, "maxiter": int(nit)}
+    result = minimize(lambda x: ((x**2).sum(), 2 * x), np.ones(2), jac=True, **options)
     assert result.nit == int(nit)
 
 

@@ -1,0 +1,114 @@
+"""Units of x: with `x_scale`, the optimizer moves ``x / x_scale``; everything else sees x."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .. import arrays
+from ..arrays import Array
+from ..arrays.brief import brief
+from ..arrays.tree import Container, matched
+from .bounds import Bounds
+
+Scale = list[Array]  # the unit of each element of each array
+
+
+def read_scale(
+    x_scale: Any, container: Container, names: Sequence[str], leaves: Sequence[Array], bounds: Bounds | None
+) -> Scale:
+    """The units that are asked for, as arrays like the variables.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If they do not fit, or are not finite and positive; if they are to come from bounds that are not finite.
+    """
+    if isinstance(x_scale, str):
+        if x_scale != "bounds":
+            raise ValueError(f"`x_scale` is {brief(x_scale)}; expected 'bounds', a number, or arrays like x0")
+        return _widths(bounds)
+    if isinstance(container, (dict, list, tuple)) and not np.isscalar(x_scale):
+        each = matched(x_scale, list(names), "`x_scale`")
+    else:
+        each = [x_scale] * len(leaves)
+    return [_like(name, leaf, own) for name, leaf, own in zip(names, leaves, each, strict=True)]
+
+
+def _widths(bounds: Bounds | None) -> Scale:
+    if bounds is None:
+        raise ValueError("`x_scale` is 'bounds' and `bounds` is None; expected finite bounds")
+    found = []
+    for lower, upper in bounds:
+        xp = arrays.namespace(lower)
+        width = upper - lower
+        if not bool(xp.all(xp.isfinite(width))):
+            raise ValueError("`x_scale` is 'bounds', which are not all finite; expected finite bounds")
+        found.append(xp.where(width > 0, width, xp.ones_like(width)))
+    return found
+
+
+def _like(name: str, leaf: Array, own: Any) -> Array:
+    what = "`x_scale`" if name == "0" else f"`x_scale` of {brief(name)}"
+    try:
+        scale = np.asarray(arrays.to_numpy(own) if arrays.is_array(own) else own, np.float64)
+        scale = np.array(np.broadcast_to(scale, tuple(leaf.shape)))
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{what} is {brief(own)}; expected a number, or numbers of shape {tuple(leaf.shape)}"
+        ) from None
+    tiny = 1e-38 if leaf.dtype.itemsize == 4 else 0.0  # not 0 in the dtype of x either
+    if not (np.isfinite(scale).all() and (scale > tiny).all()):
+        raise ValueError(f"{what} is {brief(own)}; expected finite numbers > 0")
+    with np.errstate(over="ignore"):
+        return arrays.like(leaf, scale.astype(_cast_by(leaf)) if not isinstance(leaf, np.ndarray) else scale)
+
+
+def _cast_by(leaf: Array) -> str:
+    return "float64" if arrays.dtype_name(leaf) == "float64" else "float32"
+
+
+def scale_of_start(leaves: Sequence[Array], bounds: Bounds | None) -> Scale:
+    """The units to begin with where none are given: an element's size, at least 1, at most the width of its bounds."""
+    found = []
+    for k, x in enumerate(leaves):
+        xp = arrays.namespace(x)
+        size = xp.maximum(xp.abs(x), xp.ones_like(x))
+        if bounds is not None:
+            lower, upper = bounds[k]
+            width = upper - lower
+            size = xp.where((width > 0) & (width < size), width, size)
+        found.append(size)
+    return found
+
+
+def scale_of_stage(x: Sequence[Array], start: Sequence[Array]) -> Scale:
+    """The units of a later stage: an element's size where it is now, or a tenth of how far it has come."""
+    found = []
+    for here, there in zip(x, start, strict=True):
+        xp = arrays.namespace(here)
+        size = xp.maximum(xp.abs(here), xp.abs(here - there) / 10)
+        found.append(xp.where(size > 0, size, xp.ones_like(size)))
+    return found
+
+
+def multiplied(leaves: Sequence[Array], scale: Scale) -> list[Array]:
+    """Each element times its unit."""
+    with np.errstate(all="ignore"):
+        return [leaf * unit for leaf, unit in zip(leaves, scale, strict=True)]
+
+
+def divided(leaves: Sequence[Array], scale: Scale) -> list[Array]:
+    """Each element in its unit."""
+    with np.errstate(all="ignore"):
+        return [leaf / unit for leaf, unit in zip(leaves, scale, strict=True)]
+
+
+def onto_bounds(x: Sequence[Array], inner: Sequence[Array], bounds: Bounds, inner_bounds: Bounds) -> list[Array]:
+    """Points within their bounds, and exactly on one where the array that the optimizer moves is."""
+    found = []
+    for leaf, z, pair, inner_pair in zip(x, inner, bounds, inner_bounds, strict=True):
+        xp = arrays.namespace(leaf)
+        leaf = xp.where((z <= inner_pair[0]) | (leaf < pair[0]), pair[0], leaf)
+        found.append(xp.where((z >= inner_pair[1]) | (leaf > pair[1]), pair[1], leaf))
+    return found
