@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from ..optimizer import AdamW
@@ -10,6 +11,7 @@ from .automatic import schedule_for
 from .checkpointing import Checkpointing
 from .objective import Objective, is_compiled
 from .options import Settings
+from .polish import check_polish, polish
 from .problem import read_problem
 from .progress import Progress
 from .result import short
@@ -44,7 +46,17 @@ def prepare(fun: Any, x0: Any, args: Any, jac: Any, bounds: Any, settings: Setti
         automatic = {"beta_2": 0.999 if noisy else 0.9}
         hyper = automatic | hyper | {"learning_rate": schedule_for(length, noisy, x_scale is not None)}
     optimizer = AdamW(**hyper)
-    run = Run(objective, problem, optimizer, stopping.limits_of(settings), settings["history"], best)
+    run = Run(
+        objective,
+        problem,
+        optimizer,
+        stopping.limits_of(settings),
+        settings["history"],
+        best,
+        settings["polish"] is not None,
+    )
+    if settings["polish"] is not None:
+        check_polish(run)
     if state is not None:
         run.take_state(state)
     return run
@@ -63,6 +75,11 @@ def drive(run: Run, settings: Settings, callback: Callback | None) -> Any:
     checkpointing = Checkpointing(settings["checkpoint"], run)
     progress = Progress(settings["progress"], settings["maxiter"])
     with caught_signals(checkpointing.is_on) as signals:
+
+        def after_iterations() -> None:
+            _after_iterations(run, settings, callback, checkpointing, signals)
+            progress.show(run)
+
         try:
             checkpointing.restore()
             run.start()
@@ -74,8 +91,9 @@ def drive(run: Run, settings: Settings, callback: Callback | None) -> Any:
                 else:
                     loop.advance(_iterations_alone(run, settings, callback, checkpointing))
                 run.recover()
-                _after_iterations(run, settings, callback, checkpointing, signals)
-                progress.show(run)
+                after_iterations()
+            if settings["polish"] is not None:
+                polish(run, settings["polish"], after_iterations)
             checkpointing.finish()
         except BaseException as error:
             _explain(error, run, checkpointing)
@@ -100,6 +118,9 @@ def drive_all(runs: Sequence[Run], loop: Any, settings: Settings) -> None:
                 run.recover()
                 _stop_in_time(run, settings)
             progress.show(min(going, key=lambda run: run.nit))
+        if settings["polish"] is not None:
+            for run in runs:
+                polish(run, settings["polish"], partial(_stop_in_time, run, settings))
     except BaseException as error:
         best = min(runs, key=lambda run: float(run.values[stopping.BEST]))
         _explain(error, best, Checkpointing(None, best))

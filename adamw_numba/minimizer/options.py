@@ -11,6 +11,7 @@ import numpy as np
 from .. import hyperparameters as hp
 from ..arrays.brief import brief
 from ..optimizer import HYPERPARAMETERS, SYNONYMS
+from .polish import read_polish
 
 Settings = dict[str, Any]
 
@@ -70,6 +71,7 @@ _OPTIONS: dict[str, tuple[Any, hp.Check]] = {
     "workers": (None, _anything),
     "finite_diff_rel_step": (None, _anything),
     "x_scale": (None, _anything),
+    "polish": (None, read_polish),
     "callback_every": (1, hp.integer(1, optional=False)),
     "compiled": (True, hp.flag),
 }

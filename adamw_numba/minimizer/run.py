@@ -43,7 +43,8 @@ class Run:
         By the indices of stopping.py.
     capacity : int
         The most rows of history; 0 for none.
-    return_best : bool
+    return_best, keep_best : bool
+        Whether the best point is the result; and whether something else needs it.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Run:
         limits: np.ndarray[Any, Any],
         capacity: int,
         return_best: bool,
+        keep_best: bool,
     ) -> None:
         self.objective, self.problem, self.optimizer, self.limits = objective, problem, optimizer, limits
         self.names, self.bounds = problem.names, problem.bounds
@@ -67,9 +69,10 @@ class Run:
         self._own: list[str] = []  # the names of what is no array of AdamW's
         self._add_numbers(capacity)
         self._returns_best = return_best
-        self._add_arrays(return_best or self.stages is not None)
+        self._add_arrays(return_best or keep_best or self.stages is not None)
         self._inner_bounds: Bounds | None = None if self.is_scaled else problem.bounds
         self.renew_bounds()
+        self.remark = ""  # to be added to the message
         self.started = time.perf_counter()
 
     def _add_numbers(self, capacity: int) -> None:
@@ -212,12 +215,9 @@ class Run:
 
     def _go_on_from_best(self, scale: list[Array]) -> None:
         """Move to the best point, as if its gradient had always been the same."""
-        best, gradients = self.get("best"), self.get("best_gradient")
-        scaled = multiplied(gradients, scale)
         self.put("scale", scale)
-        self.put("x", divided(best, scale))
-        self.put("gradient", [_cast(g, like) for g, like in zip(scaled, self.get("gradient"), strict=True)])
         self.renew_bounds()
+        self.go_to_best()
         for slots, g, x in zip(self.optimizer.engine.state.slots, self.get("gradient"), self.get("x"), strict=True):
             values = {"momentum": g, "velocity": g * g, "velocity_hat": g * g, "average": x}
             for key in slots.keys() & values.keys():
@@ -225,8 +225,21 @@ class Run:
                     arrays.write(slots[key], values[key])
                 else:
                     slots[key] = arrays.like(slots[key], values[key])
+
+    def go_to_best(self) -> Evaluation:
+        """Move to the best point, and return what was found there."""
+        best, gradients = self.get("best"), self.get("best_gradient")
+        self.put("x", divided(best, self.get("scale")) if self.is_scaled else best)
+        scaled = self.in_units(gradients)
+        self.put("gradient", [_cast(g, like) for g, like in zip(scaled, self.get("gradient"), strict=True)])
         self.values[[stopping.FUN, stopping.PREVIOUS]] = self.values[stopping.BEST]
         self.values[stopping.GRADIENT_NORM] = self._gradient_norm(best, gradients)
+        copies = [arrays.like(g, g) for g in gradients]
+        return Evaluation(float(self.values[stopping.BEST]), copies, 0)
+
+    def in_units(self, gradients: list[Array]) -> list[Array]:
+        """Gradients with respect to what the optimizer moves."""
+        return multiplied(gradients, self.get("scale")) if self.is_scaled else gradients
 
     def advance(self) -> None:
         """One update, and the evaluation of where it leads."""
@@ -272,9 +285,11 @@ class Run:
 
     def evaluate(self) -> None:
         """Value and gradient where the last update has led, and what they mean for the tolerances."""
-        points = self.points()
-        evaluation = self.objective.evaluate(points, self.nit)
-        likes = self.get("gradient")
+        self.take(self.objective.evaluate(self.points(), self.nit))
+
+    def take(self, evaluation: Evaluation) -> None:
+        """Note what was found where x is."""
+        points, likes = self.points(), self.get("gradient")
         gradients = [_cast(g, like) for g, like in zip(evaluation.gradients, likes, strict=True)]
         self._measure(evaluation, points, gradients)
         stopping.note(self.values, self.counts, self.limits)
@@ -286,11 +301,8 @@ class Run:
 
     def _measure(self, evaluation: Evaluation, points: list[Array], gradients: list[Array]) -> None:
         moves = [_difference(*pair) for pair in zip(self.get("x"), self.get("previous"), strict=True)]
-        if self.is_scaled:
-            moves = multiplied(moves, self.get("scale"))
-            self.put("gradient", multiplied(gradients, self.get("scale")))
-        else:
-            self.put("gradient", gradients)
+        moves = multiplied(moves, self.get("scale")) if self.is_scaled else moves
+        self.put("gradient", self.in_units(gradients))
         self.values[stopping.FUN] = evaluation.value
         self.values[stopping.GRADIENT_NORM] = self._gradient_norm(points, gradients)
         self.values[stopping.SIZE] = _largest(points)
@@ -312,7 +324,7 @@ class Run:
             remedy = "learning_rate" if self.stages is None else "x_scale"
             message = f"{message} x was still moving by about learning_rate at each step: raise {remedy} or maxiter."
         fields = {
-            "message": message,
+            "message": message + self.remark,
             "success": status == 0,
             "status": status,
             "fun": float(self.values[stopping.BEST if best else stopping.FUN]),

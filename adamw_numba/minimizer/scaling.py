@@ -95,13 +95,18 @@ def scale_of_stage(x: Sequence[Array], start: Sequence[Array]) -> Scale:
 def multiplied(leaves: Sequence[Array], scale: Scale) -> list[Array]:
     """Each element times its unit."""
     with np.errstate(all="ignore"):
-        return [leaf * unit for leaf, unit in zip(leaves, scale, strict=True)]
+        return [_array(leaf * unit) for leaf, unit in zip(leaves, scale, strict=True)]
 
 
 def divided(leaves: Sequence[Array], scale: Scale) -> list[Array]:
     """Each element in its unit."""
     with np.errstate(all="ignore"):
-        return [leaf / unit for leaf, unit in zip(leaves, scale, strict=True)]
+        return [_array(leaf / unit) for leaf, unit in zip(leaves, scale, strict=True)]
+
+
+def _array(value: Any) -> Array:
+    """NumPy makes numbers of arrays without dimensions."""
+    return np.asarray(value) if isinstance(value, np.generic) else value
 
 
 def onto_bounds(x: Sequence[Array], inner: Sequence[Array], bounds: Bounds, inner_bounds: Bounds) -> list[Array]:
