@@ -1,5 +1,6 @@
 """Gradients that another library finds: torch, JAX, or SciPy's finite differences."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -8,10 +9,12 @@ import numpy as np
 
 from .. import arrays
 from ..arrays import Array
+from ..arrays.brief import brief
 from ..arrays.tree import Container, rebuild
-from .bounds import Bounds
 from .evaluation import Evaluation, gradient_of, number_of, returned
-from .workers import mapper
+from .options import warn
+from .problem import Problem
+from .workers import check_workers, mapper
 
 DIFFERENCES = ("2-point", "3-point", "cs")
 LIBRARIES = ("torch", "jax")
@@ -22,7 +25,7 @@ def by_torch(fun: Function, container: Container, leaves: Sequence[Array], rest:
     """The value, and the gradients of torch's autograd; NumPy arrays are given to `fun` as tensors."""
     import torch
 
-    copies = [arrays.like(leaf, leaf) for leaf in leaves]
+    copies = [leaf.copy() if isinstance(leaf, np.ndarray) else arrays.like(leaf, leaf) for leaf in leaves]
     tensors = [torch.from_numpy(x) if isinstance(x, np.ndarray) else x.detach() for x in copies]
     tensors = [tensor.requires_grad_() for tensor in tensors]
     with torch.enable_grad():
@@ -38,16 +41,68 @@ def by_torch(fun: Function, container: Container, leaves: Sequence[Array], rest:
     return Evaluation(number_of(value.detach()), _checked(back, leaves), 1)
 
 
-def by_jax(fun: Function, container: Container, leaves: Sequence[Array], rest: tuple[Any, ...]) -> Evaluation:
-    """The value, and the gradients of `jax.value_and_grad`; NumPy arrays are given to `fun` as arrays of JAX."""
+class ByJax:
+    """The value and the gradients of `jax.value_and_grad`; NumPy arrays are given to `fun` as arrays of JAX.
+
+    The function is traced once a run, as `jax.jit` does. One that cannot be (it branches on a value, say) is
+    differentiated anew at each call.
+    """
+
+    def __init__(self) -> None:
+        self._jitted: Any = None
+        self._others: Any = None  # what is no array among the further arguments, as it was when the function was traced
+        self._is_traceable = True
+
+    def evaluate(
+        self, fun: Function, container: Container, leaves: Sequence[Array], rest: tuple[Any, ...]
+    ) -> Evaluation:
+        """The value, and the gradients in the order of the leaves."""
+        import jax
+
+        with ExitStack() as stack:
+            if any(arrays.dtype_name(leaf) == "float64" for leaf in leaves):
+                stack.enter_context(jax.enable_x64(True))  # JAX would round them to float32
+            value, gradients = self._differentiated(fun, container, [jax.numpy.asarray(leaf) for leaf in leaves], rest)
+            return Evaluation(number_of(value), _checked(gradients, leaves), 1)
+
+    def _differentiated(self, fun: Function, container: Container, xs: list[Any], rest: tuple[Any, ...]) -> Any:
+        import jax
+
+        if self._is_traceable:
+            given, structure = jax.tree.flatten(rest)
+            traced = [isinstance(one, (np.ndarray, jax.Array)) for one in given]
+            others = (structure, [None if is_array else one for one, is_array in zip(given, traced, strict=True)])
+            if self._jitted is None:
+                self._others, self._jitted = others, jax.jit(_with_gradient(fun, container, others, traced))
+            try:
+                if _are_same(others, self._others):
+                    return self._jitted(xs, [one for one, is_array in zip(given, traced, strict=True) if is_array])
+            except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):
+                self._is_traceable = False
+        return jax.value_and_grad(lambda xs: fun(rebuild(container, xs), *rest))(xs)
+
+
+def _with_gradient(fun: Function, container: Container, others: tuple[Any, list[Any]], traced: list[bool]) -> Function:
+    """The function to trace: of the arrays of x, and of those among the further arguments."""
     import jax
 
-    with ExitStack() as stack:
-        if any(arrays.dtype_name(leaf) == "float64" for leaf in leaves):
-            stack.enter_context(jax.enable_x64(True))  # JAX would round them to float32
-        differentiate = jax.value_and_grad(lambda xs: fun(rebuild(container, xs), *rest))
-        value, gradients = differentiate([jax.numpy.asarray(leaf) for leaf in leaves])
-        return Evaluation(number_of(value), _checked(gradients, leaves), 1)
+    structure, constants = others
+
+    def value_and_gradients(xs: list[Any], given: list[Any]) -> Any:
+        following = iter(given)
+        rest = [next(following) if is_array else one for one, is_array in zip(constants, traced, strict=True)]
+        arguments = jax.tree.unflatten(structure, rest)
+        return jax.value_and_grad(lambda xs: fun(rebuild(container, xs), *arguments))(xs)
+
+    return value_and_gradients
+
+
+def _are_same(one: tuple[Any, list[Any]], other: tuple[Any, list[Any]]) -> bool:
+    """Whether further arguments differ in arrays only; equal numbers of two types are not the same."""
+    if one[0] != other[0]:
+        return False
+    pairs = zip(one[1], other[1], strict=True)
+    return all(a is b or (isinstance(a, (int, float)) and type(a) is type(b) and a == b) for a, b in pairs)
 
 
 def _checked(gradients: Sequence[Any], leaves: Sequence[Array]) -> list[Array]:
@@ -60,60 +115,112 @@ class Differences:
     Parameters
     ----------
     method : {"2-point", "3-point", "cs"}
-    relative_step : float or array, optional
+    relative_step, absolute_step : float or array, optional
+        At most one of them.
     workers : int or map-like, optional
-    bounds : list of pairs of arrays, optional
-        No point outside of them is evaluated.
+    problem : Problem
+        No point outside of its bounds is evaluated.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a step or `workers` cannot be used.
     """
 
-    def __init__(self, method: str, relative_step: Any, workers: Any, bounds: Bounds | None) -> None:
-        self.method, self.relative_step, self.workers, self.bounds = method, relative_step, workers, bounds
+    def __init__(self, method: str, relative_step: Any, absolute_step: Any, workers: Any, problem: Problem) -> None:
+        self.method, self.workers, self._container = method, workers, problem.container
+        check_workers(workers)
+        leaves = problem.leaves
+        self._shapes, self._dtypes = [leaf.shape for leaf in leaves], [leaf.dtype for leaf in leaves]
+        flat = _flat(leaves)
+        self._lower, self._upper = np.full_like(flat, -np.inf), np.full_like(flat, np.inf)
+        if problem.bounds is not None:
+            self._lower, self._upper = map(_flat, zip(*problem.bounds, strict=True))
+        self._free = self._lower < self._upper  # the others have no derivative
+        self._relative = self._step("finite_diff_rel_step", relative_step)
+        self._absolute = self._step("eps", absolute_step)
+        if relative_step is not None and absolute_step is not None:
+            raise ValueError(
+                f"`finite_diff_rel_step` is {brief(relative_step)} and `eps` is {brief(absolute_step)}; expected one "
+                "of them: a relative or an absolute step"
+            )
         self._stack = ExitStack()
         self._map: Any = None
+        self._has_warned = False
 
-    def evaluate(
-        self, fun: Function, container: Container, leaves: Sequence[Array], rest: tuple[Any, ...]
-    ) -> Evaluation:
-        """The value and the gradients; elements whose bounds are equal are left alone."""
+    def _step(self, name: str, step: Any) -> Any:
+        """A step for all free elements, or one for each of them."""
+        if step is None:
+            return None
+        count = self._free.size
+        try:
+            given = np.asarray(step, np.float64)
+        except (TypeError, ValueError, OverflowError):
+            given = np.array(np.nan)
+        if given.shape not in ((), (1,), (count,)) or not np.isfinite(given).all():
+            raise ValueError(
+                f"`{name}` is {brief(step)}; expected a finite number, or one for each of the {count} elements"
+            )
+        return np.broadcast_to(given, count)[self._free]
+
+    def evaluate(self, fun: Function, leaves: Sequence[Array], rest: tuple[Any, ...]) -> Evaluation:
+        """The value and the gradients; those of elements whose bounds are equal are 0."""
         from scipy.optimize._numdiff import approx_derivative
 
-        flat = np.concatenate([np.ravel(leaf) for leaf in leaves])
-        lower, upper = self._flat_bounds(flat)
-        free = lower < upper
-        shapes = [leaf.shape for leaf in leaves]
-        function = _FlatFunction(fun, rest, container, shapes, flat, free)
-        value = number_of(function(flat[free]))
+        flat, free = _flat(leaves), self._free
+        function = _FlatFunction(fun, rest, self._container, self._shapes, self._dtypes, flat, free)
+        value = function(flat[free])
         gradient, calls = np.zeros_like(flat), 1
         if free.any():
             gradient[free], info = approx_derivative(
                 function,
                 flat[free],
                 method=self.method,
-                rel_step=self.relative_step,
+                rel_step=self._relative,
+                abs_step=self._absolute_steps(flat[free], value),
                 f0=value,
-                bounds=(lower[free], upper[free]),
+                bounds=(self._lower[free], self._upper[free]),
                 full_output=True,
                 workers=self._mapper(),
             )
             calls += info["nfev"]
-        return Evaluation(value, _split(gradient, shapes), calls)
+            self._look_at(gradient[free])
+        return Evaluation(float(value), _split(gradient, self._shapes), calls)
 
-    def least_calls(self, leaves: Sequence[Array]) -> int:
-        """How many evaluations one gradient takes at least."""
-        free = sum(leaf.size for leaf in leaves)
-        if self.bounds is not None:
-            free = sum(int((lower < upper).sum()) for lower, upper in self.bounds)
-        return int(1 + free * (2 if self.method == "3-point" else 1))
+    def _absolute_steps(self, x: Array, value: Any) -> Any:
+        """The steps, where SciPy cannot know that some elements are rounded to float32; else those asked for."""
+        if len(set(self._dtypes)) == 1 or self._absolute is not None:
+            return self._absolute
+        sizes = [math.prod(shape) for shape in self._shapes]
+        precision = [max(np.finfo(dtype).eps, np.finfo(np.asarray(value).dtype).eps) for dtype in self._dtypes]
+        least = np.repeat(precision, sizes)[self._free] ** (1 / 3 if self.method == "3-point" else 1 / 2)
+        size = np.maximum(np.abs(x), 1.0) * least if self._relative is None else np.abs(x) * self._relative
+        steps = np.where(x >= 0, 1.0, -1.0) * np.where(size == 0, least, size)
+        ends = np.zeros_like(self._lower)
+        ends[self._free] = x + steps
+        rounded = [part.astype(dtype) for part, dtype in zip(_split(ends, self._shapes), self._dtypes, strict=True)]
+        return _flat(rounded)[self._free].astype(np.float64) - x  # the steps that are really taken
+
+    def _look_at(self, gradient: Array) -> None:
+        if not self._has_warned and not gradient.any():
+            self._has_warned = True
+            warn(
+                "All finite differences of `fun` are exactly 0: if its value is rounded (to float32, or in a file), "
+                "give a larger step as `finite_diff_rel_step` or `eps`.",
+                RuntimeWarning,
+            )
+
+    def fixed(self) -> list[Array]:
+        """Where the gradient is not known, since the bounds are equal."""
+        return _split(~self._free, self._shapes)
+
+    def least_calls(self) -> int:
+        """How many evaluations a value and its gradient take at least."""
+        return int(1 + self._free.sum() * (2 if self.method == "3-point" else 1))
 
     def close(self) -> None:
         """End the processes."""
         self._stack.close()
-
-    def _flat_bounds(self, flat: Array) -> tuple[Array, Array]:
-        if self.bounds is None:
-            return np.full_like(flat, -np.inf), np.full_like(flat, np.inf)
-        lower, upper = (np.concatenate([np.ravel(pair[k]) for pair in self.bounds]) for k in range(2))
-        return lower, upper
 
     def _mapper(self) -> Any:
         """What maps a function over points: processes are started once, for all iterations."""
@@ -129,15 +236,21 @@ class _FlatFunction(NamedTuple):
     rest: tuple[Any, ...]
     container: Container
     shapes: list[tuple[int, ...]]
+    dtypes: list[Any]
     flat: Array
     free: Array
 
     def __call__(self, free_elements: Array) -> Any:
+        is_complex = np.iscomplexobj(free_elements)
         x = self.flat.astype(np.result_type(self.flat, free_elements))
         x[self.free] = free_elements
-        value = self.fun(rebuild(self.container, _split(x, self.shapes)), *self.rest)
-        if not np.iscomplexobj(free_elements):
-            return number_of(value)
+        parts = _split(x, self.shapes)
+        if len(set(self.dtypes)) > 1:
+            dtypes = [np.result_type(dtype, np.complex64) if is_complex else dtype for dtype in self.dtypes]
+            parts = [part.astype(dtype) for part, dtype in zip(parts, dtypes, strict=True)]
+        value = self.fun(rebuild(self.container, parts), *self.rest)
+        if not is_complex:
+            return _in_its_precision(value)
         if not np.iscomplexobj(value):
             raise TypeError(
                 f"`fun` returned {returned(value)} for complex x; expected a complex number, since jac='cs' "
@@ -146,6 +259,17 @@ class _FlatFunction(NamedTuple):
         return value
 
 
+def _in_its_precision(value: Any) -> Any:
+    """A float, or what tells SciPy that the value was rounded, so that it takes larger steps."""
+    number = number_of(value)
+    name = arrays.dtype_name(value) if hasattr(value, "dtype") else ""
+    return np.dtype(name).type(number) if name in ("float16", "float32") else number
+
+
+def _flat(leaves: Sequence[Array]) -> Array:
+    return np.concatenate([np.ravel(leaf) for leaf in leaves])
+
+
 def _split(flat: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
-    ends = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
+    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
     return [part.reshape(shape) for part, shape in zip(np.split(flat, ends), shapes, strict=True)]

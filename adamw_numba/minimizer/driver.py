@@ -30,9 +30,8 @@ def prepare(fun: Any, x0: Any, args: Any, jac: Any, bounds: Any, settings: Setti
     noisy, x_scale = settings["batches"] is not None, settings["x_scale"]
     problem = read_problem(x0, bounds, x_scale, settings["automatic"])
     args = args if isinstance(args, tuple) else (args,)
-    objective = Objective(
-        fun, jac, args, problem, settings["batches"], settings["workers"], settings["finite_diff_rel_step"]
-    )
+    steps = (settings["finite_diff_rel_step"], settings["eps"])
+    objective = Objective(fun, jac, args, problem, settings["batches"], settings["workers"], *steps)
     least, most = objective.least_calls(), settings["maxfev"]
     if most is not None and most < least:
         raise ValueError(
@@ -74,15 +73,19 @@ def drive(run: Run, settings: Settings, callback: Callback | None) -> Any:
     """Advance one run until it stops; its result."""
     checkpointing = Checkpointing(settings["checkpoint"], run)
     progress = Progress(settings["progress"], settings["maxiter"])
+    path: list[Any] = []
     with caught_signals(checkpointing.is_on) as signals:
 
         def after_iterations() -> None:
+            if settings["return_all"]:
+                path.append(run.intermediate().x)
             _after_iterations(run, settings, callback, checkpointing, signals)
             progress.show(run)
 
         try:
             checkpointing.restore()
             run.start()
+            path.append(run.intermediate().x)
             loop = _loop_of(run, settings, callback)
             while not run.reason:
                 run.begin_stage()
@@ -101,7 +104,10 @@ def drive(run: Run, settings: Settings, callback: Callback | None) -> Any:
         finally:
             progress.close()
             run.objective.close()
-    return run.result()
+    result = run.result()
+    if settings["return_all"]:
+        result["allvecs"] = path
+    return result
 
 
 def drive_all(runs: Sequence[Run], loop: Any, settings: Settings) -> None:
@@ -131,7 +137,7 @@ def drive_all(runs: Sequence[Run], loop: Any, settings: Settings) -> None:
 
 def _loop_of(run: Run, settings: Settings, callback: Callback | None) -> Any:
     """The compiled loop that is to take the iterations, or None for Python."""
-    if not settings["compiled"]:
+    if not settings["compiled"] or settings["return_all"]:
         return None
     loop = compiled([run])
     looked_at = callable(settings["progress"]) or (callback is not None and settings["callback_every"] < _WORTHWHILE)

@@ -63,7 +63,7 @@ def minimize(
         beta_1, beta_2, epsilon, amsgrad, clipnorm, clipvalue, global_clipnorm, use_ema, ... :
             As in `AdamW`; ``weight_decay`` is 0 by default, since decay moves the minimum.
         maxiter, maxfev : int
-            The most updates (10,000) and evaluations of `fun` (no limit); None and infinity for no limit.
+            The most updates (10,000) and evaluations of `fun` (no limit; also ``maxfun``); None and infinity for none.
         maxtime : float
             In seconds.
         gtol : float, default 1e-5
@@ -89,8 +89,13 @@ def minimize(
             What NaN and infinity do: stop the run with status 3 and the best point, or what they do in `AdamW`.
         batches : iterable or callable
             What `fun` gets after `x`: an iterable that is walked again and again, or a function of the iteration.
-        workers : int or map-like, finite_diff_rel_step : float
-            As in SciPy, for finite differences.
+        workers : int, map-like or object with a ``map``; finite_diff_rel_step, eps : float or array
+            For finite differences, as in SciPy; at most one of the steps, which are relative and absolute.
+        polish : bool, "L-BFGS-B" or dict
+            End with SciPy's L-BFGS-B (a dict: its options) from the best point, for smooth functions of NumPy arrays.
+            Its iterations and evaluations count, and its rows of the history have no learning rate.
+        return_all : bool
+            The result's ``allvecs`` is then a list of x at the start and after each iteration.
         callback_every : int, default 1
             Iterations from one call of `callback` to the next.
         compiled : bool, default True

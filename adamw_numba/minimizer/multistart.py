@@ -15,7 +15,7 @@ from .minimize import minimize
 from .objective import is_compiled
 from .options import read_settings
 from .result import new_result
-from .workers import mapper
+from .workers import check_workers, mapper
 
 
 def multistart(
@@ -41,8 +41,10 @@ def multistart(
     x0s : array of shape (starts, ...), list of starting points, or int
         An integer asks for so many points of a Sobol sequence (`scipy.stats.qmc`) within the bounds, which must be
         finite: `scipy.optimize.Bounds` of arrays, or pairs.
-    workers : int or map-like, default 1
-        How many processes to use if the objective is no Numba function (-1 for all cores), or a function like `map`.
+    workers : int, map-like, or object with a ``map``, default 1
+        How many processes to use if the objective is no Numba function (-1 for all cores); or a function like `map`, an
+        executor of `concurrent.futures`, a client of Dask, a pool of `multiprocessing` or of mpi4py. Futures are
+        waited for.
     rng : int or `numpy.random.Generator`, optional
         Scrambles the Sobol sequence.
 
@@ -68,8 +70,7 @@ def multistart(
     if options.get("checkpoint") is not None:
         where = brief(options["checkpoint"])
         raise ValueError(f"`checkpoint` is {where}; expected None: many starts have no single state")
-    if not (callable(workers) or (isinstance(workers, int) and (workers == -1 or workers >= 1))):
-        raise ValueError(f"`workers` is {brief(workers)}; expected an integer >= 1, -1, or a function like `map`")
+    check_workers(workers)
     starts = _starts(x0s, bounds, rng)
     results = _in_compiled_loop(fun, starts, args, jac, bounds, tol, options)
     if results is None:
@@ -139,7 +140,9 @@ def _in_compiled_loop(
     fun: Any, starts: Sequence[Any], args: Any, jac: Any, bounds: Any, tol: Any, options: dict[str, Any]
 ) -> list[Any] | None:
     """All results, or None where Python is needed at each step."""
-    if not is_compiled(fun) or not options.get("compiled", True) or options.get("callback") is not None:
+    if not is_compiled(fun) or not options.get("compiled", True):
+        return None
+    if options.get("callback") is not None or options.get("return_all"):
         return None
     unused = {key: options.get(key) for key in ("hess", "hessp", "constraints")}
     given = {key: value for key, value in options.items() if key != "callback" and key not in unused}

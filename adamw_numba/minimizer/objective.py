@@ -12,8 +12,9 @@ from ..arrays import Array
 from ..arrays.brief import brief
 from ..arrays.tree import Container, rebuild
 from .batches import Batches
-from .differentiation import DIFFERENCES, LIBRARIES, Differences, by_jax, by_torch
+from .differentiation import DIFFERENCES, LIBRARIES, ByJax, Differences, by_torch
 from .evaluation import Evaluation, gradients_of, number_of, returned
+from .options import warn
 from .problem import Problem
 
 
@@ -32,7 +33,7 @@ class Objective:
     batches : iterable or callable, optional
     workers : int or map-like, optional
         For finite differences.
-    relative_step : float or array, optional
+    relative_step, absolute_step : float or array, optional
         Of finite differences.
 
     Raises
@@ -50,6 +51,7 @@ class Objective:
         batches: Any = None,
         workers: Any = None,
         relative_step: Any = None,
+        absolute_step: Any = None,
     ) -> None:
         _check(fun, jac, problem.leaves)
         self.fun, self.jac, self.args, self.problem = fun, jac, args, problem
@@ -59,16 +61,19 @@ class Objective:
         self.fills = jac is True and _required(fun) == 2 + len(args) + (batches is not None)
         method = "2-point" if jac is None else jac
         differs = isinstance(method, str) and method in DIFFERENCES
-        self._differences = Differences(method, relative_step, workers, problem.bounds) if differs else None
+        self._differences = Differences(method, relative_step, absolute_step, workers, problem) if differs else None
+        if absolute_step is not None and not differs:
+            warn("`eps` is the step of finite differences in `minimize`; AdamW's is `epsilon`.", RuntimeWarning)
+        self._by_library = by_torch if method == "torch" else ByJax().evaluate
 
     def evaluate(self, leaves: Sequence[Array], number: int) -> Evaluation:
         """The value and the gradients at iteration `number`; the function gets copies of the arrays."""
         rest = self.args if self.batches is None else (self.batches.at(number), *self.args)
         container = self.problem.container
         if self._differences is not None:
-            return self._differences.evaluate(self.fun, container, leaves, rest)
+            return self._differences.evaluate(self.fun, leaves, rest)
         if self.jac in LIBRARIES:
-            return (by_torch if self.jac == "torch" else by_jax)(self.fun, container, leaves, rest)
+            return self._by_library(self.fun, container, leaves, rest)
         if self.jac is True:
             value, gradient = self._jointly(leaves, rest)
         else:
@@ -77,7 +82,11 @@ class Objective:
 
     def least_calls(self) -> int:
         """How many evaluations of the function an iteration takes at least."""
-        return 1 if self._differences is None else self._differences.least_calls(self.problem.leaves)
+        return 1 if self._differences is None else self._differences.least_calls()
+
+    def fixed(self) -> list[Array] | None:
+        """Where the gradient is not known; None if it is known everywhere."""
+        return None if self._differences is None else self._differences.fixed()
 
     def close(self) -> None:
         """End the processes of finite differences, and let go of the batches."""

@@ -3,6 +3,7 @@
 import inspect
 import math
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -11,9 +12,9 @@ import numpy as np
 from .. import hyperparameters as hp
 from ..arrays.brief import brief
 from ..optimizer import HYPERPARAMETERS, SYNONYMS
-from .polish import read_polish
 
 Settings = dict[str, Any]
+_warned: set[str] = set()
 
 _tolerance = hp.real("a float >= 0, or None", lambda value: value >= 0, optional=True)
 _seconds = hp.real("a number of seconds > 0, or None", lambda value: value > 0, optional=True)
@@ -47,6 +48,17 @@ def _progress(name: str, value: Any) -> Any:
     return value if callable(value) else hp.flag(name, value)
 
 
+def _polish(name: str, value: Any) -> dict[str, Any] | None:
+    """The options of L-BFGS-B; None where it is not wanted."""
+    if value is None or value is False:
+        return None
+    if value is True or (isinstance(value, str) and value == "L-BFGS-B"):
+        return {}
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return dict(value)
+    raise ValueError(f"`{name}` is {brief(value)}; expected True, False, 'L-BFGS-B', or a dict of its options")
+
+
 def _anything(name: str, value: Any) -> Any:
     return value
 
@@ -55,6 +67,7 @@ def _anything(name: str, value: Any) -> Any:
 _OPTIONS: dict[str, tuple[Any, hp.Check]] = {
     "maxiter": (10_000, _count(0)),
     "maxfev": (None, _count(1)),
+    "maxfun": (None, _count(1)),
     "maxtime": (None, _seconds),
     "gtol": (1e-5, _tolerance),
     "ftol": (None, _tolerance),
@@ -70,8 +83,10 @@ _OPTIONS: dict[str, tuple[Any, hp.Check]] = {
     "batches": (None, _anything),
     "workers": (None, _anything),
     "finite_diff_rel_step": (None, _anything),
+    "eps": (None, _anything),
     "x_scale": (None, _anything),
-    "polish": (None, read_polish),
+    "polish": (None, _polish),
+    "return_all": (False, hp.flag),
     "callback_every": (1, hp.integer(1, optional=False)),
     "compiled": (True, hp.flag),
 }
@@ -86,6 +101,12 @@ def read_settings(options: dict[str, Any], tol: Any, hess: Any, hessp: Any, cons
     tol = _tolerance("tol", options.get("tol", tol))
     if tol is not None and "gtol" not in options:
         settings["gtol"] = tol
+    if settings["maxfev"] is not None and settings["maxfun"] not in (None, settings["maxfev"]):
+        raise ValueError(
+            f"`maxfev` is {settings['maxfev']} and `maxfun` is {settings['maxfun']}; expected one of them, since they "
+            "are the same"
+        )
+    settings["maxfev"] = settings["maxfun"] if settings["maxfev"] is None else settings["maxfev"]
     hyper = {key: options[key] for key in _HYPERPARAMETERS if key in options}
     settings["automatic"] = isinstance(hyper.get("learning_rate", "auto"), str)
     if settings["automatic"] and hyper.pop("learning_rate", "auto") != "auto":
@@ -99,10 +120,11 @@ def read_settings(options: dict[str, Any], tol: Any, hess: Any, hessp: Any, cons
 
 def _warn_of_unused(hess: Any, hessp: Any, constraints: Any) -> None:
     for name, value in (("hess", hess), ("hessp", hessp)):
-        if value is not None:
-            _warn(f"Method AdamW does not use Hessian information ({name}).", RuntimeWarning)
+        if value is not None and name not in _warned:  # once a process: some callers pass one always
+            _warned.add(name)
+            warn(f"Method AdamW does not use Hessian information ({name}).", RuntimeWarning)
     if not (constraints is None or (isinstance(constraints, (tuple, list)) and not constraints)):
-        _warn("Method AdamW cannot handle constraints.", RuntimeWarning)
+        warn("Method AdamW cannot handle constraints.", RuntimeWarning)
 
 
 def _warn_of_unknown(options: dict[str, Any]) -> None:
@@ -112,10 +134,10 @@ def _warn_of_unknown(options: dict[str, Any]) -> None:
         return
     hints = [f"`{key}` is `{SYNONYMS[key]}` here" for key in unknown if key in SYNONYMS]
     # SciPy's words
-    _warn("; ".join([f"Unknown solver options: {_listed(unknown)}", *hints]), _warning())
+    warn("; ".join([f"Unknown solver options: {_listed(unknown)}", *hints]), _warning())
 
 
-def _warn(message: str, category: Any) -> None:
+def warn(message: str, category: Any) -> None:
     """Warn of the first line that is neither ours nor SciPy's."""
     level, frame = 1, inspect.currentframe()
     while frame and frame.f_back and frame.f_globals.get("__name__", "").startswith(("adamw_numba.", "scipy.")):

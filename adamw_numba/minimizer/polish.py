@@ -6,28 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays.brief import brief
 from . import stopping
 from .evaluation import Evaluation
 from .run import Run
 from .scaling import divided
 
-_OPTIONS = {"ftol": 1e-15, "gtol": 0.0, "maxiter": 15_000, "maxfun": 10**9}
+_DEFAULTS = {"ftol": 1e-15, "gtol": 0.0, "maxiter": 15_000, "maxfun": 10**9}
 
 
 class _SpentError(Exception):
     """No evaluation is left."""
-
-
-def read_polish(name: str, value: Any) -> dict[str, Any] | None:
-    """The options of L-BFGS-B; None where it is not wanted."""
-    if value is None or value is False:
-        return None
-    if value is True or (isinstance(value, str) and value == "L-BFGS-B"):
-        return dict(_OPTIONS)
-    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return _OPTIONS | dict(value)
-    raise ValueError(f"`{name}` is {brief(value)}; expected True, False, 'L-BFGS-B', or a dict of its options")
 
 
 def check_polish(run: Run) -> None:
@@ -70,7 +58,15 @@ def polish(run: Run, options: Mapping[str, Any], after_iteration: Callable[[], N
     run.stop(stopping.GOING_ON)
     success = False
     try:
-        found = minimize(flat, flat.start, jac=True, method="L-BFGS-B", bounds=bounds, callback=accept, options=options)
+        found = minimize(
+            flat,
+            flat.start,
+            jac=True,
+            method="L-BFGS-B",
+            bounds=bounds,
+            callback=accept,
+            options=_DEFAULTS | dict(options),
+        )
         success = found.success
     except _SpentError:
         run.stop(stopping.EVALUATIONS)

@@ -36,8 +36,11 @@ def read_problem(x0: Any, bounds: Any, x_scale: Any, wants_units: bool) -> Probl
     """
     if _is_numbers(x0):
         x0 = np.atleast_1d(np.asarray(x0))
+    if hasattr(x0, "__array__") and not arrays.is_array(x0):  # a Series of pandas, say
+        x0 = np.asarray(x0)
     container = materialized(x0, "x0")
     names, leaves = flatten(container, "x0")
+    names = names if isinstance(container, (dict, list, tuple)) else ["x0"]  # as it is called in messages
     if not leaves:
         raise ValueError("`x0` is empty; expected at least one array")
     copies = [_checked_copy(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
@@ -57,7 +60,7 @@ def _is_numbers(x0: Any) -> bool:
 
 
 def _checked_copy(name: str, leaf: Any) -> Array:
-    what = "`x0`" if name == "0" else f"`x0` at {brief(name)}"
+    what = "`x0`" if name == "x0" else f"`x0` at {brief(name)}"
     if leaf is None:
         raise TypeError(f"{what} is None; expected an array")
     leaf = _of_floats(what, leaf)
@@ -78,8 +81,9 @@ def _of_floats(what: str, leaf: Array) -> Array:
     """Integers as floats; of NumPy's arrays, a copy in C order and the machine's byte order."""
     dtype = arrays.dtype_name(leaf)
     if isinstance(leaf, np.ndarray):
-        if type(leaf) not in (np.ndarray, np.memmap):
-            raise TypeError(f"{what} is a {type(leaf).__name__}; expected a plain numpy.ndarray")
+        if isinstance(leaf, np.ma.MaskedArray):
+            raise TypeError(f"{what} is a {type(leaf).__name__}; expected an array without a mask")
+        leaf = np.asarray(leaf)  # of a subclass, the numbers
         if dtype not in arrays.COMPUTE and leaf.dtype.kind not in "iub":
             raise TypeError(f"{what} has dtype {dtype:.100}; expected real numbers: float32, float64, ...")
         to = np.float64 if leaf.dtype.kind in "iub" else leaf.dtype.newbyteorder("=")

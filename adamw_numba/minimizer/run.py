@@ -330,7 +330,7 @@ class Run:
             "fun": float(self.values[stopping.BEST if best else stopping.FUN]),
             "x": self._out("best" if best else "x"),
             "nit": self.nit,
-            "jac": self._out("best_gradient" if best else "gradient"),
+            "jac": self._gradient("best_gradient" if best else "gradient"),
             "nfev": int(self.counts[stopping.NFEV]),
             "njev": int(self.counts[stopping.NJEV]),
             "fun_last": float(self.values[stopping.FUN]),
@@ -356,9 +356,17 @@ class Run:
     def _out(self, role: str) -> Container:
         """Copies, in the user's units."""
         found = self.points() if role == "x" else self.get(role)
+        return rebuild(self.problem.container, [arrays.like(array, array) for array in found])
+
+    def _gradient(self, role: str) -> Container:
+        """Copies of gradients, in the user's units; NaN where they are not known."""
+        found = self.get(role)
         if role == "gradient" and self.is_scaled:
             found = divided(found, self.get("scale"))
-        return rebuild(self.problem.container, [arrays.like(array, array) for array in found])
+        copies, fixed = [arrays.like(g, g) for g in found], self.objective.fixed()
+        if fixed is not None:
+            copies = [np.where(where, np.asarray(np.nan, g.dtype), g) for g, where in zip(copies, fixed, strict=True)]
+        return rebuild(self.problem.container, copies)
 
     def _state(self) -> dict[str, Array]:
         """Copies of AdamW's own arrays, by name."""

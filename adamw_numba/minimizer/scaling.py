@@ -49,7 +49,7 @@ def _widths(bounds: Bounds | None) -> Scale:
 
 
 def _like(name: str, leaf: Array, own: Any) -> Array:
-    what = "`x_scale`" if name == "0" else f"`x_scale` of {brief(name)}"
+    what = "`x_scale`" if name == "x0" else f"`x_scale` of {brief(name)}"
     try:
         scale = np.asarray(arrays.to_numpy(own) if arrays.is_array(own) else own, np.float64)
         scale = np.array(np.broadcast_to(scale, tuple(leaf.shape)))

@@ -7,14 +7,35 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from ..arrays.brief import brief
+
+
+def check_workers(workers: Any) -> None:
+    """Refuse what maps nothing.
+
+    Raises
+    ------
+    ValueError
+        If it is no number of processes, function, or object with a ``map``.
+    """
+    is_count = isinstance(workers, (int, np.integer)) and not isinstance(workers, bool)
+    if workers is None or callable(workers) or callable(getattr(workers, "map", None)):
+        return
+    if not is_count or not (workers == -1 or workers >= 1):
+        raise ValueError(
+            f"`workers` is {brief(workers)}; expected an integer >= 1, -1, a function like `map`, or an object with one"
+        )
 
 
 @contextmanager
 def mapper(workers: Any) -> Iterator[Callable[..., Any]]:
-    """What maps a function over items: `workers` itself if it does, the built-in `map`, or so many processes."""
-    if callable(workers):
-        yield workers
+    """What maps a function over items: `workers` itself or its ``map``, the built-in `map`, or so many processes."""
+    if callable(getattr(workers, "map", None)):
+        yield partial(_gathered, workers.map)
+    elif callable(workers):
+        yield partial(_gathered, workers)
     elif workers in (None, 1):
         yield map
     else:
@@ -26,6 +47,11 @@ def mapper(workers: Any) -> Iterator[Callable[..., Any]]:
             yield partial(_map_in_chunks, pool, count)
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _gathered(mapped: Callable[..., Any], function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    """All results, those that come as futures (of Dask's client, say) included."""
+    return [one.result() if callable(getattr(one, "result", None)) else one for one in mapped(function, items)]
 
 
 def _map_in_chunks(pool: Any, count: int, function: Callable[[Any], Any], items: Iterable[Any]) -> Any:

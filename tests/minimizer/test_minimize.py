@@ -18,6 +18,7 @@ from scipy.optimize import Bounds, OptimizeResult, OptimizeWarning, rosen, rosen
 
 import adamw_numba
 from adamw_numba import AdamW, minimize, multistart, schedules
+from adamw_numba.minimizer import options as options_of_minimize
 from adamw_numba.state import State
 
 START = np.array([1.3, 0.7, 0.8, 1.9, 1.2])
@@ -844,7 +845,8 @@ def test_bounds_hold_in_the_dtype_of_x(dtype):
 
 
 @pytest.mark.parametrize("by_scipy", [True, False])
-def test_warnings_point_at_the_caller(by_scipy):
+def test_warnings_point_at_the_caller(by_scipy, monkeypatch):
+    monkeypatch.setattr(options_of_minimize, "_warned", set())
     options = {"nonsense": 1, "maxiter": 1}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -852,5 +854,81 @@ def test_warnings_point_at_the_caller(by_scipy):
             scipy.optimize.minimize(both, START, jac=True, hess=both, method=minimize, options=options)
         else:
             minimize(both, START, jac=True, hess=both, **options)
+        minimize(both, START, jac=True, hess=both, maxiter=1)  # once a process
     assert len(caught) == 2
     assert {warning.filename for warning in caught} == {__file__}
+
+
+class Array(np.ndarray):
+    """Like the tensors of PennyLane."""
+
+
+class Series:
+    """Like those of pandas: no array, but one can be made of it."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.values, dtype)
+
+    def items(self):
+        return enumerate(self.values)
+
+
+SUBCLASSES = {
+    "a subclass": START.view(Array),
+    "a matrix": np.matrix(START) if hasattr(np, "matrix") else START,
+    "a series": Series(START.tolist()),
+}
+
+
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
+@pytest.mark.parametrize("case", SUBCLASSES)
+def test_subclasses_as_x0(case):
+    def fun(x):
+        assert type(x) is np.ndarray
+        return both(x.ravel())[0], both(x.ravel())[1].reshape(x.shape)
+
+    x0 = SUBCLASSES[case]
+    result = minimize(fun, x0, jac=True, **SHORT)
+    assert type(result.x) is np.ndarray
+    assert result.x.shape == np.asarray(x0).shape
+    np.testing.assert_array_equal(result.x.ravel(), minimize(both, START, jac=True, **SHORT).x)
+
+
+def test_other_names_of_scipy():
+    def fun(x):
+        return both(x)
+
+    result = minimize(fun, START, jac=True, maxfun=10, return_all=True, learning_rate=0.01)
+    assert (result.nfev, result.status) == (10, 2)
+    assert len(result.allvecs) == result.nit + 1
+    np.testing.assert_array_equal(result.allvecs[0], START)
+    np.testing.assert_array_equal(result.allvecs[-1], result.x_last)
+    with pytest.raises(ValueError, match="`maxfev` is 3 and `maxfun` is 4"):
+        minimize(fun, START, jac=True, maxfev=3, maxfun=4)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: np.ones(999), lambda: {f"layer_{k}/weights": np.ones((500, 1)) for k in range(30)}]
+)
+def test_the_note_of_an_error_is_short(make):
+    calls = []
+
+    def fun(x):
+        calls.append(1)
+        if len(calls) == 2:
+            raise ZeroDivisionError
+        return 1.0, x
+
+    with pytest.raises(ZeroDivisionError) as raised:
+        minimize(fun, make(), jac=True)
+    assert "best value so far 1.0" in raised.value.__notes__[0]
+    assert max(map(len, raised.value.__notes__)) < 500
+
+
+@pytest.mark.parametrize("bounds", [[(0, 1)], [("a", "b")] * 5, [(1, 0)] * 5, 3])
+def test_a_single_array_is_called_x0(bounds):
+    with pytest.raises((TypeError, ValueError), match="`bounds` of 'x0'"):
+        minimize(both, START, jac=True, bounds=bounds)

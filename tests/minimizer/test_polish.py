@@ -8,7 +8,6 @@ from helpers.libraries import torch
 from scipy.optimize import rosen, rosen_der
 
 from adamw_numba import minimize, multistart
-from adamw_numba.minimizer import polish as polishing
 
 START = np.array([-1.2, 1.0, 0.7])
 SHORT = {"jac": True, "maxiter": 60}
@@ -131,8 +130,3 @@ def test_other_libraries_are_refused():
     pytest.importorskip("torch")
     with pytest.raises(TypeError, match="`polish`"):
         minimize(lambda x: pytest.fail("called"), torch.ones(2), jac="torch", polish=True)
-
-
-def test_options_are_those_of_l_bfgs_b():
-    assert polishing.read_polish("polish", {"maxcor": 3})["maxcor"] == 3
-    assert polishing.read_polish("polish", False) is None
