@@ -55,7 +55,7 @@ def test_convergence_shows_the_history():
             lines[label].get_xydata(), np.transpose([result.history["nit"], result.history[key]])
         )
     assert (ax.get_xlabel(), ax.get_yscale()) == ("iteration", "log")
-    assert {text.get_text() for text in ax.get_legend().get_texts()} == set(lines)
+    assert {text.get_text() for text in ax.figure.legends[0].get_texts()} == set(lines)
 
 
 def test_convergence_of_several_and_of_losses_that_are_not_positive():

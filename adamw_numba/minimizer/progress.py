@@ -36,8 +36,14 @@ class Progress:
             self.function(run.intermediate())
         if self.bar is not None and (run.reason or time.monotonic() - self.shown_at > _SECONDS):
             self.shown_at = time.monotonic()
-            self.bar.set_postfix(fun=f"{run.values[stopping.FUN]:.6g}", refresh=False)
+            text = f"fun={run.values[stopping.FUN]:.6g}"
+            if run.reason:  # a bar that ends before its end would look as if the run had been aborted
+                message = stopping.STATUS[run.reason][1]
+                text += f", {message.rpartition(': ')[2].rstrip('.')}"
+                self.bar.total = run.nit
+            self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(run.nit - self.bar.n)
+            self.bar.refresh()
 
     def close(self) -> None:
         """Leave the bar as it is."""
