@@ -101,7 +101,8 @@ class Loop:
         run, arrays = self.runs[r], list(self.homes[r])
         if self.padded > self.size:
             arrays = [array and row.ctypes.data for array, row in zip(arrays, self.inside[r], strict=True)]
-        arrays[kernel.COPY] = self.copies[r].ctypes.data
+        # An objective in Python makes a copy itself.
+        arrays[kernel.COPY] = arrays[kernel.X] if self.python and not run.is_scaled else self.copies[r].ctypes.data
         found = [self.words[r], run.values, run.counts, run.optimizer.engine.state.scalars["iteration"]]
         others = [array.ctypes.data for array in (*found, self.sums[r], run.history.marks)]
         return [*arrays, evaluate, *others[:4], 0, *others[4:], kernel.HERE]
@@ -132,7 +133,7 @@ class Loop:
         self.block[:] = [
             *(self.table.ctypes.data, self.homes.ctypes.data, len(self.runs), self.size, self.padded),
             *(rows.ctypes.data, first, first + count),
-            *(self.limits.ctypes.data, self.clips.ctypes.data, CHUNK),
+            *(self.limits.ctypes.data, self.clips.ctypes.data, CHUNK, self.copies.itemsize),
         ]
         call = job_call(self.kernel, self.block.ctypes.data, WOKEN_FROM, self.threads, parts=len(self.runs))
         if helpers_of(call):

@@ -24,7 +24,7 @@ from ..update import Variant
 from . import stopping
 
 # A block: what all runs share.
-RUNS, HOMES, COUNT, SIZE, PADDED, ROWS, FIRST, LAST, LIMITS, CLIPS, CHUNK, BLOCK_ENTRIES = range(12)
+RUNS, HOMES, COUNT, SIZE, PADDED, ROWS, FIRST, LAST, LIMITS, CLIPS, CHUNK, ITEMSIZE, BLOCK_ENTRIES = range(13)
 # A run: addresses, 0 for an array that does not exist; the last entry is where it was left for Python to go on.
 # Where there are units (SCALE), x, its bounds and the gradient are in them; COPY, BEST and BEST_GRADIENT are in the
 # user's, and so are the bounds of points (POINT_LOWER, POINT_UPPER).
@@ -116,14 +116,13 @@ def _largest_difference(count, x, before):
 
 
 @jit
-def _largest_inward(count, x, g, lower, upper):
-    result = np.float64(0)
+def _largest_inward(count, x, g, lower, upper, zero):
+    """The largest magnitude of those that do not push out of the bounds."""
+    result = _bits(zero)
     for i in range(count):
-        outward = (x[i] <= lower[i] and g[i] > 0) or (x[i] >= upper[i] and g[i] < 0)
-        value = np.float64(0) if outward else np.float64(abs(g[i]))
-        if value > result or value != value:
-            result = value
-    return result
+        outward = ((x[i] <= lower[i]) & (g[i] > 0)) | ((x[i] >= upper[i]) & (g[i] < 0))
+        result = max(result, _bits(zero if outward else abs(g[i])))
+    return np.float64(_bits(result))
 
 
 @jit
@@ -135,11 +134,25 @@ def _numbers(rows, steps, k):
 
 
 @jit
-def _project(run, size, like):
-    x, lower, upper = pointer(run[X], like), pointer(run[LOWER], like), pointer(run[UPPER], like)
-    for i in range(size):
+def _project(count, x, lower, upper):
+    for i in range(count):
         value = lower[i] if x[i] < lower[i] else x[i]
         x[i] = upper[i] if value > upper[i] else value
+
+
+@jit
+def _update_in_chunks(run, size, chunk, itemsize, like, top, average, limit, c):
+    """Keep x, update it, and project it, chunk by chunk: what a chunk needs stays in the cache."""
+    for start in range(0, size, chunk):
+        count, at = min(chunk, size - start), start * itemsize
+        x = pointer(run[X] + at, like)
+        tops = None if top is None else pointer(run[TOP] + at, like)
+        averages = None if average is None else pointer(run[AVERAGE] + at, like)
+        g, m, v = pointer(run[GRADIENT] + at, like), pointer(run[M] + at, like), pointer(run[V] + at, like)
+        _copy(count, pointer(run[PREVIOUS] + at, like), x)
+        update_chunk(count, x, g, m, v, tops, averages, None, None, None if limit is None else c.limit, c)
+        if run[LOWER] != 0 and average is None:
+            _project(count, x, pointer(run[LOWER] + at, like), pointer(run[UPPER] + at, like))
 
 
 @jit
@@ -147,7 +160,8 @@ def _put_point(run, to, size, padded, like):
     """Write x in the user's units, within the bounds, and exactly on them where x is."""
     x, point = pointer(run[X], like), pointer(to, like)
     if run[SCALE] == 0:
-        _copy(padded, point, x)
+        if to != run[X]:
+            _copy(padded, point, x)
         return
     scale = pointer(run[SCALE], like)
     for i in range(size):
@@ -174,7 +188,7 @@ def _evaluate(run, size, padded, like, values, counts):
         values[stopping.GRADIENT_NORM] = _largest(padded, g)
     else:
         lower, upper = pointer(run[LOWER], like), pointer(run[UPPER], like)
-        values[stopping.GRADIENT_NORM] = _largest_inward(size, x, g, lower, upper)
+        values[stopping.GRADIENT_NORM] = _largest_inward(size, x, g, lower, upper, like)
     counts[stopping.NFEV] += 1
     counts[stopping.NJEV] += 1
     return True
@@ -233,14 +247,17 @@ def _advance(block, run, like, top, average, limit):
                 run[LEFT] = BEFORE_UPDATE
                 return
         c = cast_coefficients(_numbers(rows, steps, k), 1.0, clip, like)
-        _copy(padded, before, x)
         mode = exchange_mode(mode_for(c.scale))
-        update_chunk(padded, x, g, m, v, tops, averages, None, None, None if limit is None else c.limit, c)
+        if padded <= block[CHUNK]:
+            _copy(padded, before, x)
+            update_chunk(padded, x, g, m, v, tops, averages, None, None, None if limit is None else c.limit, c)
+        else:
+            _update_in_chunks(run, size, block[CHUNK], block[ITEMSIZE], like, top, average, limit, c)
         if rows[OVERWRITE * steps + k] != 0:
             overwrite_chunk(padded, x, averages, None)
         exchange_mode(mode)  # back to what the objective expects
-        if run[LOWER] != 0:
-            _project(run, size, like)
+        if run[LOWER] != 0 and (padded <= block[CHUNK] or average is not None):
+            _project(size, x, pointer(run[LOWER], like), pointer(run[UPPER], like))
         iteration[0] += 1
         counts[stopping.NIT] += 1
         counts[stopping.EVALUATED] = 0

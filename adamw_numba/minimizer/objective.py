@@ -3,6 +3,7 @@
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,10 @@ from .differentiation import DIFFERENCES, LIBRARIES, ByJax, Differences, by_torc
 from .evaluation import Evaluation, gradients_of, number_of, returned
 from .options import warn
 from .problem import Problem
+
+_LARGE = 2**16  # bytes
+_held = SimpleNamespace(lent=np.empty(0))
+_ALONE = sys.getrefcount(_held.lent)  # references that are counted where an attribute is the only one
 
 
 class Objective:
@@ -56,6 +61,7 @@ class Objective:
         _check(fun, jac, problem.leaves)
         self.fun, self.jac, self.args, self.problem = fun, jac, args, problem
         self._is_one_array = type(problem.container) is np.ndarray
+        self._lent: Any = np.empty(0)
         self.batches = None if batches is None else Batches(batches)
         # One parameter more than (x, batch, *args) is the gradient, to be filled.
         self.fills = jac is True and _required(fun) == 2 + len(args) + (batches is not None)
@@ -97,8 +103,19 @@ class Objective:
 
     def _copies(self, leaves: Sequence[Array]) -> Container:
         if self._is_one_array:  # most
-            return leaves[0].copy()
+            return leaves[0].copy() if leaves[0].nbytes < _LARGE else self._lend(leaves[0])
         return rebuild(self.problem.container, [arrays.like(leaf, leaf) for leaf in leaves])
+
+    def _lend(self, x: Array) -> Array:
+        """A copy for the function: the last one again, if nobody has kept it.
+
+        Memory that is given back at each call is mapped again, page by page: longer than many a function takes.
+        """
+        if sys.getrefcount(self._lent) == _ALONE and self._lent.shape == x.shape and self._lent.flags.writeable:
+            self._lent[...] = x
+        else:
+            self._lent = x.copy()
+        return self._lent
 
     def _jointly(self, leaves: Sequence[Array], rest: tuple[Any, ...]) -> tuple[Any, Any]:
         if self.fills:

@@ -108,6 +108,48 @@ def test_points_may_be_kept_and_written():
     assert_equal(result, minimize(both, START, jac=True, maxiter=9, learning_rate=0.05, gtol=None, compiled=False))
 
 
+def test_large_points_may_be_kept_and_written():
+    """A large copy is used again, but never one that anybody can still see."""
+    kept, addresses = [], set()
+
+    def fun(x):
+        addresses.add(x.ctypes.data)
+        found = ((x - 2) ** 2).sum(), 2 * (x - 2)
+        number = len(kept)
+        kept.append([None, x, x[3:], memoryview(x), None][number % 5])
+        if number % 5 == 4:
+            x[...] = 7
+            x.shape = (-1, 1)
+        return found
+
+    x0 = np.linspace(-1, 1, 20_000)
+    result = minimize(fun, x0, jac=True, maxiter=20, learning_rate=0.05, gtol=None)
+    plain = minimize(
+        lambda x: (((x - 2) ** 2).sum(), 2 * (x - 2)),
+        x0,
+        jac=True,
+        maxiter=20,
+        learning_rate=0.05,
+        gtol=None,
+        compiled=False,
+    )
+    assert_equal(result, plain)
+    whole = [x for x in kept if type(x) is np.ndarray and x.size == 20_000]
+    assert len({x.ctypes.data for x in whole}) == len(whole)
+    for x, before in zip(whole[1:], whole[:-1], strict=True):
+        assert not np.array_equal(x, before)
+    assert len(addresses) < 21  # some were used again
+
+
+def test_large_arrays_with_bounds_and_averages():
+    x0 = np.linspace(-1, 1, 40_001)
+    keywords = {"jac": True, "maxiter": 15, "learning_rate": 0.3, "gtol": None, "bounds": [(-1.5, 1.2)] * x0.size}
+    for options in ({}, {"use_ema": True, "ema_overwrite_frequency": 4}, {"amsgrad": True, "clipvalue": 0.5}):
+        found = minimize(lambda x: (((x - 2) ** 2).sum(), 2 * (x - 2)), x0, **keywords, **options)
+        plain = minimize(lambda x: (((x - 2) ** 2).sum(), 2 * (x - 2)), x0, **keywords, **options, compiled=False)
+        assert_equal(found, plain)
+
+
 class OddError(Exception):
     pass
 
