@@ -17,6 +17,7 @@ from .progress import Progress
 from .result import short
 from .run import Run
 from .signals import caught_signals
+from .together import Together
 from .warm_start import read_start
 
 Callback = Callable[[Run], Any]
@@ -133,6 +134,36 @@ def drive_all(runs: Sequence[Run], loop: Any, settings: Settings) -> None:
         raise
     finally:
         progress.close()
+
+
+def drive_together(runs: Sequence[Run], settings: Settings, callback: Callback | None) -> None:
+    """Advance many runs in step, with one evaluation for all of them, until all have stopped."""
+    together, progress = Together(runs), Progress(settings["progress"], settings["maxiter"])
+    going = list(runs)
+    try:
+        while going:
+            shown = runs if together.keeps_all else going
+            for run, evaluation in zip(shown, together.evaluate(shown), strict=True):
+                if run.reason:
+                    continue
+                run.take(evaluation)
+                run.decide()
+                run.recover()
+                if run.nit:
+                    _after_iterations(run, settings, callback, Checkpointing(None, run), [])
+            progress.show(min(going, key=lambda run: run.nit))
+            going = [run for run in going if not run.reason]
+            for run in going:
+                run.begin_stage()
+                run.update()
+    except BaseException as error:
+        best = min(runs, key=lambda run: float(run.values[stopping.BEST]))
+        _explain(error, best, Checkpointing(None, best))
+        raise
+    finally:
+        progress.close()
+        for run in runs:
+            run.objective.close()
 
 
 def _loop_of(run: Run, settings: Settings, callback: Callback | None) -> Any:

@@ -129,14 +129,14 @@ def minimize(
     (True, array([3., 3.]))
     """
     settings = read_settings(options, tol, hess, hessp, constraints)
-    call = _call_of(callback)
+    call = call_of(callback)
     result = drive(prepare(fun, x0, args, jac, bounds, settings), settings, call)
     if settings["disp"]:
         _display(result)
     return result
 
 
-def _call_of(callback: Any) -> Callback | None:
+def call_of(callback: Any) -> Callback | None:
     """What calls the callback as SciPy does: by the name of its parameter."""
     if callback is None:
         return None

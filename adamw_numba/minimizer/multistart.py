@@ -10,8 +10,8 @@ import numpy as np
 
 from .. import arrays
 from ..arrays.brief import brief
-from .driver import compiled, drive_all, prepare
-from .minimize import minimize
+from .driver import compiled, drive_all, drive_together, prepare
+from .minimize import call_of, minimize
 from .objective import is_compiled
 from .options import read_settings
 from .result import new_result
@@ -27,6 +27,7 @@ def multistart(
     bounds: Any = None,
     workers: Any = 1,
     rng: Any = None,
+    vectorized: bool = False,
     tol: float | None = None,
     **options: Any,
 ) -> Any:
@@ -47,6 +48,10 @@ def multistart(
         waited for.
     rng : int or `numpy.random.Generator`, optional
         Scrambles the Sobol sequence.
+    vectorized : bool, default False
+        Evaluate all starts in one call: `fun` gets them stacked, of shape (starts, ...), and returns values of shape
+        (starts,); gradients are stacked like x. Starts that have stopped are left out of later calls (with JAX they
+        stay, so that nothing is traced again). Each start has the result that it would have alone.
 
     Returns
     -------
@@ -72,6 +77,8 @@ def multistart(
         raise ValueError(f"`checkpoint` is {where}; expected None: many starts have no single state")
     check_workers(workers)
     starts = _starts(x0s, bounds, rng)
+    if vectorized:
+        return _sorted(_in_step(fun, starts, args, jac, bounds, tol, options))
     results = _in_compiled_loop(fun, starts, args, jac, bounds, tol, options)
     if results is None:
         one = partial(_one, fun, args, {"jac": jac, "bounds": bounds, "tol": tol, **options})
@@ -79,6 +86,11 @@ def multistart(
             results = list(mapped(one, starts))
         if len(results) != len(starts):
             raise ValueError(f"`workers` gave {len(results)} results; expected {len(starts)}, one for each start")
+    return _sorted(results)
+
+
+def _sorted(results: list[Any]) -> Any:
+    """The best result, with all of them."""
     results = sorted(results, key=lambda result: result.fun if math.isfinite(result.fun) else math.inf)
     return new_result({**deepcopy(dict(results[0])), "results": results})
 
@@ -136,6 +148,25 @@ def _box(bounds: Any) -> Any:
     return lower, upper
 
 
+def _in_step(
+    fun: Any, starts: Sequence[Any], args: Any, jac: Any, bounds: Any, tol: Any, options: dict[str, Any]
+) -> list[Any]:
+    for key in ("polish", "return_all"):
+        if options.get(key):
+            raise ValueError(f"`{key}` is {brief(options[key])} and `vectorized` is True; expected one of them")
+    settings, callback = _settings_of(options, tol)
+    runs = [prepare(fun, x0, args, jac, bounds, settings) for x0 in starts]
+    drive_together(runs, settings, callback)
+    return [run.result() for run in runs]
+
+
+def _settings_of(options: dict[str, Any], tol: Any) -> Any:
+    """The settings of all runs, and what calls their callback."""
+    unused = {key: options.get(key) for key in ("hess", "hessp", "constraints")}
+    given = {key: value for key, value in options.items() if key != "callback" and key not in unused}
+    return read_settings(given, tol, **unused), call_of(options.get("callback"))
+
+
 def _in_compiled_loop(
     fun: Any, starts: Sequence[Any], args: Any, jac: Any, bounds: Any, tol: Any, options: dict[str, Any]
 ) -> list[Any] | None:
@@ -144,9 +175,7 @@ def _in_compiled_loop(
         return None
     if options.get("callback") is not None or options.get("return_all"):
         return None
-    unused = {key: options.get(key) for key in ("hess", "hessp", "constraints")}
-    given = {key: value for key, value in options.items() if key != "callback" and key not in unused}
-    settings = read_settings(given, tol, **unused)
+    settings, _ = _settings_of(options, tol)
     runs = [prepare(fun, x0, args, jac, bounds, settings) for x0 in starts]
     if len({(len(run.names), run.get("x")[0].shape, run.get("x")[0].dtype) for run in runs}) > 1:
         return None

@@ -74,7 +74,7 @@ class Objective:
 
     def evaluate(self, leaves: Sequence[Array], number: int) -> Evaluation:
         """The value and the gradients at iteration `number`; the function gets copies of the arrays."""
-        rest = self.args if self.batches is None else (self.batches.at(number), *self.args)
+        rest = self.rest_at(number)
         container = self.problem.container
         if self._differences is not None:
             return self._differences.evaluate(self.fun, leaves, rest)
@@ -85,6 +85,10 @@ class Objective:
         else:
             value, gradient = self.fun(self._copies(leaves), *rest), self.jac(self._copies(leaves), *rest)
         return Evaluation(number_of(value), gradients_of(gradient, container, self.problem.names, leaves), 1)
+
+    def rest_at(self, number: int) -> tuple[Any, ...]:
+        """What the function gets after x at iteration `number`."""
+        return self.args if self.batches is None else (self.batches.at(number), *self.args)
 
     def least_calls(self) -> int:
         """How many evaluations of the function an iteration takes at least."""
