@@ -5,10 +5,31 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from ..schedules import ExponentialDecay, LearningRateSchedule, Schedule
+from ..schedules import InverseTimeDecay, LearningRateSchedule, Schedule
 
-_LONGEST = 1112  # iterations of the first stage: as many as it has where 10,000 are allowed in all
-_FIRST, _LAST = 0.3, 1e-3  # the rate at the start, and what part of it is left at the end of a single decay
+_FIRST, _GENTLE = 0.3, 0.03  # the first rate, and that of noisy functions
+_FEW = 3000  # iterations up to which one stage finds as much as several
+_LONGEST = 1112  # iterations of the first of several stages: as many as it has where 10,000 are allowed in all
+
+
+@dataclass(frozen=True)
+class Decay(Schedule):
+    """``initial_learning_rate * (1 - u)**2``, where u goes from 0 to 1 within `decay_steps` from `start` on.
+
+    Parameters
+    ----------
+    initial_learning_rate, decay_steps, start : float
+    name : str
+    """
+
+    initial_learning_rate: "float"
+    decay_steps: "float"
+    start: "float" = 0.0
+    name: str = "Decay"
+
+    def formula(self, xp: Any, step: Any) -> Any:
+        passed = xp.minimum((step - self.start) / self.decay_steps, 1.0)
+        return self.initial_learning_rate * (1 - passed) ** 2
 
 
 @dataclass(frozen=True)
@@ -20,44 +41,51 @@ class Stages(Schedule):
 
     Parameters
     ----------
-    first_stage : int
+    first_stage : float
         Iterations of the first one.
+    start : float
+        The step at which it begins.
     name : str
     """
 
     positive = ("first_stage",)
 
     first_stage: "float"
+    start: "float" = 0.0
     name: str = "Stages"
 
     def formula(self, xp: Any, step: Any) -> Any:
+        step, first = step - self.start, self.first_stage
         # The small number is for logarithms that are rounded down where a stage begins.
-        number = xp.floor(xp.log(xp.maximum(step, 1) / self.first_stage) / math.log(3) + 1e-9)
-        start = xp.where(step < self.first_stage, 0, self.first_stage * 3.0**number)
-        end = xp.where(step < self.first_stage, self.first_stage, self.first_stage * 3.0 ** (number + 1))
-        passed = (step - start) / (end - start)
+        number = xp.floor(xp.log(xp.maximum(step, 1.0) / first) / math.log(3) + 1e-9)
+        begin = xp.where(step < first, 0.0, first * 3.0**number)
+        end = xp.where(step < first, first, first * 3.0 ** (number + 1))
+        passed = (step - begin) / (end - begin)
         return _FIRST * 10.0 ** -(3 * passed + 6 * passed**4)
 
     def left(self, iteration: int) -> int:
         """Iterations until the next stage begins."""
         end = int(self.first_stage)
-        while end <= iteration:
+        while end <= iteration - self.start:
             end *= 3
-        return end - iteration
+        return end - iteration + int(self.start)
 
     def begins_at(self, iteration: int) -> bool:
         """Whether a stage other than the first begins."""
-        return iteration > 0 and self.left(iteration - 1) == 1
+        return iteration > self.start and self.left(iteration - 1) == 1
 
 
-def schedule_for(most: float, noisy: bool, has_units: bool) -> LearningRateSchedule:
-    """The rates of a run of at most so many iterations: in stages, unless batches make it noisy or it has units."""
-    length = 9 * _LONGEST if most == math.inf else max(int(min(most, sys.maxsize)), 1)
-    if noisy:
-        return ExponentialDecay(0.03, length, 0.01)
-    if has_units:
-        return ExponentialDecay(_FIRST, length, _LAST)
-    first = math.ceil(length / 9)  # so that the third stage, or a later one, ends with the run
-    while first > _LONGEST:
-        first = math.ceil(first / 3)
-    return Stages(first)
+def schedule_for(most: float, start: int, noisy: bool, has_units: bool) -> LearningRateSchedule:
+    """The rates of a run of at most so many iterations from `start` on: in stages, where there are many.
+
+    Not where batches make the function noisy, so that no point is known to be the best, or where its units are given.
+    """
+    first_rate = _GENTLE if noisy else _FIRST
+    if noisy or has_units or most <= _FEW:
+        if most == math.inf:
+            return InverseTimeDecay(first_rate, 1000, 1.0)
+        return Decay(first_rate, max(int(min(most, sys.maxsize)), 1), start)
+    first = _LONGEST if most == math.inf else -(-min(most, sys.maxsize) // 9)
+    while first > _LONGEST:  # so that a later stage ends with the run
+        first = -(-first // 3)
+    return Stages(int(first), start)

@@ -41,20 +41,16 @@ def prepare(fun: Any, x0: Any, args: Any, jac: Any, bounds: Any, settings: Setti
     # With batches, the values at two points belong to different functions: the lower one is not the better point.
     best = not noisy if settings["return_best"] is None else settings["return_best"]
     hyper = settings["hyper"]
+    automatic = settings["automatic"] and not noisy and x_scale is None
     if settings["automatic"]:
+        start = 0 if state is None else int(state["iteration"])
         length = min(math.inf if limit is None else limit for limit in (settings["maxiter"], most and most // least))
-        automatic = {"beta_2": 0.999 if noisy else 0.9}
-        hyper = automatic | hyper | {"learning_rate": schedule_for(length, noisy, x_scale is not None)}
+        rates = schedule_for(length, start, noisy, x_scale is not None)
+        hyper = {"beta_2": 0.999 if noisy else 0.9} | hyper | {"learning_rate": rates}
     optimizer = AdamW(**hyper)
-    run = Run(
-        objective,
-        problem,
-        optimizer,
-        stopping.limits_of(settings),
-        settings["history"],
-        best,
-        settings["polish"] is not None,
-    )
+    keep_best = automatic or settings["polish"] is not None
+    limits = stopping.limits_of(settings)
+    run = Run(objective, problem, optimizer, limits, settings["history"], best, keep_best, automatic)
     if settings["polish"] is not None:
         check_polish(run)
     if state is not None:

@@ -86,11 +86,11 @@ def _joined(leaves: Any) -> np.ndarray[Any, Any]:
 class _Flat:
     """The objective of a run as a function of one vector: x, in the units that the user gives.
 
-    Those that belong to the automatic learning rate are left out: L-BFGS-B took up to twice the evaluations with them.
+    Those that the run has chosen are left out: L-BFGS-B took up to twice the evaluations with them.
     """
 
     def __init__(self, run: Run) -> None:
-        self.run, self.has_units = run, run.is_scaled and run.stages is None
+        self.run, self.has_units = run, run.is_scaled and not run.chooses_units
         evaluation = run.go_to_best()
         self.start = _joined(run.get("x") if self.has_units else run.points())
         self.bounds = run.inner_bounds if self.has_units else run.bounds

@@ -45,6 +45,8 @@ class Run:
         The most rows of history; 0 for none.
     return_best, keep_best : bool
         Whether the best point is the result; and whether something else needs it.
+    chooses_units : bool
+        Whether it may change those of the problem.
     """
 
     def __init__(
@@ -56,11 +58,13 @@ class Run:
         capacity: int,
         return_best: bool,
         keep_best: bool,
+        chooses_units: bool,
     ) -> None:
         self.objective, self.problem, self.optimizer, self.limits = objective, problem, optimizer, limits
         self.names, self.bounds = problem.names, problem.bounds
         function = optimizer.hyper.learning_rate_function
         self.stages = function.function if function and isinstance(function.function, Stages) else None
+        self.chooses_units = chooses_units
         self.is_scaled = problem.scale is not None
         # What the optimizer moves: x, in its units where it has some.
         self._variables = problem.leaves if problem.scale is None else divided(problem.leaves, problem.scale)
@@ -69,7 +73,7 @@ class Run:
         self._own: list[str] = []  # the names of what is no array of AdamW's
         self._add_numbers(capacity)
         self._returns_best = return_best
-        self._add_arrays(return_best or keep_best or self.stages is not None)
+        self._add_arrays(return_best or keep_best)
         self._inner_bounds: Bounds | None = None if self.is_scaled else problem.bounds
         self.renew_bounds()
         self.remark = ""  # to be added to the message
@@ -202,8 +206,8 @@ class Run:
             self._go_on_from_best(scale_of_stage(self.get("best"), self.problem.leaves))
 
     def recover(self) -> None:
-        """After NaN or infinity, at an automatic learning rate: go on from the best point, in smaller units."""
-        if self.stages is None or self.reason != stopping.NONFINITE or not self._has_best():
+        """After NaN or infinity, where it chooses its units: go on from the best point, in smaller ones."""
+        if not self.chooses_units or self.reason != stopping.NONFINITE or not self._has_best():
             return
         scale = [unit / 10 for unit in self.get("scale")]
         if _largest(scale) > _SMALLEST * max(1.0, _largest(self.get("best"))):  # else smaller ones would not help
@@ -321,7 +325,7 @@ class Run:
         best = self._returns_best and self._has_best()
         status, message = stopping.STATUS.get(self.reason, (-1, "Still going on."))
         if status in (1, 2) and stopping.is_still_moving(self.optimizer):
-            remedy = "learning_rate" if self.stages is None else "x_scale"
+            remedy = "x_scale" if self.chooses_units else "learning_rate"
             message = f"{message} x was still moving by about learning_rate at each step: raise {remedy} or maxiter."
         fields = {
             "message": message + self.remark,
