@@ -53,10 +53,10 @@ def minimize(
         Sets ``gtol``.
     **options
         learning_rate : "auto", float, schedule or function, default "auto"
-            As in `AdamW`, a length in units of x. "auto" falls from 0.3 times the size of each element (at least 0.3)
-            over `maxiter`, in stages; each goes on from the best point, in units of the size of x there, and so does a
-            run after NaN, in smaller units. ``beta_2`` is then 0.9 by default; with `batches`, one gentle decay and
-            0.999.
+            As in `AdamW`, a length in units of x. "auto" falls within `maxiter` from 0.3 times the size of each element
+            (at least 0.3): more than 3,000 iterations in stages, each of which goes on from the best point, in units
+            of the size of x there; so does a run after NaN, in smaller units. ``beta_2`` is then 0.9 by default; with
+            `batches`, one gentle decay and 0.999.
         x_scale : float, array or container like `x0`, or "bounds"
             The unit of each element, or the widths of the bounds: AdamW moves ``x / x_scale``, all that it is given or
             reports is x. As in `scipy.optimize.least_squares`.
