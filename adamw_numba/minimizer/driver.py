@@ -43,7 +43,7 @@ def prepare(fun: Any, x0: Any, args: Any, jac: Any, bounds: Any, settings: Setti
     hyper = settings["hyper"]
     automatic = settings["automatic"] and not noisy and x_scale is None
     if settings["automatic"]:
-        start = 0 if state is None else int(state["iteration"])
+        start = 0 if state is None else int(state.get("iteration", 0))  # a state without one is refused below
         length = min(math.inf if limit is None else limit for limit in (settings["maxiter"], most and most // least))
         rates = schedule_for(length, start, noisy, x_scale is not None)
         hyper = {"beta_2": 0.999 if noisy else 0.9} | hyper | {"learning_rate": rates}

@@ -62,7 +62,7 @@ CASES = {
         "use_ema": True,
     },
     "compiled": lambda: {"fun": valley, "x0": np.array([-1.2, 1.0]), "patience": 100, "history": 16},
-    "torch": lambda: {"fun": nested, "x0": torch_start(), "global_clipnorm": 1.0, "ftol": 1e-3},
+    "torch": lambda: {"fun": nested, "x0": torch_start(), "global_clipnorm": 1.0, "learning_rate": 0.001},
     "jax": lambda: {"fun": lambda x: (((x - 1) ** 2).sum(), 2 * (x - 1)), "x0": jax_start(), "weight_decay": 0.1},
     "numbered": lambda: {"fun": valley, "x0": np.array([-1.2, 1.0]), "learning_rate": COSINE, "return_best": False},
 }
