@@ -138,7 +138,7 @@ def test_as_good_as_its_own_optimizer(heading):
     if importlib.util.find_spec(PACKAGES[heading][0]) is None:
         pytest.skip(f"{heading} is not installed")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.simplefilter("ignore")  # those of the packages, and the one that a Hessian is not used
         (value, _), (theirs, _) = found(heading)
     # A circuit is given 60 iterations only.
     tolerance = 2e-2 if heading == "Qiskit" else 2e-3 if heading == "PennyLane" else 1e-4
