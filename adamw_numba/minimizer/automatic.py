@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from ..schedules import InverseTimeDecay, LearningRateSchedule, Schedule
+from ..schedules import InverseTimeDecay, LearningRateSchedule, PolynomialDecay, Schedule
 
 _FIRST, _GENTLE = 0.3, 0.03  # the first rate, and that of noisy functions
 _FEW = 3000  # iterations up to which one stage finds as much as several
@@ -13,23 +13,13 @@ _LONGEST = 1112  # iterations of the first of several stages: as many as it has 
 
 
 @dataclass(frozen=True)
-class Decay(Schedule):
-    """``initial_learning_rate * (1 - u)**2``, where u goes from 0 to 1 within `decay_steps` from `start` on.
+class Decay(PolynomialDecay):
+    """A `PolynomialDecay` that begins at the step `start`: of a run that goes on from an earlier one."""
 
-    Parameters
-    ----------
-    initial_learning_rate, decay_steps, start : float
-    name : str
-    """
-
-    initial_learning_rate: "float"
-    decay_steps: "float"
     start: "float" = 0.0
-    name: str = "Decay"
 
     def formula(self, xp: Any, step: Any) -> Any:
-        passed = xp.minimum((step - self.start) / self.decay_steps, 1.0)
-        return self.initial_learning_rate * (1 - passed) ** 2
+        return super().formula(xp, step - self.start)
 
 
 @dataclass(frozen=True)
@@ -84,7 +74,7 @@ def schedule_for(most: float, start: int, noisy: bool, has_units: bool) -> Learn
     if noisy or has_units or most <= _FEW:
         if most == math.inf:
             return InverseTimeDecay(first_rate, 1000, 1.0)
-        return Decay(first_rate, max(int(min(most, sys.maxsize)), 1), start)
+        return Decay(first_rate, max(int(min(most, sys.maxsize)), 1), end_learning_rate=0.0, power=2.0, start=start)
     first = _LONGEST if most == math.inf else -(-min(most, sys.maxsize) // 9)
     while first > _LONGEST:  # so that a later stage ends with the run
         first = -(-first // 3)

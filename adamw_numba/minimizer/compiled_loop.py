@@ -133,7 +133,7 @@ class Loop:
         self.block[:] = [
             *(self.table.ctypes.data, self.homes.ctypes.data, len(self.runs), self.size, self.padded),
             *(rows.ctypes.data, first, first + count),
-            *(self.limits.ctypes.data, self.clips.ctypes.data, CHUNK, self.copies.itemsize),
+            *(self.limits.ctypes.data, self.clips.ctypes.data, CHUNK),
         ]
         call = job_call(self.kernel, self.block.ctypes.data, WOKEN_FROM, self.threads, parts=len(self.runs))
         if helpers_of(call):

@@ -11,41 +11,47 @@ from .. import arrays
 from ..arrays import Array
 from ..arrays.brief import brief
 from ..arrays.tree import Container, rebuild
-from .evaluation import Evaluation, gradient_of, number_of, returned
+from .evaluation import Evaluation, number_of, returned
 from .options import warn
 from .problem import Problem
 from .workers import check_workers, mapper
 
 DIFFERENCES = ("2-point", "3-point", "cs")
-LIBRARIES = ("torch", "jax")
 Function = Callable[..., Any]
 
 
-def by_torch(fun: Function, container: Container, leaves: Sequence[Array], rest: tuple[Any, ...]) -> Evaluation:
-    """The value, and the gradients of torch's autograd; NumPy arrays are given to `fun` as tensors."""
-    import torch
+class ByTorch:
+    """Values and gradients of torch's autograd; NumPy arrays are given to the function as tensors."""
 
-    copies = [leaf.copy() if isinstance(leaf, np.ndarray) else arrays.like(leaf, leaf) for leaf in leaves]
-    tensors = [torch.from_numpy(x) if isinstance(x, np.ndarray) else x.detach() for x in copies]
-    tensors = [tensor.requires_grad_() for tensor in tensors]
-    with torch.enable_grad():
-        value = fun(rebuild(container, tensors), *rest)
-    if not isinstance(value, torch.Tensor) or not value.requires_grad:
-        raise TypeError(
-            f"`fun` returned {returned(value)}, which does not depend on x through torch; expected a scalar tensor, "
-            "since jac='torch'"
-        )
-    gradients: Any = torch.autograd.grad(value, tensors, allow_unused=True)
-    filled = [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, tensors, strict=True)]
-    back = [g.numpy() if isinstance(x, np.ndarray) else g for g, x in zip(filled, leaves, strict=True)]
-    return Evaluation(number_of(value.detach()), _checked(back, leaves), 1)
+    def differentiate(
+        self, fun: Function, container: Container, leaves: Sequence[Array], rest: tuple[Any, ...]
+    ) -> tuple[Any, list[Array]]:
+        """What the function returns, and the gradients of its sum: of many values, each depends on a row of x alone."""
+        import torch
+
+        copies = [leaf.copy() if isinstance(leaf, np.ndarray) else arrays.like(leaf, leaf) for leaf in leaves]
+        tensors = [torch.from_numpy(x) if isinstance(x, np.ndarray) else x.detach() for x in copies]
+        tensors = [tensor.requires_grad_() for tensor in tensors]
+        with torch.enable_grad():
+            value = fun(rebuild(container, tensors), *rest)
+            total = value.sum() if isinstance(value, torch.Tensor) else value
+        if not isinstance(total, torch.Tensor) or not total.requires_grad:
+            raise TypeError(
+                f"`fun` returned {returned(value)}, which does not depend on x through torch; expected a tensor, since "
+                "jac='torch'"
+            )
+        gradients: Any = torch.autograd.grad(total, tensors, allow_unused=True)
+        filled = [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, tensors, strict=True)]
+        return value.detach(), [
+            g.numpy() if isinstance(x, np.ndarray) else g for g, x in zip(filled, leaves, strict=True)
+        ]
 
 
 class ByJax:
-    """The value and the gradients of `jax.value_and_grad`; NumPy arrays are given to `fun` as arrays of JAX.
+    """Values and gradients of `jax.value_and_grad`; NumPy arrays are given to the function as arrays of JAX.
 
     The function is traced once a run, as `jax.jit` does. One that cannot be (it branches on a value, say) is
-    differentiated anew at each call.
+    differentiated again at each call.
     """
 
     def __init__(self) -> None:
@@ -53,17 +59,18 @@ class ByJax:
         self._others: Any = None  # what is no array among the further arguments, as it was when the function was traced
         self._is_traceable = True
 
-    def evaluate(
+    def differentiate(
         self, fun: Function, container: Container, leaves: Sequence[Array], rest: tuple[Any, ...]
-    ) -> Evaluation:
-        """The value, and the gradients in the order of the leaves."""
+    ) -> tuple[Any, list[Array]]:
+        """What the function returns, and the gradients of its sum: of many values, each depends on a row of x alone."""
         import jax
 
         with ExitStack() as stack:
             if any(arrays.dtype_name(leaf) == "float64" for leaf in leaves):
                 stack.enter_context(jax.enable_x64(True))  # JAX would round them to float32
-            value, gradients = self._differentiated(fun, container, [jax.numpy.asarray(leaf) for leaf in leaves], rest)
-            return Evaluation(number_of(value), _checked(gradients, leaves), 1)
+            xs = [jax.numpy.asarray(leaf) for leaf in leaves]
+            (_, value), gradients = self._differentiated(fun, container, xs, rest)
+            return value, gradients
 
     def _differentiated(self, fun: Function, container: Container, xs: list[Any], rest: tuple[Any, ...]) -> Any:
         import jax
@@ -79,7 +86,17 @@ class ByJax:
                     return self._jitted(xs, [one for one, is_array in zip(given, traced, strict=True) if is_array])
             except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):
                 self._is_traceable = False
-        return jax.value_and_grad(lambda xs: fun(rebuild(container, xs), *rest))(xs)
+        return _summed_gradient(fun, container, xs, rest)
+
+
+def _summed_gradient(fun: Function, container: Container, xs: list[Any], rest: tuple[Any, ...]) -> Any:
+    import jax
+
+    def total(xs: list[Any]) -> Any:
+        value = fun(rebuild(container, xs), *rest)
+        return jax.numpy.sum(value), value
+
+    return jax.value_and_grad(total, has_aux=True)(xs)
 
 
 def _with_gradient(fun: Function, container: Container, others: tuple[Any, list[Any]], traced: list[bool]) -> Function:
@@ -92,7 +109,7 @@ def _with_gradient(fun: Function, container: Container, others: tuple[Any, list[
         following = iter(given)
         rest = [next(following) if is_array else one for one, is_array in zip(constants, traced, strict=True)]
         arguments = jax.tree.unflatten(structure, rest)
-        return jax.value_and_grad(lambda xs: fun(rebuild(container, xs), *arguments))(xs)
+        return _summed_gradient(fun, container, xs, arguments)
 
     return value_and_gradients
 
@@ -105,8 +122,7 @@ def _are_same(one: tuple[Any, list[Any]], other: tuple[Any, list[Any]]) -> bool:
     return all(a is b or (isinstance(a, (int, float)) and type(a) is type(b) and a == b) for a, b in pairs)
 
 
-def _checked(gradients: Sequence[Any], leaves: Sequence[Array]) -> list[Array]:
-    return [gradient_of("", g, x) for g, x in zip(gradients, leaves, strict=True)]
+BY_LIBRARY: dict[str, Any] = {"torch": ByTorch, "jax": ByJax}
 
 
 class Differences:

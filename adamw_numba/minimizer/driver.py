@@ -1,7 +1,8 @@
 """Prepares runs and drives them until they stop: in Python or in a compiled loop, one alone or many together."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from .result import short
 from .run import Run
 from .signals import caught_signals
 from .together import Together
-from .warm_start import read_start
+from .warm_start import iteration_of, read_start
 
 Callback = Callable[[Run], Any]
 _WORTHWHILE = 16  # iterations that the compiled loop takes at once
@@ -43,7 +44,7 @@ def prepare(fun: Any, x0: Any, args: Any, jac: Any, bounds: Any, settings: Setti
     hyper = settings["hyper"]
     automatic = settings["automatic"] and not noisy and x_scale is None
     if settings["automatic"]:
-        start = 0 if state is None else int(state.get("iteration", 0))  # a state without one is refused below
+        start = iteration_of(state)
         length = min(math.inf if limit is None else limit for limit in (settings["maxiter"], most and most // least))
         rates = schedule_for(length, start, noisy, x_scale is not None)
         hyper = {"beta_2": 0.999 if noisy else 0.9} | hyper | {"learning_rate": rates}
@@ -82,7 +83,8 @@ def drive(run: Run, settings: Settings, callback: Callback | None) -> Any:
         try:
             checkpointing.restore()
             run.start()
-            path.append(run.intermediate().x)
+            if settings["return_all"]:
+                path.append(run.intermediate().x)
             loop = _loop_of(run, settings, callback)
             while not run.reason:
                 run.begin_stage()
@@ -109,8 +111,7 @@ def drive(run: Run, settings: Settings, callback: Callback | None) -> Any:
 
 def drive_all(runs: Sequence[Run], loop: Any, settings: Settings) -> None:
     """Advance many runs together, in a compiled loop, until all have stopped."""
-    progress = Progress(settings["progress"], settings["maxiter"])
-    try:
+    with _shown(runs, settings) as progress:
         for run in runs:
             run.start()
         while going := [run for run in runs if not run.reason]:
@@ -124,19 +125,12 @@ def drive_all(runs: Sequence[Run], loop: Any, settings: Settings) -> None:
         if settings["polish"] is not None:
             for run in runs:
                 polish(run, settings["polish"], partial(_stop_in_time, run, settings))
-    except BaseException as error:
-        best = min(runs, key=lambda run: float(run.values[stopping.BEST]))
-        _explain(error, best, Checkpointing(None, best))
-        raise
-    finally:
-        progress.close()
 
 
 def drive_together(runs: Sequence[Run], settings: Settings, callback: Callback | None) -> None:
     """Advance many runs in step, with one evaluation for all of them, until all have stopped."""
-    together, progress = Together(runs), Progress(settings["progress"], settings["maxiter"])
-    going = list(runs)
-    try:
+    together, going = Together(runs), list(runs)
+    with _shown(runs, settings) as progress:
         while going:
             shown = runs if together.keeps_all else going
             for run, evaluation in zip(shown, together.evaluate(shown), strict=True):
@@ -146,12 +140,21 @@ def drive_together(runs: Sequence[Run], settings: Settings, callback: Callback |
                 run.decide()
                 run.recover()
                 if run.nit:
-                    _after_iterations(run, settings, callback, Checkpointing(None, run), [])
+                    _call_back(run, settings, callback)
+                    _stop_in_time(run, settings)
             progress.show(min(going, key=lambda run: run.nit))
             going = [run for run in going if not run.reason]
             for run in going:
                 run.begin_stage()
                 run.update()
+
+
+@contextmanager
+def _shown(runs: Sequence[Run], settings: Settings) -> Iterator[Progress]:
+    """The progress of many runs; an error says how far the best of them got."""
+    progress = Progress(settings["progress"], settings["maxiter"])
+    try:
+        yield progress
     except BaseException as error:
         best = min(runs, key=lambda run: float(run.values[stopping.BEST]))
         _explain(error, best, Checkpointing(None, best))
@@ -197,6 +200,15 @@ def _after_iterations(
     run: Run, settings: Settings, callback: Callback | None, checkpointing: Checkpointing, signals: list[int]
 ) -> None:
     """What is due after an iteration, or after a block of them."""
+    _call_back(run, settings, callback)
+    _stop_in_time(run, settings)
+    if not run.reason and signals:
+        run.stop(stopping.INTERRUPTED)
+    if not run.reason:
+        checkpointing.save_if_due()
+
+
+def _call_back(run: Run, settings: Settings, callback: Callback | None) -> None:
     finite = run.reason != stopping.NONFINITE
     if callback is not None and finite and (run.reason or run.nit % settings["callback_every"] == 0):
         try:
@@ -205,11 +217,6 @@ def _after_iterations(
             stops = True
         if stops is True:  # nothing else: a callback may return anything
             run.stop(stopping.CALLBACK)
-    _stop_in_time(run, settings)
-    if not run.reason and signals:
-        run.stop(stopping.INTERRUPTED)
-    if not run.reason:
-        checkpointing.save_if_due()
 
 
 def _stop_in_time(run: Run, settings: Settings) -> None:

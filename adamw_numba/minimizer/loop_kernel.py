@@ -24,7 +24,7 @@ from ..update import Variant
 from . import stopping
 
 # A block: what all runs share.
-RUNS, HOMES, COUNT, SIZE, PADDED, ROWS, FIRST, LAST, LIMITS, CLIPS, CHUNK, ITEMSIZE, BLOCK_ENTRIES = range(13)
+RUNS, HOMES, COUNT, SIZE, PADDED, ROWS, FIRST, LAST, LIMITS, CLIPS, CHUNK, BLOCK_ENTRIES = range(12)
 # A run: addresses, 0 for an array that does not exist; the last entry is where it was left for Python to go on.
 # Where there are units (SCALE), x, its bounds and the gradient are in them; COPY, BEST and BEST_GRADIENT are in the
 # user's, and so are the bounds of points (POINT_LOWER, POINT_UPPER).
@@ -141,21 +141,6 @@ def _project(count, x, lower, upper):
 
 
 @jit
-def _update_in_chunks(run, size, chunk, itemsize, like, top, average, limit, c):
-    """Keep x, update it, and project it, chunk by chunk: what a chunk needs stays in the cache."""
-    for start in range(0, size, chunk):
-        count, at = min(chunk, size - start), start * itemsize
-        x = pointer(run[X] + at, like)
-        tops = None if top is None else pointer(run[TOP] + at, like)
-        averages = None if average is None else pointer(run[AVERAGE] + at, like)
-        g, m, v = pointer(run[GRADIENT] + at, like), pointer(run[M] + at, like), pointer(run[V] + at, like)
-        _copy(count, pointer(run[PREVIOUS] + at, like), x)
-        update_chunk(count, x, g, m, v, tops, averages, None, None, None if limit is None else c.limit, c)
-        if run[LOWER] != 0 and average is None:
-            _project(count, x, pointer(run[LOWER] + at, like), pointer(run[UPPER] + at, like))
-
-
-@jit
 def _put_point(run, to, size, padded, like):
     """Write x in the user's units, within the bounds, and exactly on them where x is."""
     x, point = pointer(run[X], like), pointer(to, like)
@@ -247,16 +232,13 @@ def _advance(block, run, like, top, average, limit):
                 run[LEFT] = BEFORE_UPDATE
                 return
         c = cast_coefficients(_numbers(rows, steps, k), 1.0, clip, like)
+        _copy(padded, before, x)
         mode = exchange_mode(mode_for(c.scale))
-        if padded <= block[CHUNK]:
-            _copy(padded, before, x)
-            update_chunk(padded, x, g, m, v, tops, averages, None, None, None if limit is None else c.limit, c)
-        else:
-            _update_in_chunks(run, size, block[CHUNK], block[ITEMSIZE], like, top, average, limit, c)
+        update_chunk(padded, x, g, m, v, tops, averages, None, None, None if limit is None else c.limit, c)
         if rows[OVERWRITE * steps + k] != 0:
             overwrite_chunk(padded, x, averages, None)
         exchange_mode(mode)  # back to what the objective expects
-        if run[LOWER] != 0 and (padded <= block[CHUNK] or average is not None):
+        if run[LOWER] != 0:
             _project(size, x, pointer(run[LOWER], like), pointer(run[UPPER], like))
         iteration[0] += 1
         counts[stopping.NIT] += 1

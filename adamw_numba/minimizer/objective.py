@@ -13,8 +13,8 @@ from ..arrays import Array
 from ..arrays.brief import brief
 from ..arrays.tree import Container, rebuild
 from .batches import Batches
-from .differentiation import DIFFERENCES, LIBRARIES, ByJax, Differences, by_torch
-from .evaluation import Evaluation, gradients_of, number_of, returned
+from .differentiation import BY_LIBRARY, DIFFERENCES, Differences
+from .evaluation import Evaluation, gradient_of, gradients_of, number_of, returned
 from .options import warn
 from .problem import Problem
 
@@ -70,7 +70,8 @@ class Objective:
         self._differences = Differences(method, relative_step, absolute_step, workers, problem) if differs else None
         if absolute_step is not None and not differs:
             warn("`eps` is the step of finite differences in `minimize`; AdamW's is `epsilon`.", RuntimeWarning)
-        self._by_library = by_torch if method == "torch" else ByJax().evaluate
+        by_library = BY_LIBRARY.get(method) if isinstance(method, str) else None
+        self.library = None if by_library is None else by_library()
 
     def evaluate(self, leaves: Sequence[Array], number: int) -> Evaluation:
         """The value and the gradients at iteration `number`; the function gets copies of the arrays."""
@@ -78,8 +79,10 @@ class Objective:
         container = self.problem.container
         if self._differences is not None:
             return self._differences.evaluate(self.fun, leaves, rest)
-        if self.jac in LIBRARIES:
-            return self._by_library(self.fun, container, leaves, rest)
+        if self.library is not None:
+            value, gradients = self.library.differentiate(self.fun, container, leaves, rest)
+            pairs = zip(gradients, leaves, strict=True)
+            return Evaluation(number_of(value), [gradient_of("", g, x) for g, x in pairs], 1)
         if self.jac is True:
             value, gradient = self._jointly(leaves, rest)
         else:
@@ -153,14 +156,14 @@ def _check(fun: Any, jac: Any, leaves: Sequence[Array]) -> None:
     """Refuse what cannot be evaluated, before anything is."""
     if not callable(fun):
         raise TypeError(f"`fun` is {brief(fun)}; expected a function")
-    words = (*DIFFERENCES, *LIBRARIES)
+    words = (*DIFFERENCES, *BY_LIBRARY)
     if not (jac is None or jac is True or callable(jac) or (isinstance(jac, str) and jac in words)):
         raise ValueError(
             f"`jac` is {brief(jac)}; expected True, a function, None, or one of {', '.join(map(repr, words))}"
         )
     if jac is None or (isinstance(jac, str) and jac in DIFFERENCES):
         _check_differences(leaves)
-    if isinstance(jac, str) and jac in LIBRARIES:
+    if isinstance(jac, str) and jac in BY_LIBRARY:
         _check_library(jac, leaves)
 
 

@@ -44,6 +44,8 @@ def polish(run: Run, options: Mapping[str, Any], after_iteration: Callable[[], N
     before = run.reason
     if before not in (stopping.FUNCTION, stopping.STEP, stopping.NO_PROGRESS, stopping.ITERATIONS):
         return  # converged, at a limit that holds for both, or stopped from outside
+    if not math.isfinite(run.values[stopping.BEST]):
+        return  # there is no best point
     from scipy.optimize import Bounds, minimize
 
     flat, adam = _Flat(run), run.nit
@@ -72,10 +74,9 @@ def polish(run: Run, options: Mapping[str, Any], after_iteration: Callable[[], N
         run.stop(stopping.EVALUATIONS)
     finally:
         flat.finish()
-    if run.values[stopping.GRADIENT_NORM] <= run.limits[stopping.GTOL]:
-        run.stop(stopping.GRADIENT)
-    elif not run.reason:
-        run.stop(stopping.FUNCTION if success else before)
+    if not run.reason:
+        is_flat = run.values[stopping.GRADIENT_NORM] <= run.limits[stopping.GTOL]
+        run.stop(stopping.GRADIENT if is_flat else stopping.FUNCTION if success else before)
     run.remark = f" AdamW took {adam} iterations, then L-BFGS-B {run.nit - adam}."
 
 

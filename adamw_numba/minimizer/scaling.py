@@ -51,20 +51,22 @@ def _widths(bounds: Bounds | None) -> Scale:
 def _like(name: str, leaf: Array, own: Any) -> Array:
     what = "`x_scale`" if name == "x0" else f"`x_scale` of {brief(name)}"
     try:
-        scale = np.asarray(arrays.to_numpy(own) if arrays.is_array(own) else own, np.float64)
-        scale = np.array(np.broadcast_to(scale, tuple(leaf.shape)))
-    except (TypeError, ValueError):
+        given = np.asarray(arrays.to_numpy(own) if arrays.is_array(own) else own, np.float64)
+        given = np.array(np.broadcast_to(given, tuple(leaf.shape)))
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(
             f"{what} is {brief(own)}; expected a number, or numbers of shape {tuple(leaf.shape)}"
         ) from None
-    tiny = 1e-38 if leaf.dtype.itemsize == 4 else 0.0  # not 0 in the dtype of x either
-    if not (np.isfinite(scale).all() and (scale > tiny).all()):
-        raise ValueError(f"{what} is {brief(own)}; expected finite numbers > 0")
-    with np.errstate(over="ignore"):
-        return arrays.like(leaf, scale.astype(_cast_by(leaf)) if not isinstance(leaf, np.ndarray) else scale)
+    with np.errstate(all="ignore"):
+        found = arrays.like(leaf, given if isinstance(leaf, np.ndarray) else given.astype(_near(leaf)))
+    xp = arrays.namespace(found)
+    if not bool(xp.all((found > 0) & xp.isfinite(found))):  # in the dtype of x
+        raise ValueError(f"{what} is {brief(own)}; expected finite numbers > 0 within {arrays.dtype_name(leaf)}")
+    return found
 
 
-def _cast_by(leaf: Array) -> str:
+def _near(leaf: Array) -> str:
+    """The dtype of NumPy that holds what an array of another library can."""
     return "float64" if arrays.dtype_name(leaf) == "float64" else "float32"
 
 

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,6 @@ import numpy as np
 from .. import arrays
 from ..arrays import Array
 from ..arrays.brief import brief
-from .differentiation import LIBRARIES
 from .evaluation import Evaluation, gradient_of, returned
 from .run import Run
 
@@ -31,7 +29,7 @@ class Together:
 
     def __init__(self, runs: Sequence[Run]) -> None:
         objective = runs[0].objective
-        if objective.jac is not True and not callable(objective.jac) and objective.jac not in LIBRARIES:
+        if objective.jac is not True and not callable(objective.jac) and objective.library is None:
             raise ValueError(
                 f"`vectorized` is True and `jac` is {brief(objective.jac)}; expected True, a function, 'torch' or 'jax'"
             )
@@ -43,17 +41,14 @@ class Together:
         self.objective = objective
         # Another number of starts would be traced again.
         self.keeps_all = objective.jac == "jax" or arrays.library_name(runs[0].problem.leaves[0]) == "jax"
-        self._jitted: Any = None
 
     def evaluate(self, runs: Sequence[Run]) -> list[Evaluation]:
         """Value and gradient of each run where it is."""
         points = [run.points()[0] for run in runs]
         stacked = _stack(points)
         objective, rest = self.objective, self.objective.rest_at(max(run.nit for run in runs))
-        if objective.jac == "torch":
-            values, gradients = self._by_torch(stacked, rest)
-        elif objective.jac == "jax":
-            values, gradients = self._by_jax(stacked, rest)
+        if objective.library is not None:
+            values, (gradients,) = objective.library.differentiate(objective.fun, stacked, [stacked], rest)
         elif objective.jac is True:
             pair = objective.fun(stacked, *rest)
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
@@ -78,30 +73,6 @@ class Together:
             Evaluation(float(number), [gradient_of("", gradients[k], x)], 1)
             for k, (number, x) in enumerate(zip(numbers, points, strict=True))
         ]
-
-    def _by_torch(self, stacked: Array, rest: tuple[Any, ...]) -> Any:
-        import torch
-
-        x = (torch.from_numpy(stacked) if isinstance(stacked, np.ndarray) else stacked.detach()).requires_grad_()
-        with torch.enable_grad():
-            values = self.objective.fun(x, *rest)
-        (gradient,) = torch.autograd.grad(values.sum(), [x])
-        return values.detach(), gradient
-
-    def _by_jax(self, stacked: Array, rest: tuple[Any, ...]) -> Any:
-        import jax
-
-        def total(x: Any) -> Any:
-            values = self.objective.fun(x, *rest)
-            return values.sum(), values
-
-        with ExitStack() as stack:
-            if arrays.dtype_name(stacked) == "float64":
-                stack.enter_context(jax.enable_x64(True))
-            if self._jitted is None or self.objective.batches is not None:
-                self._jitted = jax.jit(jax.value_and_grad(total, has_aux=True))
-            (_, values), gradient = self._jitted(jax.numpy.asarray(stacked))
-            return values, gradient
 
 
 def _stack(points: Sequence[Array]) -> Array:

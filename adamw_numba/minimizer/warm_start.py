@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from ..arrays.brief import brief, brief_names
 from ..optimizer import AdamW
 
@@ -14,6 +16,12 @@ def read_start(x0: Any, state: Any) -> tuple[Any, Any]:
     if state is not None and not isinstance(state, Mapping):
         raise TypeError(f"`state` is {brief(state)}; expected the `state` of an earlier result: a dict of arrays")
     return x0, state
+
+
+def iteration_of(state: Mapping[str, Any] | None) -> int:
+    """Calls of the optimizer up to an earlier result; 0 for what `take_state` refuses."""
+    found = np.asarray(0 if state is None else state.get("iteration", 0))
+    return int(found) if found.shape == () and found.dtype.kind in "iu" else 0
 
 
 def take_state(optimizer: AdamW, state: Mapping[str, Any]) -> None:

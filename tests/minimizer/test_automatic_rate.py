@@ -6,7 +6,7 @@ import numba
 import numpy as np
 import pytest
 from helpers.libraries import jnp, torch
-from test_python_objective import assert_equal  # the same test of equal results
+from helpers.results import assert_equal
 
 from adamw_numba import AdamW, minimize, multistart, schedules
 from adamw_numba.minimizer.automatic import Stages, schedule_for
@@ -261,6 +261,34 @@ def test_wrong_units(case):
         minimize(lambda x: pytest.fail("called"), [1.0, 2.0], x_scale=x_scale)
     assert "x_scale" in str(raised.value)
     assert len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize("x_scale", [1e-50, 1e50])
+def test_units_beyond_the_dtype_of_x(x_scale):
+    with pytest.raises(ValueError, match="within float32"):
+        minimize(lambda x: pytest.fail("called"), np.ones(2, np.float32), x_scale=x_scale)
+
+
+@pytest.mark.parametrize("library", ["torch", "jax"])
+@pytest.mark.parametrize("nested", [True, False])
+def test_units_in_other_libraries(library, nested):
+    pytest.importorskip(library)
+    xp = torch if library == "torch" else jnp
+    x0 = xp.asarray([1.0, 2.0], dtype=xp.float32)
+    keywords = {"x_scale": [4.0, 0.5], "jac": library, "learning_rate": 0.1, "maxiter": 1, "return_best": False}
+    if nested:
+        keywords |= {"x0": {"a": x0}, "x_scale": {"a": np.array([4.0, 0.5])}, "fun": lambda x: (x["a"] ** 2).sum()}
+        found = minimize(**keywords).x["a"]
+    else:
+        found = minimize(lambda x: (x**2).sum(), x0, **keywords).x
+    np.testing.assert_allclose(np.asarray(found), [1 - 0.4, 2 - 0.05], rtol=1e-5)
+
+
+@pytest.mark.parametrize("iteration", ["many", None, [1, 2], 0.5])
+def test_a_state_with_an_odd_iteration(iteration):
+    state = minimize(bowl, [0.0, 0.0], jac=True, maxiter=5).state | {"iteration": iteration}
+    with pytest.raises((TypeError, ValueError), match="iteration"):
+        minimize(lambda x: pytest.fail("called"), [0.0, 0.0], jac=True, state=state)
 
 
 def test_infinite_bounds_have_no_width():

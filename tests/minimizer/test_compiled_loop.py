@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
+from helpers.results import assert_equal
 from scipy.optimize import Bounds, rosen, rosen_der
 
 from adamw_numba import minimize, multistart, schedules
@@ -50,18 +51,6 @@ def gradient_of(x, factor, data):
 @numba.njit
 def bowl(x):
     return ((x - 1) ** 2).sum(), 2 * (x - 1)
-
-
-def assert_equal(one, other):
-    for key in ("x", "jac", "x_last", "x_average"):
-        if key in one or key in other:
-            np.testing.assert_array_equal(one[key], other[key], err_msg=key)
-    for key in ("fun", "fun_last", "nit", "nfev", "njev", "status", "message"):
-        np.testing.assert_equal(one[key], other[key], err_msg=key)
-    for key in one.state:
-        np.testing.assert_array_equal(one.state[key], other.state[key], err_msg=key)
-    for key in set(one.history) - {"time"}:
-        np.testing.assert_array_equal(one.history[key], other.history[key], err_msg=key)
 
 
 @pytest.fixture

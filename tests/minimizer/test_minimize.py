@@ -877,9 +877,9 @@ class Series:
 
 
 SUBCLASSES = {
-    "a subclass": START.view(Array),
-    "a matrix": np.matrix(START) if hasattr(np, "matrix") else START,
-    "a series": Series(START.tolist()),
+    "a subclass": lambda: START.view(Array),
+    "a matrix": lambda: np.matrix(START),
+    "a series": lambda: Series(START.tolist()),
 }
 
 
@@ -890,7 +890,7 @@ def test_subclasses_as_x0(case):
         assert type(x) is np.ndarray
         return both(x.ravel())[0], both(x.ravel())[1].reshape(x.shape)
 
-    x0 = SUBCLASSES[case]
+    x0 = SUBCLASSES[case]()
     result = minimize(fun, x0, jac=True, **SHORT)
     assert type(result.x) is np.ndarray
     assert result.x.shape == np.asarray(x0).shape

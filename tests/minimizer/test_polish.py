@@ -73,6 +73,18 @@ def test_limits(monkeypatch):
     assert seen == list(range(1, 66))
 
 
+def test_a_callback_that_stops_at_the_minimum():
+    def stop(intermediate_result):
+        return intermediate_result.nit > 60 and intermediate_result.gradient_norm <= 1e-5
+
+    assert minimize(valley, START, **SHORT, polish=True, callback=stop).status == 99
+
+
+def test_there_may_be_no_best_point():
+    result = minimize(lambda x: (np.nan, x), START, jac=True, maxiter=3, nonfinite="propagate", polish=True)
+    assert (result.status, result.nit) == (1, 3)
+
+
 def test_an_error_in_the_second_stage_is_explained():
     calls = []
 

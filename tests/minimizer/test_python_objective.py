@@ -7,6 +7,7 @@ import numba
 import numpy as np
 import pytest
 from helpers.libraries import jnp, torch
+from helpers.results import assert_equal
 
 from adamw_numba import minimize, schedules
 from adamw_numba.minimizer import compiled_loop as loops
@@ -60,16 +61,6 @@ OPTIONS = {
     "history": {"history": 16, "return_best": False},
     "callback": {"callback": lambda x: None, "callback_every": 16},
 }
-
-
-def assert_equal(one, other):
-    assert one.keys() == other.keys()
-    for key in one.keys() - {"history", "state"}:
-        np.testing.assert_array_equal(one[key], other[key], err_msg=key)
-    for key in one.history.keys() - {"time"}:
-        np.testing.assert_array_equal(one.history[key], other.history[key], err_msg=key)
-    for name, array in one.state.items():
-        np.testing.assert_array_equal(array, other.state[name], err_msg=name)
 
 
 def keywords_of(form, options):

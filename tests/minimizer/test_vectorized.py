@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from helpers.libraries import jnp, torch
-from test_python_objective import assert_equal
+from helpers.results import assert_equal
 
 from adamw_numba import minimize, multistart
 
@@ -82,6 +82,32 @@ def test_other_libraries(library, own):
         assert isinstance(result.x, type(starts[0]))
     if library == "jax":
         assert shapes == [(4, 3)]  # traced once
+
+
+@pytest.mark.parametrize("library", ["torch", "jax"])
+def test_batches_and_arguments_of_other_libraries(library):
+    pytest.importorskip(library)
+    traces = []
+
+    def fun(x, batch, factor):
+        traces.append(1)
+        return factor * ((x - batch) ** 2).sum(axis=-1)
+
+    xp = torch if library == "torch" else jnp
+    batches = [xp.asarray(DATA), xp.asarray(DATA + 1)] if library == "torch" else [DATA, DATA + 1]
+    options = {"jac": library, "batches": batches, "args": (2.0,), "maxiter": 40, "learning_rate": 0.1, "gtol": None}
+    best = multistart(fun, STARTS, vectorized=True, **options)
+    if library == "jax":
+        assert len(traces) == 1
+    singles = [minimize(fun, x, **options, compiled=False).x for x in STARTS]
+    singles.sort(key=lambda x: abs(x - best.results[0].x).sum())
+    np.testing.assert_allclose(best.results[0].x, singles[0], rtol=1e-6)
+
+
+def test_a_function_that_does_not_depend_on_x():
+    pytest.importorskip("torch")
+    with pytest.raises(TypeError, match="depend on x through torch"):
+        multistart(lambda x: np.zeros(len(x)), STARTS, jac="torch", vectorized=True)
 
 
 def test_a_callback_for_each():
