@@ -10,6 +10,7 @@ import numpy as np
 
 from .. import arrays
 from ..arrays.brief import brief
+from ..hyperparameters import flag
 from .driver import compiled, drive_all, drive_together, prepare
 from .minimize import call_of, minimize
 from .objective import is_compiled
@@ -76,6 +77,7 @@ def multistart(
         where = brief(options["checkpoint"])
         raise ValueError(f"`checkpoint` is {where}; expected None: many starts have no single state")
     check_workers(workers)
+    vectorized = flag("vectorized", vectorized)
     starts = _starts(x0s, bounds, rng)
     if vectorized:
         return _sorted(_in_step(fun, starts, args, jac, bounds, tol, options))

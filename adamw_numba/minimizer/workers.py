@@ -23,7 +23,7 @@ def check_workers(workers: Any) -> None:
     is_count = isinstance(workers, (int, np.integer)) and not isinstance(workers, bool)
     if workers is None or callable(workers) or callable(getattr(workers, "map", None)):
         return
-    if not is_count or not (workers == -1 or workers >= 1):
+    if not is_count or not (workers == -1 or 1 <= workers < 2**31):
         raise ValueError(
             f"`workers` is {brief(workers)}; expected an integer >= 1, -1, a function like `map`, or an object with one"
         )
@@ -49,12 +49,16 @@ def mapper(workers: Any) -> Iterator[Callable[..., Any]]:
             pool.shutdown(cancel_futures=True)
 
 
-def _gathered(mapped: Callable[..., Any], function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+# Generators: SciPy takes a TypeError that is raised while it calls a map for a map of the wrong form.
+
+
+def _gathered(mapped: Callable[..., Any], function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     """All results, those that come as futures (of Dask's client, say) included."""
-    return [one.result() if callable(getattr(one, "result", None)) else one for one in mapped(function, items)]
+    for one in list(mapped(function, items)):
+        yield one.result() if callable(getattr(one, "result", None)) else one
 
 
-def _map_in_chunks(pool: Any, count: int, function: Callable[[Any], Any], items: Iterable[Any]) -> Any:
+def _map_in_chunks(pool: Any, count: int, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     items = list(items)
     try:  # a pool that cannot send its work may never end
         pickle.dumps(function)
@@ -64,4 +68,4 @@ def _map_in_chunks(pool: Any, count: int, function: Callable[[Any], Any], items:
             "expected a function that a module defines, or workers=1"
         ) from None
     # A few chunks for each process: one alone would wait for the slowest, single items cost a message each.
-    return pool.map(function, items, chunksize=max(1, len(items) // (4 * count)))
+    yield from pool.map(function, items, chunksize=max(1, len(items) // (4 * count)))

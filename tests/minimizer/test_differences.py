@@ -62,6 +62,7 @@ WRONG = {
     "workers none": ({"workers": 0}, "workers"),
     "workers half": ({"workers": 1.5}, "workers"),
     "workers a flag": ({"workers": True}, "workers"),
+    "workers a huge number": ({"workers": 10**400}, "workers"),
 }
 
 
@@ -73,7 +74,23 @@ def test_refused_before_the_function_is_called(case):
     assert "expected" in str(raised.value)
 
 
-@pytest.mark.parametrize("workers", ["two", 0, 1.5, True])
+def test_processes_need_a_function_that_can_be_sent():
+    with pytest.raises(TypeError, match="`workers` asks for processes"):
+        minimize(lambda x: rosen(x), START, workers=2)
+
+
+@pytest.mark.parametrize("workers", [None, map, lambda function, items: list(map(function, items))])
+def test_a_type_error_of_the_function_is_not_hidden(workers):
+    def fun(x):
+        if (x != START).any():
+            raise TypeError("my own")
+        return rosen(x)
+
+    with pytest.raises(TypeError, match="my own"):
+        minimize(fun, START, workers=workers)
+
+
+@pytest.mark.parametrize("workers", ["two", 0, 1.5, True, 10**400])
 def test_refused_by_multistart(workers):
     with pytest.raises(ValueError, match="workers"):
         multistart(never, [START], workers=workers)

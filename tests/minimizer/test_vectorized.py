@@ -123,6 +123,7 @@ WRONG = {
     "gradients of another shape": ({"fun": lambda x: (np.zeros(len(x)), x[0])}, "gradient"),
     "no pair": ({"fun": lambda x: np.zeros(len(x))}, r"expected \(values, gradients\)"),
     "different starts": ({"x0s": [np.zeros(2), np.zeros(3)]}, "`vectorized`"),
+    "odd flags": ({"vectorized": np.ones(2)}, "`vectorized`"),
     "polish": ({"polish": True}, "`polish`"),
 }
 
@@ -130,7 +131,7 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_refused(case):
     options, words = WRONG[case]
-    keywords = {"fun": together, "x0s": STARTS} | OPTIONS | options
+    keywords = {"fun": together, "x0s": STARTS, "vectorized": True} | OPTIONS | options
     with pytest.raises((TypeError, ValueError), match=words) as raised:
-        multistart(**keywords, vectorized=True)
+        multistart(**keywords)
     assert len(str(raised.value)) < 600
