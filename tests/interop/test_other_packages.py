@@ -162,6 +162,7 @@ def test_as_good_as_its_own_optimizer(heading):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", "Method AdamW does not use Hessian", RuntimeWarning)  # statsmodels
+        warnings.filterwarnings("ignore", r"\s*ArviZ is undergoing", FutureWarning)  # PyMC's; once a day
         (value, _), (theirs, _) = found(heading)
     assert value == pytest.approx(theirs, rel=1e-6, abs=1e-6)
 
