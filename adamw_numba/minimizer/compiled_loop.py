@@ -91,6 +91,7 @@ class Loop:
         self.copies = _aligned_zeros((len(self.runs), self.padded), x.dtype)
         self.inside = _aligned_zeros((len(self.runs), kernel.ARRAYS, self.padded * moved), x.dtype)
         self.sums = np.zeros((len(self.runs), cpu.LANES))
+        self.before = _aligned_zeros((len(self.runs), min(self.padded, kernel.PIECE)), x.dtype)
         self.homes = np.array([_array_addresses(run) for run in self.runs], np.int64)
         self.table = np.array([self._addresses(r, evaluate) for r in range(len(self.runs))], np.int64)
         self.homes *= moved  # 0: worked on where it is
@@ -104,8 +105,8 @@ class Loop:
         # An objective in Python makes a copy itself.
         arrays[kernel.COPY] = arrays[kernel.X] if self.python and not run.is_scaled else self.copies[r].ctypes.data
         found = [self.words[r], run.values, run.counts, run.optimizer.engine.state.scalars["iteration"]]
-        others = [array.ctypes.data for array in (*found, self.sums[r], run.history.marks)]
-        return [*arrays, evaluate, *others[:4], 0, *others[4:], kernel.HERE]
+        others = [array.ctypes.data for array in (*found, self.sums[r], self.before[r])]
+        return [*arrays, evaluate, *others[:4], 0, *others[4:], 0, kernel.HERE]
 
     def advance(self, most: int) -> None:
         """Advance every run that is going on by at most so many iterations."""
@@ -132,6 +133,7 @@ class Loop:
         self.table[:, kernel.LEFT] = kernel.HERE
         self.block[:] = [
             *(self.table.ctypes.data, self.homes.ctypes.data, len(self.runs), self.size, self.padded),
+            self.copies.itemsize,
             *(rows.ctypes.data, first, first + count),
             *(self.limits.ctypes.data, self.clips.ctypes.data, CHUNK),
         ]
@@ -167,7 +169,7 @@ def _array_addresses(run: Any) -> list[int]:
     found += [slots.get(key) for key in ("momentum", "velocity", "velocity_hat", "average")]
     bounds = run.bounds[0] if run.bounds else (None, None)
     inner = run.inner_bounds[0] if run.inner_bounds else (None, None)
-    found += [*best, run.get("previous")[0], *inner]
+    found += [*best, *inner]
     found += [run.get("scale")[0], *bounds] if run.is_scaled else [None] * 3
     return [0 if array is None else array.ctypes.data for array in found]
 

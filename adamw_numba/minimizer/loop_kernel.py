@@ -24,13 +24,14 @@ from ..update import Variant
 from . import stopping
 
 # A block: what all runs share.
-RUNS, HOMES, COUNT, SIZE, PADDED, ROWS, FIRST, LAST, LIMITS, CLIPS, CHUNK, BLOCK_ENTRIES = range(12)
-# A run: addresses, 0 for an array that does not exist; the last entry is where it was left for Python to go on.
+RUNS, HOMES, COUNT, SIZE, PADDED, ITEMSIZE, ROWS, FIRST, LAST, LIMITS, CLIPS, CHUNK, BLOCK_ENTRIES = range(13)
+# A run: addresses, 0 for an array that does not exist; then whether it is at its best point, which is yet to be copied;
+# and where it was left for Python to go on.
 # Where there are units (SCALE), x, its bounds and the gradient are in them; COPY, BEST and BEST_GRADIENT are in the
 # user's, and so are the bounds of points (POINT_LOWER, POINT_UPPER).
-X, COPY, GRADIENT, M, V, TOP, AVERAGE, BEST, BEST_GRADIENT, PREVIOUS = range(10)
-LOWER, UPPER, SCALE, POINT_LOWER, POINT_UPPER, ARRAYS = range(10, 16)
-EVALUATE, WORDS, VALUES, COUNTS, ITERATION, RECORDS, SUMS, MARKS, LEFT, RUN_ENTRIES = range(15, 25)
+X, COPY, GRADIENT, M, V, TOP, AVERAGE, BEST, BEST_GRADIENT = range(9)
+LOWER, UPPER, SCALE, POINT_LOWER, POINT_UPPER, ARRAYS = range(9, 15)
+EVALUATE, WORDS, VALUES, COUNTS, ITERATION, RECORDS, SUMS, BEFORE, IS_BEST, LEFT, RUN_ENTRIES = range(14, 25)
 # The rows: one column per iteration.
 OVERWRITE, ROW_ENTRIES = 11, 12  # eleven coefficients, and whether to overwrite with the average
 VARYING = (0, 1, 10)  # the coefficients that differ from step to step: alpha, decay, average_c; others are in the first
@@ -39,6 +40,7 @@ RECORD = 4  # fun, gradient norm, step norm, learning rate
 HERE, BEFORE_UPDATE, AFTER_UPDATE = range(3)  # where in an iteration a run was left; HERE is between two
 RAISED, PAUSED = 1, 2  # what an objective leaves in its first word: it has raised; Python has something to do
 PADDING, MOST_PADDED = 32, 2**12  # bytes: a vector; and an array that is small
+PIECE = 1024  # elements of an array that are moved and measured together, while they are in the fastest cache
 
 _note, _verdict = jit(stopping.note), jit(stopping.verdict)
 _clip_factor = njit(**OPTIONS)(clip_factor)  # not cached: the type of `max` cannot be pickled
@@ -141,29 +143,30 @@ def _project(count, x, lower, upper):
 
 
 @jit
-def _put_point(run, to, size, padded, like):
-    """Write x in the user's units, within the bounds, and exactly on them where x is."""
-    x, point = pointer(run[X], like), pointer(to, like)
+def _put_point(run, to, at, count, like):
+    """Write `count` elements of x, `at` bytes from its start, in the user's units: within the bounds, and exactly on
+    them where x is.
+    """
+    x, point = pointer(run[X] + at, like), pointer(to + at, like)
     if run[SCALE] == 0:
         if to != run[X]:
-            _copy(padded, point, x)
+            _copy(count, point, x)
         return
-    scale = pointer(run[SCALE], like)
-    for i in range(size):
+    scale = pointer(run[SCALE] + at, like)
+    for i in range(count):
         point[i] = x[i] * scale[i]
     if run[LOWER] != 0:
-        lower, upper = pointer(run[LOWER], like), pointer(run[UPPER], like)
-        least, most = pointer(run[POINT_LOWER], like), pointer(run[POINT_UPPER], like)
-        for i in range(size):
+        lower, upper = pointer(run[LOWER] + at, like), pointer(run[UPPER] + at, like)
+        least, most = pointer(run[POINT_LOWER] + at, like), pointer(run[POINT_UPPER] + at, like)
+        for i in range(count):
             value = least[i] if x[i] <= lower[i] or point[i] < least[i] else point[i]
             point[i] = most[i] if x[i] >= upper[i] or value > most[i] else value
 
 
 @jit
-def _evaluate(run, size, padded, like, values, counts):
-    """Call the objective, with a copy of the array; False where it raised."""
+def _evaluate(run, padded, like, values, counts):
+    """Call the objective with the copy of the array; False where it raised."""
     x, g, words = pointer(run[X], like), pointer(run[GRADIENT], like), pointer(run[WORDS], np.int64(0))
-    _put_point(run, run[COPY], size, padded, like)
     words[0] = 0
     value = _call_objective(run[EVALUATE], run[COPY], run[GRADIENT], run[WORDS])
     if words[0] == RAISED:
@@ -173,37 +176,22 @@ def _evaluate(run, size, padded, like, values, counts):
         values[stopping.GRADIENT_NORM] = _largest(padded, g)
     else:
         lower, upper = pointer(run[LOWER], like), pointer(run[UPPER], like)
-        values[stopping.GRADIENT_NORM] = _largest_inward(size, x, g, lower, upper, like)
+        values[stopping.GRADIENT_NORM] = _largest_inward(padded, x, g, lower, upper, like)
     counts[stopping.NFEV] += 1
     counts[stopping.NJEV] += 1
     return True
 
 
 @jit
-def _measure(run, size, like, values):
-    x, before = pointer(run[X], like), pointer(run[PREVIOUS], like)
-    if run[SCALE] == 0:
-        values[stopping.SIZE] = _largest(size, x)
-        values[stopping.STEP_NORM] = _largest_difference(size, x, before)
-        return
-    scale, point = pointer(run[SCALE], like), pointer(run[COPY], like)
-    _put_point(run, run[COPY], size, size, like)  # again: the objective may have written into it
-    values[stopping.SIZE] = _largest(size, point)
-    for i in range(size):
-        point[i] = (x[i] - before[i]) * scale[i]
-    values[stopping.STEP_NORM] = _largest(size, point)
+def _keep_best(run, at, count, like):
+    _put_point(run, run[BEST], at, count, like)
+    _copy(count, pointer(run[BEST_GRADIENT] + at, like), pointer(run[GRADIENT] + at, like))
 
 
 @jit
-def _keep_best(run, size, padded, like):
-    _put_point(run, run[BEST], size, padded, like)
-    _copy(padded, pointer(run[BEST_GRADIENT], like), pointer(run[GRADIENT], like))
-
-
-@jit
-def _scale_gradient(run, size, like):
+def _scale_gradient(run, padded, like):
     g, scale = pointer(run[GRADIENT], like), pointer(run[SCALE], like)
-    for i in range(size):
+    for i in range(padded):
         g[i] *= scale[i]
 
 
@@ -216,12 +204,10 @@ def _advance(block, run, like, top, average, limit):
     rows, steps = pointer(block[ROWS], 0.0), last - first
     limits, clips = pointer(block[LIMITS], 0.0), pointer(block[CLIPS], 0.0)
     values, counts = pointer(run[VALUES], 0.0), pointer(run[COUNTS], np.int64(0))
-    iteration, marks = pointer(run[ITERATION], np.int64(0)), pointer(run[MARKS], np.int64(0))
-    records = pointer(run[RECORDS], 0.0)
-    x, g, before = pointer(run[X], like), pointer(run[GRADIENT], like), pointer(run[PREVIOUS], like)
-    m, v = pointer(run[M], like), pointer(run[V], like)
-    tops = None if top is None else pointer(run[TOP], like)
-    averages = None if average is None else pointer(run[AVERAGE], like)
+    iteration, records = pointer(run[ITERATION], np.int64(0)), pointer(run[RECORDS], 0.0)
+    x_at, g_at, m_at, v_at, copy_at = run[X], run[GRADIENT], run[M], run[V], run[COPY]
+    top_at, average_at, lower_at, upper_at, scale_at = run[TOP], run[AVERAGE], run[LOWER], run[UPPER], run[SCALE]
+    before, itemsize = pointer(run[BEFORE], like), block[ITEMSIZE]
     clipped = clips[CLIPNORM] > 0 or clips[GLOBAL_CLIPNORM] > 0
     clip = 1.0
     while iteration[0] < last and counts[stopping.REASON] == stopping.GOING_ON:
@@ -232,40 +218,56 @@ def _advance(block, run, like, top, average, limit):
                 run[LEFT] = BEFORE_UPDATE
                 return
         c = cast_coefficients(_numbers(rows, steps, k), 1.0, clip, like)
-        _copy(padded, before, x)
-        mode = exchange_mode(mode_for(c.scale))
-        update_chunk(padded, x, g, m, v, tops, averages, None, None, None if limit is None else c.limit, c)
-        if rows[OVERWRITE * steps + k] != 0:
-            overwrite_chunk(padded, x, averages, None)
-        exchange_mode(mode)  # back to what the objective expects
-        if run[LOWER] != 0:
-            _project(size, x, pointer(run[LOWER], like), pointer(run[UPPER], like))
+        step = extent = 0.0
+        for start in range(0, padded, PIECE):
+            count, at = min(PIECE, padded - start), start * itemsize
+            x, g = pointer(x_at + at, like), pointer(g_at + at, like)
+            m, v = pointer(m_at + at, like), pointer(v_at + at, like)
+            tops = None if top is None else pointer(top_at + at, like)
+            averages = None if average is None else pointer(average_at + at, like)
+            if run[IS_BEST] != 0:
+                _keep_best(run, at, count, like)
+            _copy(count, before, x)
+            mode = exchange_mode(mode_for(c.scale))
+            update_chunk(count, x, g, m, v, tops, averages, None, None, None if limit is None else c.limit, c)
+            if rows[OVERWRITE * steps + k] != 0:
+                overwrite_chunk(count, x, averages, None)
+            exchange_mode(mode)  # back to what the objective expects
+            if lower_at != 0:
+                _project(count, x, pointer(lower_at + at, like), pointer(upper_at + at, like))
+            _put_point(run, copy_at, at, count, like)
+            if scale_at != 0:
+                scale = pointer(scale_at + at, like)
+                for i in range(count):
+                    before[i] = (x[i] - before[i]) * scale[i]
+                step = np.maximum(step, _largest(count, before))
+            else:
+                step = np.maximum(step, _largest_difference(count, x, before))
+            if limits[stopping.XTOL] >= 0:
+                extent = np.maximum(extent, _largest(count, pointer(copy_at + at, like)))
+        run[IS_BEST] = 0
+        values[stopping.STEP_NORM], values[stopping.SIZE] = step, extent
         iteration[0] += 1
         counts[stopping.NIT] += 1
         counts[stopping.EVALUATED] = 0
         counts[stopping.UPDATED] = rows[k] > 0
-        if not _evaluate(run, size, padded, like, values, counts):
+        if not _evaluate(run, padded, like, values, counts):
             run[LEFT] = AFTER_UPDATE
             return
-        # The step is measured only where somebody will see it; the stride of the history is a power of two.
-        paused = pointer(run[WORDS], np.int64(0))[0] == PAUSED
-        recorded = counts[stopping.NIT] & (marks[1] - 1) == 0 or iteration[0] == last or paused
-        measured = recorded or limits[stopping.XTOL] >= 0
-        if measured:
-            _measure(run, size, like, values)
         _note(values, counts, limits)
         counts[stopping.EVALUATED] = 1
-        if run[BEST] != 0 and counts[stopping.BEST_AT] == counts[stopping.NIT]:
-            _keep_best(run, size, padded, like)
-        if run[SCALE] != 0:
-            _scale_gradient(run, size, like)
+        # Copied by the next iteration, piece by piece, when it has all of this at hand.
+        run[IS_BEST] = run[BEST] != 0 and counts[stopping.BEST_AT] == counts[stopping.NIT]
+        if scale_at != 0:
+            if run[IS_BEST] != 0:  # whose gradient has other units
+                _keep_best(run, 0, padded, like)
+                run[IS_BEST] = 0
+            _scale_gradient(run, padded, like)
         counts[stopping.REASON] = _verdict(values, counts, limits)
-        if counts[stopping.REASON] != stopping.GOING_ON and not measured:
-            _measure(run, size, like, values)
         records[RECORD * k] = values[stopping.FUN]
         records[RECORD * k + 1] = values[stopping.GRADIENT_NORM]
         records[RECORD * k + 2] = values[stopping.STEP_NORM]
-        if paused:
+        if pointer(run[WORDS], np.int64(0))[0] == PAUSED:
             return
 
 
@@ -293,6 +295,9 @@ def _advance_share(address, part, parts, like, top, average, limit):
         homes = pointer(block[HOMES] + 8 * ARRAYS * r, word)
         _bring_in(homes, run, block[SIZE], like)
         _advance(block, run, like, top, average, limit)
+        if run[IS_BEST] != 0:
+            _keep_best(run, 0, block[PADDED], like)
+            run[IS_BEST] = 0
         _bring_home(homes, run, block[SIZE], like)
 
 

@@ -122,8 +122,8 @@ class _Flat:
     def accept(self, flat: np.ndarray[Any, Any]) -> None:
         """Note an iteration that has led here."""
         run, evaluation = self.run, self._seen[flat.tobytes()]
-        run.put("previous", self._leaves(self._here))
         run.put("x", self._leaves(flat))
+        run.measure_step(self._leaves(self._here))
         run.counts[stopping.NIT] += 1
         run.counts[stopping.NJEV] += self._gradients - 1
         run.rate[0] = math.nan

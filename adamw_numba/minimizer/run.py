@@ -100,10 +100,10 @@ class Run:
     def _add_arrays(self, keeps_best: bool) -> None:
         leaves = self.problem.leaves
         # Immutable arrays are replaced at each update, so that the state has to hold the present ones.
-        roles = ["gradient", "previous", *["best", "best_gradient"] * keeps_best, *["x"] * (not self.mutable)]
+        roles = ["gradient", *["best", "best_gradient"] * keeps_best, *["x"] * (not self.mutable)]
         roles += ["scale"] * self.is_scaled
         self._arrays = {role: [self._array_like(role, k, x) for k, x in enumerate(leaves)] for role in roles}
-        starts = {"best": leaves, "x": self._variables, "previous": self._variables, "scale": self.problem.scale}
+        starts = {"best": leaves, "x": self._variables, "scale": self.problem.scale}
         for role, values in starts.items():
             if role in self._arrays:
                 self.put(role, values)  # type: ignore[arg-type]
@@ -119,8 +119,8 @@ class Run:
     # Its arrays
 
     def get(self, role: str) -> list[Array]:
-        """Live arrays, one per variable: ``scale``; in these units, if there are any, ``x``, ``previous`` and
-        ``gradient``; and in the user's, ``best`` and ``best_gradient``.
+        """Live arrays, one per variable: ``scale``; in these units, if there are any, ``x`` and ``gradient``; and in
+        the user's, ``best`` and ``best_gradient``.
         """
         if role == "x" and self.mutable:
             return self._variables
@@ -265,8 +265,8 @@ class Run:
 
     def update(self) -> None:
         """Move the arrays against their gradients, and into the bounds."""
-        self.put("previous", self.get("x"))
-        before = self.optimizer.iterations
+        before = [arrays.like(x, x) for x in self.get("x")]
+        updates = self.optimizer.iterations
         self.counts[stopping.EVALUATED] = 0
         gradients = self.get("gradient")
         if self.mutable:
@@ -275,9 +275,17 @@ class Run:
             self._apply_statelessly(gradients)
         if self._inner_bounds is not None:
             self.put("x", within(self.get("x"), self._inner_bounds))
+        self.measure_step(before)
         self.counts[stopping.NIT] += 1
         self.rate[0] = self.optimizer.last_step.learning_rate  # type: ignore[union-attr]
-        self.counts[stopping.UPDATED] = self.optimizer.iterations > before and self.rate[0] > 0
+        self.counts[stopping.UPDATED] = self.optimizer.iterations > updates and self.rate[0] > 0
+
+    def measure_step(self, before: Sequence[Array]) -> None:
+        """Note how far x has moved from where it was, in the user's units."""
+        moves = [_difference(*pair) for pair in zip(self.get("x"), before, strict=True)]
+        self.values[stopping.STEP_NORM] = _largest(multiplied(moves, self.get("scale")) if self.is_scaled else moves)
+        if self.limits[stopping.XTOL] >= 0:  # which nothing else needs
+            self.values[stopping.SIZE] = _largest(self.points())
 
     def _apply_statelessly(self, gradients: list[Array]) -> None:
         optimizer = self.optimizer
@@ -304,13 +312,9 @@ class Run:
         self.history.extend(np.array([[self.nit, *self.values[:2], self.rate[0], self.values[2], self.elapsed]]))
 
     def _measure(self, evaluation: Evaluation, points: list[Array], gradients: list[Array]) -> None:
-        moves = [_difference(*pair) for pair in zip(self.get("x"), self.get("previous"), strict=True)]
-        moves = multiplied(moves, self.get("scale")) if self.is_scaled else moves
         self.put("gradient", self.in_units(gradients))
         self.values[stopping.FUN] = evaluation.value
         self.values[stopping.GRADIENT_NORM] = self._gradient_norm(points, gradients)
-        self.values[stopping.SIZE] = _largest(points)
-        self.values[stopping.STEP_NORM] = _largest(moves)
         self.counts[stopping.NFEV] += evaluation.calls
         self.counts[stopping.NJEV] += 1
         self.counts[stopping.COST] = evaluation.calls
