@@ -24,6 +24,7 @@ from .transfer import (
     as_numpy,
     bits,
     cast,
+    copied,
     detached,
     like,
     note_writes,

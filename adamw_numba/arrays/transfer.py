@@ -39,6 +39,15 @@ def like(array: Array, value: Array) -> Array:
     return result
 
 
+def copied(array: Array) -> Array:
+    """A copy of an array that nobody else holds; an immutable one may be the array itself."""
+    if type(array) is np.ndarray:
+        return array.copy()
+    if array_api_compat.is_torch_array(array):
+        return (array.detach() if array.requires_grad else array).clone()
+    return like(array, array) if is_mutable(array) else array
+
+
 def write(array: Array, value: Array) -> None:
     """Assign every element of a mutable array; torch is told of the change.
 

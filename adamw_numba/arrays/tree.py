@@ -122,6 +122,8 @@ def _take(tree: tuple[Any, ...], value: Container, leaves: list[Any]) -> bool:
 
 def rebuild(container: Container, leaves: Iterable[Any]) -> Container:
     """A container of the same shape with other leaves: dicts stay dicts, pairs stay pairs, the rest become lists."""
+    if type(container) is dict and are_arrays(container.values()):  # many
+        return dict(zip(container, leaves, strict=True))
     return _rebuild(container, iter(leaves).__next__)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import arrays
 from ..arrays.runs import CHUNK
 from ..coefficients import coefficients
 from ..cpu import kernels as cpu
@@ -19,6 +20,7 @@ from . import loop_kernel as kernel
 from .history import COLUMNS
 from .objective import is_compiled
 from .objective_kernel import argument_words, objective_kernel
+from .parts import Parts, as_host, can_be_joined
 from .python_objective import PythonObjective
 
 # A block of iterations is one compiled call. It has as many as take about SECONDS: signals are seen and progress is
@@ -26,6 +28,16 @@ from .python_objective import PythonObjective
 _MOST_ROWS = 2**12
 _SECONDS = 0.05
 _CACHE_LINE = 64  # bytes
+_ROLES = {
+    kernel.X: "x",
+    kernel.GRADIENT: "gradient",
+    kernel.M: "momentum",
+    kernel.V: "velocity",
+    kernel.TOP: "velocity_hat",
+    kernel.AVERAGE: "average",
+    kernel.BEST: "best",
+    kernel.BEST_GRADIENT: "best_gradient",
+}
 _BLOCKWISE = SimpleNamespace(expm1=kernel.expm1, sqrt=np.sqrt, where=np.where)
 
 
@@ -73,40 +85,48 @@ class Loop:
 
     def __init__(self, runs: Sequence[Any], evaluate: Any, words: Any, kept: Any) -> None:
         self.runs, self._kept, self.optimizer = list(runs), (evaluate, kept), runs[0].optimizer
-        optimizer, x = self.optimizer, runs[0].get("x")[0]
+        optimizer, leaves = self.optimizer, runs[0].get("x")
         self.python = evaluate if isinstance(evaluate, PythonObjective) else None
-        self.rows = 1 if self.python else 16
+        self.rows = 16
         self.threads = 1 if _is_parallel(runs[0].objective) else optimizer.threads
         self.limits = runs[0].limits
         self.clips = np.array([optimizer.clipnorm or 0.0, optimizer.global_clipnorm or 0.0])
         variant = Variant(optimizer.amsgrad, optimizer.use_ema, False, bool(optimizer.clipvalue))
-        self.kernel = kernel.loop_kernel(x.dtype.name, variant).address
+        dtype = np.dtype(arrays.dtype_name(leaves[0]))
+        self.kernel = kernel.loop_kernel(dtype.name, variant).address
         self.words = [words.copy() for _ in runs]
-        self._lay_out(x, evaluate.address)
+        self.parts = None if _is_one(leaves) else Parts(leaves)
+        self._lay_out(sum(math.prod(leaf.shape) for leaf in leaves), dtype, evaluate.address)
 
-    def _lay_out(self, x: np.ndarray[Any, Any], evaluate: int) -> None:
+    def _lay_out(self, size: int, dtype: np.dtype[Any], evaluate: int) -> None:
         """Write the table of addresses; small arrays get places of their own, padded to whole vectors."""
-        self.size, self.padded = x.size, _padded(x)
-        moved = self.padded > self.size
-        self.copies = _aligned_zeros((len(self.runs), self.padded), x.dtype)
-        self.inside = _aligned_zeros((len(self.runs), kernel.ARRAYS, self.padded * moved), x.dtype)
+        self.size, self.padded = size, _padded(size, dtype.itemsize)
+        is_moved = self.padded > size or self.parts is not None
+        self.copies = _aligned_zeros((len(self.runs), self.padded), dtype)
+        self.inside = _aligned_zeros((len(self.runs), kernel.ARRAYS, self.padded * is_moved), dtype)
+        self.views = self.parts and [self.parts.views(row[:size]) for row in self.inside[0]]
         self.sums = np.zeros((len(self.runs), cpu.LANES))
-        self.before = _aligned_zeros((len(self.runs), min(self.padded, kernel.PIECE)), x.dtype)
-        self.homes = np.array([_array_addresses(run) for run in self.runs], np.int64)
-        self.table = np.array([self._addresses(r, evaluate) for r in range(len(self.runs))], np.int64)
-        self.homes *= moved  # 0: worked on where it is
+        self.before = _aligned_zeros((len(self.runs), min(self.padded, kernel.PIECE)), dtype)
+        self.homes = np.zeros((len(self.runs), kernel.ARRAYS), np.int64)
+        if self.parts is None:
+            self.homes[:] = [[_address(leaves) for leaves in _arrays_of(run)] for run in self.runs]
+        self.table = np.array([self._addresses(r, is_moved, evaluate) for r in range(len(self.runs))], np.int64)
+        self.homes *= is_moved  # 0: worked on where it is, or brought in and home by Python
         self.block = np.zeros(kernel.BLOCK_ENTRIES, np.int64)
 
-    def _addresses(self, r: int, evaluate: int) -> list[int]:
+    def _addresses(self, r: int, is_moved: bool, evaluate: int) -> list[int]:
         """Where the kernel finds the arrays of a run, and all else of it."""
-        run, arrays = self.runs[r], list(self.homes[r])
-        if self.padded > self.size:
-            arrays = [array and row.ctypes.data for array, row in zip(arrays, self.inside[r], strict=True)]
+        run, addresses = self.runs[r], list(self.homes[r])
+        if is_moved:
+            pairs = zip(_arrays_of(run), self.inside[r], strict=True)
+            addresses = [0 if leaves is None else row.ctypes.data for leaves, row in pairs]
         # An objective in Python makes a copy itself.
-        arrays[kernel.COPY] = arrays[kernel.X] if self.python and not run.is_scaled else self.copies[r].ctypes.data
+        addresses[kernel.COPY] = (
+            addresses[kernel.X] if self.python and not run.is_scaled else self.copies[r].ctypes.data
+        )
         found = [self.words[r], run.values, run.counts, run.optimizer.engine.state.scalars["iteration"]]
         others = [array.ctypes.data for array in (*found, self.sums[r], self.before[r])]
-        return [*arrays, evaluate, *others[:4], 0, *others[4:], 0, kernel.HERE]
+        return [*addresses, evaluate, *others[:4], 0, *others[4:], 0, kernel.HERE]
 
     def advance(self, most: int) -> None:
         """Advance every run that is going on by at most so many iterations."""
@@ -141,8 +161,22 @@ class Loop:
         if helpers_of(call):
             call_helpers(helpers_of(call), WOKEN_FROM)
         function, *arguments = call
+        self._bring_in()
         with self.python.called(self.words[0]) if self.python else nullcontext():
             function(*arguments)
+        self._bring_home()
+
+    def _bring_in(self) -> None:
+        """Copy arrays that are several, or another library's, into the vectors that the kernel sees."""
+        for views, leaves in zip(self.views or [], _arrays_of(self.runs[0]), strict=False):
+            for view, leaf in zip(views, leaves or [], strict=False):
+                view[...] = as_host(leaf)
+
+    def _bring_home(self) -> None:
+        if self.views:
+            for entry, role in _ROLES.items():
+                if role in self.runs[0].roles:
+                    self.runs[0].put(role, self.views[entry])
 
     def _take_over(self, r: int, run: Any, records: Any, rates: Any, first: int, before: tuple[int, float]) -> None:
         """Note what a run has done; the rest of an iteration in Python where the compiled loop could not."""
@@ -161,17 +195,27 @@ class Loop:
             run.finish()
 
 
-def _array_addresses(run: Any) -> list[int]:
-    """Where the arrays of a run are between one call and the next, in the order of loop_kernel.py."""
-    slots = run.optimizer.engine.state.slots[0]
-    best = [run.get(role)[0] if role in run.roles else None for role in ("best", "best_gradient")]
-    found = [run.get("x")[0], None, run.get("gradient")[0]]
-    found += [slots.get(key) for key in ("momentum", "velocity", "velocity_hat", "average")]
-    bounds = run.bounds[0] if run.bounds else (None, None)
-    inner = run.inner_bounds[0] if run.inner_bounds else (None, None)
-    found += [*best, *inner]
-    found += [run.get("scale")[0], *bounds] if run.is_scaled else [None] * 3
-    return [0 if array is None else array.ctypes.data for array in found]
+def _arrays_of(run: Any) -> list[list[Any] | None]:
+    """The arrays of a run in the order of loop_kernel.py, as lists of leaves; None for those that do not exist."""
+    found: list[list[Any] | None] = [None] * kernel.ARRAYS
+    for entry, role in _ROLES.items():
+        found[entry] = run.get(role) if role in run.roles else None
+    if run.is_scaled:
+        found[kernel.SCALE] = run.get("scale")
+    if run.bounds:
+        found[kernel.LOWER], found[kernel.UPPER] = ([pair[side] for pair in run.inner_bounds] for side in (0, 1))
+        if run.is_scaled:
+            found[kernel.POINT_LOWER], found[kernel.POINT_UPPER] = ([pair[s] for pair in run.bounds] for s in (0, 1))
+    return found
+
+
+def _address(leaves: list[Any] | None) -> int:
+    return 0 if leaves is None else leaves[0].ctypes.data
+
+
+def _is_one(leaves: Sequence[Any]) -> bool:
+    """Whether the arrays of a run are one NumPy array, on which compiled code can work where it is."""
+    return len(leaves) == 1 and type(leaves[0]) is np.ndarray
 
 
 def _note(run: Any, records: Any, rates: Any, nit: int, elapsed: float) -> None:
@@ -201,10 +245,10 @@ def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[A
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def _padded(x: np.ndarray[Any, Any]) -> int:
+def _padded(size: int, itemsize: int) -> int:
     """How many elements to work on, so that small arrays are whole vectors."""
-    vector: int = kernel.PADDING // x.itemsize
-    return math.ceil(x.size / vector) * vector if x.nbytes <= kernel.MOST_PADDED else x.size
+    vector = kernel.PADDING // itemsize
+    return math.ceil(size / vector) * vector if size * itemsize <= kernel.MOST_PADDED else size
 
 
 def compiled_loop(runs: Sequence[Any]) -> Loop | None:
@@ -230,10 +274,10 @@ def compiled_loop(runs: Sequence[Any]) -> Loop | None:
 def loop_around_python(run: Any, maxtime: float | None) -> Loop | None:
     """The compiled loop over a run of an objective in Python, or None where something needs Python at each step."""
     leaves, optimizer = run.get("x"), run.optimizer
-    if len(leaves) != 1 or isinstance(run.problem.container, (dict, list, tuple)) or not _in_advance(optimizer):
+    if not can_be_joined(leaves) or not _in_advance(optimizer):
         return None
-    x, rates = leaves[0], (optimizer.hyper.learning_rate_function, optimizer.hyper.weight_decay_function)
-    if type(x) is not np.ndarray or x.dtype.name not in ("float32", "float64"):
+    rates = (optimizer.hyper.learning_rate_function, optimizer.hyper.weight_decay_function)
+    if not _is_one(leaves) and (optimizer.clipnorm or optimizer.global_clipnorm):  # a norm is a sum, array by array
         return None
     # A rate of the user's may depend on what the objective does.
     if not all(rate is None or rate.is_schedule for rate in rates):

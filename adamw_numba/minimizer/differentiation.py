@@ -29,7 +29,7 @@ class ByTorch:
         """What the function returns, and the gradients of its sum: of many values, each depends on a row of x alone."""
         import torch
 
-        copies = [leaf.copy() if isinstance(leaf, np.ndarray) else arrays.like(leaf, leaf) for leaf in leaves]
+        copies = [arrays.copied(leaf) for leaf in leaves]
         tensors = [torch.from_numpy(x) if isinstance(x, np.ndarray) else x.detach() for x in copies]
         tensors = [tensor.requires_grad_() for tensor in tensors]
         with torch.enable_grad():
@@ -68,8 +68,7 @@ class ByJax:
         with ExitStack() as stack:
             if any(arrays.dtype_name(leaf) == "float64" for leaf in leaves):
                 stack.enter_context(jax.enable_x64(True))  # JAX would round them to float32
-            xs = [jax.numpy.asarray(leaf) for leaf in leaves]
-            (_, value), gradients = self._differentiated(fun, container, xs, rest)
+            (_, value), gradients = self._differentiated(fun, container, list(leaves), rest)
             return value, gradients
 
     def _differentiated(self, fun: Function, container: Container, xs: list[Any], rest: tuple[Any, ...]) -> Any:
@@ -86,7 +85,7 @@ class ByJax:
                     return self._jitted(xs, [one for one, is_array in zip(given, traced, strict=True) if is_array])
             except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):
                 self._is_traceable = False
-        return _summed_gradient(fun, container, xs, rest)
+        return _summed_gradient(fun, container, [jax.numpy.asarray(x) for x in xs], rest)
 
 
 def _summed_gradient(fun: Function, container: Container, xs: list[Any], rest: tuple[Any, ...]) -> Any:

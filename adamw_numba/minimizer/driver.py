@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from ..optimizer import AdamW
+from ..step.workspace import compiles
 from . import stopping
 from .automatic import schedule_for
 from .checkpointing import Checkpointing
@@ -171,8 +172,7 @@ def _loop_of(run: Run, settings: Settings, callback: Callback | None) -> Any:
         return None
     loop = compiled([run])
     looked_at = callable(settings["progress"]) or (callback is not None and settings["callback_every"] < _WORTHWHILE)
-    has_kernels = run.optimizer.engine.alone is not None  # not for arrays of other libraries, or without compilation
-    if loop is None and not looked_at and has_kernels:
+    if loop is None and not looked_at and compiles():
         from .compiled_loop import loop_around_python
 
         loop = loop_around_python(run, settings["maxtime"])

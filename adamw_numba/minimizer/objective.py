@@ -11,7 +11,7 @@ import numpy as np
 from .. import arrays
 from ..arrays import Array
 from ..arrays.brief import brief
-from ..arrays.tree import Container, rebuild
+from ..arrays.tree import Container, form_of, rebuild
 from .batches import Batches
 from .differentiation import BY_LIBRARY, DIFFERENCES, Differences
 from .evaluation import Evaluation, gradient_of, gradients_of, number_of, returned
@@ -61,6 +61,7 @@ class Objective:
         _check(fun, jac, problem.leaves)
         self.fun, self.jac, self.args, self.problem = fun, jac, args, problem
         self._is_one_array = type(problem.container) is np.ndarray
+        self._form = form_of(problem.container, problem.names)  # of most gradients as well
         self._lent: Any = np.empty(0)
         self.batches = None if batches is None else Batches(batches)
         # One parameter more than (x, batch, *args) is the gradient, to be filled.
@@ -87,6 +88,8 @@ class Objective:
             value, gradient = self._jointly(leaves, rest)
         else:
             value, gradient = self.fun(self._copies(leaves), *rest), self.jac(self._copies(leaves), *rest)
+        if self._form is not None:
+            gradient = self._form.flat(gradient)
         return Evaluation(number_of(value), gradients_of(gradient, container, self.problem.names, leaves), 1)
 
     def rest_at(self, number: int) -> tuple[Any, ...]:
@@ -111,7 +114,7 @@ class Objective:
     def _copies(self, leaves: Sequence[Array]) -> Container:
         if self._is_one_array:  # most
             return leaves[0].copy() if leaves[0].nbytes < _LARGE else self._lend(leaves[0])
-        return rebuild(self.problem.container, [arrays.like(leaf, leaf) for leaf in leaves])
+        return rebuild(self.problem.container, map(arrays.copied, leaves))
 
     def _lend(self, x: Array) -> Array:
         """A copy for the function: the last one again, if nobody has kept it.

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from .. import arrays
 from . import stopping
 from .loop_kernel import PAUSED, RAISED
+from .parts import Parts, as_host
 
 _SECONDS = 0.05  # after so long the loop comes back to Python, for signals, progress and limits of time
 
@@ -37,9 +39,10 @@ class PythonObjective:
         self.error: BaseException | None = None
         self._until = 0.0
         self._word: Any = np.zeros(1, np.int64)
-        self._views: dict[int, Any] = {}
-        x = run.get("x")[0]
-        self._shape, self._dtype = x.shape, x.dtype
+        leaves = run.get("x")
+        self._parts, self._dtype = Parts(leaves), np.dtype(arrays.dtype_name(leaves[0]))
+        self._views: dict[int, list[Any]] = {}
+        self._given: dict[int, list[Any]] = {}
         make: Any = ctypes.CFUNCTYPE
         self._function = make(ctypes.c_double, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(self._evaluate)
         self.address = int(ctypes.cast(self._function, ctypes.c_void_p).value or 0)
@@ -57,33 +60,41 @@ class PythonObjective:
 
     def _evaluate(self, x: int, gradient: int, word: int) -> float:
         try:
-            return self._value(self._view(x), self._view(gradient))
+            return self._value(self._points(x), self._parts_at(gradient))
         except BaseException as error:  # which compiled code cannot pass on
             self.error = error
             self._word[0] = RAISED
             return np.nan
 
-    def _value(self, x: Any, gradient: Any) -> float:
+    def _value(self, points: list[Any], gradients: list[Any]) -> float:
         run = self.run
-        evaluation = run.objective.evaluate([x], run.nit)
-        (found,) = evaluation.gradients
-        if found.dtype == gradient.dtype:
-            gradient[...] = found
-        else:
-            with np.errstate(all="ignore"):
-                gradient[...] = found.astype(gradient.dtype)
+        evaluation = run.objective.evaluate(points, run.nit)
+        for gradient, each in zip(gradients, evaluation.gradients, strict=True):
+            found = as_host(each)
+            if found.dtype == gradient.dtype:
+                gradient[...] = found
+            else:
+                with np.errstate(all="ignore"):
+                    gradient[...] = found.astype(gradient.dtype)
         run.counts[stopping.NFEV] += evaluation.calls - 1  # one is counted by the loop
         run.counts[stopping.COST] = evaluation.calls
         if time.perf_counter() > self._until:
             self._word[0] = PAUSED
         return float(evaluation.value)
 
-    def _view(self, address: int) -> Any:
-        """The array of the loop that lies there."""
+    def _points(self, address: int) -> list[Any]:
+        """What lies there, as arrays of the user's libraries."""
+        if not self._parts.are_lasting:
+            return self._parts.given(self._parts_at(address))
+        if address not in self._given:
+            self._given[address] = self._parts.given(self._parts_at(address))
+        return self._given[address]
+
+    def _parts_at(self, address: int) -> list[Any]:
+        """The arrays of the loop that lie there."""
         if address not in self._views:
-            count = int(np.prod(self._shape))
-            memory = (ctypes.c_char * (count * self._dtype.itemsize)).from_address(address)
-            self._views[address] = np.frombuffer(memory, self._dtype).reshape(self._shape)
+            memory: Any = (ctypes.c_char * (self._parts.size * self._dtype.itemsize)).from_address(address)
+            self._views[address] = self._parts.views(np.frombuffer(memory, self._dtype))
         return self._views[address]
 
     def _note_unraisable(self, unraisable: Any) -> None:

@@ -119,21 +119,26 @@ class Run:
     # Its arrays
 
     def get(self, role: str) -> list[Array]:
-        """Live arrays, one per variable: ``scale``; in these units, if there are any, ``x`` and ``gradient``; and in
-        the user's, ``best`` and ``best_gradient``.
+        """Live arrays, one per variable: ``scale``; in these units, if there are any, ``x``, ``gradient`` and AdamW's
+        own (``momentum``, ...); and in the user's, ``best`` and ``best_gradient``.
         """
         if role == "x" and self.mutable:
             return self._variables
-        return [self.optimizer.engine.state.added[True][name] for name in self._arrays[role]]
+        return [own[key] for own, key in self._places(role)]
 
     def put(self, role: str, values: Sequence[Array]) -> None:
         """Write such arrays, or replace them where they are immutable."""
         if self.mutable:
             arrays.write_all(list(zip(self.get(role), values, strict=True)))
             return
-        for name, value in zip(self._arrays[role], values, strict=True):
-            added = self.optimizer.engine.state.added[True]
-            added[name] = arrays.like(added[name], value)
+        for (own, key), value in zip(self._places(role), values, strict=True):
+            own[key] = arrays.like(own[key], value)
+
+    def _places(self, role: str) -> list[tuple[dict[str, Array], str]]:
+        state = self.optimizer.engine.state
+        if role in self._arrays:
+            return [(state.added[True], name) for name in self._arrays[role]]
+        return [(slots, role) for slots in state.slots]
 
     def points(self) -> list[Array]:
         """x in the user's units."""
@@ -164,8 +169,8 @@ class Run:
 
     @property
     def roles(self) -> set[str]:
-        """Which arrays it has besides AdamW's."""
-        return {"x", *self._arrays}
+        """Which arrays it has."""
+        return {"x", *self._arrays, *self.optimizer.engine.state.slots[0]}
 
     @property
     def iteration(self) -> int:
@@ -222,13 +227,11 @@ class Run:
         self.put("scale", scale)
         self.renew_bounds()
         self.go_to_best()
-        for slots, g, x in zip(self.optimizer.engine.state.slots, self.get("gradient"), self.get("x"), strict=True):
-            values = {"momentum": g, "velocity": g * g, "velocity_hat": g * g, "average": x}
-            for key in slots.keys() & values.keys():
-                if self.mutable:
-                    arrays.write(slots[key], values[key])
-                else:
-                    slots[key] = arrays.like(slots[key], values[key])
+        gradients = self.get("gradient")
+        squares = [g * g for g in gradients]
+        values = {"momentum": gradients, "velocity": squares, "velocity_hat": squares, "average": self.get("x")}
+        for role in self.roles & values.keys():
+            self.put(role, values[role])
 
     def go_to_best(self) -> Evaluation:
         """Move to the best point, and return what was found there."""

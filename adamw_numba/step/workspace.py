@@ -75,7 +75,7 @@ def build(
         If two variables share memory.
     """
     places = [arrays.place(variable) for variable in variables]
-    has_kernels = "cpu" in places and _compiles()
+    has_kernels = "cpu" in places and compiles()
     decayed = [name not in excluded for name in names]
     plans = []
     for where in dict.fromkeys(places):
@@ -90,7 +90,7 @@ def build(
     return Workspace(names, variables, slots, decayed, plans, alone, resident, gpus, versioned, tensors)
 
 
-def _compiles() -> bool:
+def compiles() -> bool:
     """Whether there are kernels: ``NUMBA_DISABLE_JIT``, which users set to debug their own code, takes them away."""
     from numba import config
 
