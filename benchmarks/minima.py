@@ -86,7 +86,7 @@ def by_scipy(problem: Problem, function: Any) -> Outcome:
             for x0 in starts(problem)
         ]
     seconds = time.perf_counter() - begin
-    return is_found(np.nanmin([r.fun for r in results]), problem), sum(r.nfev for r in results), seconds
+    return is_found(np.fmin.reduce([r.fun for r in results]), problem), sum(r.nfev for r in results), seconds
 
 
 def by_optax(problem: Problem) -> Outcome:
