@@ -65,13 +65,13 @@ class Stages(Schedule):
         return iteration > self.start and self.left(iteration - 1) == 1
 
 
-def schedule_for(most: float, start: int, noisy: bool, has_units: bool) -> LearningRateSchedule:
+def schedule_for(most: float, start: int, noisy: bool) -> LearningRateSchedule:
     """The rates of a run of at most so many iterations from `start` on: in stages, where there are many.
 
-    Not where batches make the function noisy, so that no point is known to be the best, or where its units are given.
+    Not where batches make the function noisy, so that no point is known to be the best.
     """
     first_rate = _GENTLE if noisy else _FIRST
-    if noisy or has_units or most <= _FEW:
+    if noisy or most <= _FEW:
         if most == math.inf:
             return InverseTimeDecay(first_rate, 1000, 1.0)
         return Decay(first_rate, max(int(min(most, sys.maxsize)), 1), end_learning_rate=0.0, power=2.0, start=start)

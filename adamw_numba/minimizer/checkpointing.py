@@ -28,6 +28,10 @@ class Checkpointing:
         self.checkpoints: Any = None
         if isinstance(checkpoint, (str, os.PathLike)):
             self.path = Path(checkpoint)
+            if not self.path.parent.is_dir():
+                raise FileNotFoundError(
+                    f"`checkpoint` is {brief(str(self.path))}, whose folder does not exist; expected one that does"
+                )
         elif hasattr(checkpoint, "restore_latest"):
             self.checkpoints = checkpoint
         elif checkpoint is not None:
@@ -42,7 +46,7 @@ class Checkpointing:
     @property
     def place(self) -> str:
         """Where the run is saved, for messages."""
-        return str(self.path or self.checkpoints)
+        return str(self.path or getattr(self.checkpoints, "directory", self.checkpoints))
 
     def restore(self) -> None:
         """Go on from what is saved, if anything is, with the learning rate of this call."""

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from ..optimizer import AdamW
 from ..step.workspace import compiles
 from . import stopping
@@ -43,11 +45,11 @@ def prepare(fun: Any, x0: Any, args: Any, jac: Any, bounds: Any, settings: Setti
     # With batches, the values at two points belong to different functions: the lower one is not the better point.
     best = not noisy if settings["return_best"] is None else settings["return_best"]
     hyper = settings["hyper"]
-    automatic = settings["automatic"] and not noisy and x_scale is None
+    automatic = settings["automatic"] and not noisy
     if settings["automatic"]:
         start = iteration_of(state)
         length = min(math.inf if limit is None else limit for limit in (settings["maxiter"], most and most // least))
-        rates = schedule_for(length, start, noisy, x_scale is not None)
+        rates = schedule_for(length, start, noisy)
         hyper = {"beta_2": 0.999 if noisy else 0.9} | hyper | {"learning_rate": rates}
     optimizer = AdamW(**hyper)
     keep_best = automatic or settings["polish"] is not None
@@ -215,7 +217,7 @@ def _call_back(run: Run, settings: Settings, callback: Callback | None) -> None:
             stops = callback(run)
         except StopIteration:
             stops = True
-        if stops is True:  # nothing else: a callback may return anything
+        if isinstance(stops, (bool, np.bool_)) and stops:  # nothing else: a callback may return anything
             run.stop(stopping.CALLBACK)
 
 

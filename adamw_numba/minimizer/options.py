@@ -99,8 +99,8 @@ def read_settings(options: dict[str, Any], tol: Any, hess: Any, hessp: Any, cons
     _warn_of_unknown(options)
     settings = {key: check(key, options.get(key, default)) for key, (default, check) in _OPTIONS.items()}
     tol = _tolerance("tol", options.get("tol", tol))
-    if tol is not None and "gtol" not in options:
-        settings["gtol"] = tol
+    if "gtol" not in options and (tol is not None or settings["batches"] is not None):
+        settings["gtol"] = tol  # one batch whose gradient happens to vanish is no minimum
     if settings["maxfev"] is not None and settings["maxfun"] not in (None, settings["maxfev"]):
         raise ValueError(
             f"`maxfev` is {settings['maxfev']} and `maxfun` is {settings['maxfun']}; expected one of them, since they "

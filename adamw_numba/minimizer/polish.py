@@ -58,7 +58,7 @@ def polish(run: Run, options: Mapping[str, Any], after_iteration: Callable[[], N
             raise StopIteration
 
     run.stop(stopping.GOING_ON)
-    success = False
+    words = ""
     try:
         found = minimize(
             flat,
@@ -69,15 +69,17 @@ def polish(run: Run, options: Mapping[str, Any], after_iteration: Callable[[], N
             callback=accept,
             options=_DEFAULTS | dict(options),
         )
-        success = found.success
+        words = found.message
     except _SpentError:
         run.stop(stopping.EVALUATIONS)
     finally:
         flat.finish()
     if not run.reason:
+        # L-BFGS-B counts it as a success, too, where its line search finds nothing lower at all.
         is_flat = run.values[stopping.GRADIENT_NORM] <= run.limits[stopping.GTOL]
-        run.stop(stopping.GRADIENT if is_flat else stopping.FUNCTION if success else before)
-    run.remark = f" AdamW took {adam} iterations, then L-BFGS-B {run.nit - adam}."
+        run.stop(stopping.GRADIENT if is_flat else before)
+    run.remark = f" AdamW took {adam} iterations, then L-BFGS-B {run.nit - adam}"
+    run.remark += "." if run.reason in (stopping.GRADIENT, stopping.EVALUATIONS) or not words else f": {words}"
 
 
 def _joined(leaves: Any) -> np.ndarray[Any, Any]:
@@ -91,7 +93,10 @@ class _Flat:
     """
 
     def __init__(self, run: Run) -> None:
-        self.run, self.has_units = run, run.is_scaled and not run.chooses_units
+        self.run, self.has_units = run, run.problem.is_scale_given
+        if self.has_units:
+            run.put("scale", run.problem.scale)  # type: ignore[arg-type]
+            run.renew_bounds()
         evaluation = run.go_to_best()
         self.start = _joined(run.get("x") if self.has_units else run.points())
         self.bounds = run.inner_bounds if self.has_units else run.bounds

@@ -22,6 +22,7 @@ class Problem(NamedTuple):
     leaves: list[Array]  # copies, within the bounds
     bounds: Bounds | None
     scale: Scale | None
+    is_scale_given: bool
 
 
 def read_problem(x0: Any, bounds: Any, x_scale: Any, wants_units: bool) -> Problem:
@@ -49,7 +50,7 @@ def read_problem(x0: Any, bounds: Any, x_scale: Any, wants_units: bool) -> Probl
     scale = scale_of_start(copies, read) if wants_units and x_scale is None else None
     if x_scale is not None:
         scale = read_scale(x_scale, container, names, copies, read)
-    return Problem(names, rebuild(container, copies), copies, read, scale)
+    return Problem(names, rebuild(container, copies), copies, read, scale, x_scale is not None)
 
 
 def _is_numbers(x0: Any) -> bool:

@@ -332,8 +332,11 @@ class Run:
         best = self._returns_best and self._has_best()
         status, message = stopping.STATUS.get(self.reason, (-1, "Still going on."))
         if status in (1, 2) and stopping.is_still_moving(self.optimizer):
-            remedy = "x_scale" if self.chooses_units else "learning_rate"
-            message = f"{message} x was still moving by about learning_rate at each step: raise {remedy} or maxiter."
+            if self.chooses_units:
+                hint = "The gradients still point one way: raise maxiter, or x_scale if x has far to go."
+            else:
+                hint = "x was still moving by about learning_rate at each step: raise learning_rate or maxiter."
+            message = f"{message} {hint}"
         fields = {
             "message": message + self.remark,
             "success": status == 0,

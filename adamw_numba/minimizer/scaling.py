@@ -1,6 +1,7 @@
 """Units of x: with `x_scale`, the optimizer moves ``x / x_scale``; everything else sees x."""
 
-from collections.abc import Sequence
+import numbers
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,10 +30,19 @@ def read_scale(
             raise ValueError(f"`x_scale` is {brief(x_scale)}; expected 'bounds', a number, or arrays like x0")
         return _widths(bounds)
     if isinstance(container, (dict, list, tuple)) and not np.isscalar(x_scale):
-        each = matched(x_scale, list(names), "`x_scale`")
+        each = matched(_as_arrays(x_scale), list(names), "`x_scale`")
     else:
         each = [x_scale] * len(leaves)
     return [_like(name, leaf, own) for name, leaf, own in zip(names, leaves, each, strict=True)]
+
+
+def _as_arrays(x_scale: Any) -> Any:
+    """A nesting of numbers as one of arrays."""
+    if isinstance(x_scale, numbers.Real):
+        return np.asarray(x_scale)
+    if isinstance(x_scale, Mapping):
+        return {key: _as_arrays(child) for key, child in x_scale.items()}
+    return type(x_scale)(map(_as_arrays, x_scale)) if type(x_scale) in (list, tuple) else x_scale
 
 
 def _widths(bounds: Bounds | None) -> Scale:

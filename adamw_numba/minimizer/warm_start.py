@@ -13,6 +13,8 @@ def read_start(x0: Any, state: Any) -> tuple[Any, Any]:
     """Where to start and with which state, if any: `x0` may be an earlier result."""
     if isinstance(x0, Mapping) and "x_last" in x0 and "state" in x0:
         return x0["x_last"], x0["state"] if state is None else state
+    if isinstance(x0, Mapping) and {"x", "fun", "nfev"} <= x0.keys():
+        raise TypeError(f"`x0` is a result of another optimizer, {brief(x0)}; expected its `x`: pass `result.x`")
     if state is not None and not isinstance(state, Mapping):
         raise TypeError(f"`state` is {brief(state)}; expected the `state` of an earlier result: a dict of arrays")
     return x0, state

@@ -932,3 +932,38 @@ def test_the_note_of_an_error_is_short(make):
 def test_a_single_array_is_called_x0(bounds):
     with pytest.raises((TypeError, ValueError), match="`bounds` of 'x0'"):
         minimize(both, START, jac=True, bounds=bounds)
+
+
+@pytest.mark.parametrize(
+    ("returned", "stops"), [(True, True), (np.True_, True), (np.False_, False), (1, False), (None, False)]
+)
+def test_what_a_callback_may_return_to_stop(returned, stops):
+    result = minimize(
+        lambda x: ((x**2).sum(), 2 * x), [1.0], jac=True, maxiter=5, gtol=None, callback=lambda xk: returned
+    )
+    assert result.nit == (1 if stops else 5)
+    assert (result.status == 99) == stops
+
+
+def test_one_batch_whose_gradient_vanishes_is_no_minimum():
+    batches = [np.zeros(1), np.ones(1)]  # of the first, the gradient is 0 at the start
+
+    def fun(x, batch):
+        return ((x - batch) ** 2).sum(), 2 * (x - batch)
+
+    assert minimize(fun, [0.0], jac=True, batches=batches, maxiter=20).nit == 20
+    assert minimize(fun, [0.0], jac=True, batches=batches, maxiter=20, gtol=1e-5).nit == 0
+
+
+def test_a_result_of_another_optimizer_is_no_start():
+    found = scipy.optimize.minimize(scipy.optimize.rosen, [1.2, 1.0], method="BFGS")
+    with pytest.raises(TypeError, match=r"pass `result\.x`"):
+        minimize(scipy.optimize.rosen, found)
+
+
+def test_a_checkpoint_in_a_folder_that_does_not_exist_is_refused_at_once(tmp_path):
+    def fun(x):
+        pytest.fail("called")
+
+    with pytest.raises(FileNotFoundError, match=r"`checkpoint` is .*nowhere"):
+        minimize(fun, [1.0], jac=True, checkpoint=tmp_path / "nowhere" / "run.npz")

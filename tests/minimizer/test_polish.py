@@ -1,5 +1,7 @@
 """`polish`: SciPy's L-BFGS-B goes on from AdamW's best point."""
 
+import re
+
 import numba
 import numpy as np
 import pytest
@@ -142,3 +144,18 @@ def test_other_libraries_are_refused():
     pytest.importorskip("torch")
     with pytest.raises(TypeError, match="`polish`"):
         minimize(lambda x: pytest.fail("called"), torch.ones(2), jac="torch", polish=True)
+
+
+def two_exponentials(p):
+    t = np.linspace(0, 10, 200)
+    model = [p[0] * np.exp(-t / p[1]) + p[2] * np.exp(-t / p[3]) for p in (p, [5e4, 0.5, 8e2, 5.0])]
+    return (((model[0] - model[1]) / 20) ** 2).mean()
+
+
+@pytest.mark.parametrize("x_scale", [None, [1e4, 1, 1e3, 1]])
+def test_no_success_where_its_line_search_gives_up(x_scale):
+    """L-BFGS-B calls it convergence; far from the minimum the gradient says otherwise."""
+    result = minimize(two_exponentials, [1e4, 1.0, 1e3, 3.0], maxiter=50, polish=True, x_scale=x_scale)
+    assert result.success == (np.abs(result.jac).max() <= 1e-5)
+    assert result.success or re.search(r"then L-BFGS-B \d+: CONVERGENCE", result.message)
+    assert (result.fun < 1e-6) == (x_scale is not None)
