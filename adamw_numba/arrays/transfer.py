@@ -32,7 +32,8 @@ def like(array: Array, value: Array) -> Array:
     """A copy of a value as an array of the library, dtype, layout and device of another array."""
     if not is_mutable(array):
         xp = namespace(array)
-        made = xp.astype(xp.asarray(value if namespace(value) is xp else to_numpy(value)), array.dtype)
+        value = xp.asarray(value if namespace(value) is xp else to_numpy(value), copy=True)  # it may be donated
+        made = xp.astype(value, array.dtype)
         return made.rechunk(array.chunks) if array_api_compat.is_dask_array(array) else made
     result = zeros_like(array, dtype_name(array))
     write(result, value)
@@ -40,12 +41,12 @@ def like(array: Array, value: Array) -> Array:
 
 
 def copied(array: Array) -> Array:
-    """A copy of an array that nobody else holds; an immutable one may be the array itself."""
+    """A copy of an array that nobody else holds; of an immutable one, too, which JAX can be told to delete."""
     if type(array) is np.ndarray:
         return array.copy()
     if array_api_compat.is_torch_array(array):
         return (array.detach() if array.requires_grad else array).clone()
-    return like(array, array) if is_mutable(array) else array
+    return like(array, array)
 
 
 def write(array: Array, value: Array) -> None:

@@ -162,9 +162,15 @@ class Loop:
             call_helpers(helpers_of(call), WOKEN_FROM)
         function, *arguments = call
         self._bring_in()
-        with self.python.called(self.words[0]) if self.python else nullcontext():
-            function(*arguments)
-        self._bring_home()
+        try:
+            with self.python.called(self.words[0]) if self.python else nullcontext():
+                function(*arguments)
+        finally:  # what is counted and what the arrays hold belong together
+            try:
+                self._bring_home()
+            except BaseException:  # an interrupt: it is raised when all of them are at home
+                self._bring_home()
+                raise
 
     def _bring_in(self) -> None:
         """Copy arrays that are several, or another library's, into the vectors that the kernel sees."""
@@ -173,10 +179,15 @@ class Loop:
                 view[...] = as_host(leaf)
 
     def _bring_home(self) -> None:
-        if self.views:
+        if self.views and self.parts:
             for entry, role in _ROLES.items():
                 if role in self.runs[0].roles:
-                    self.runs[0].put(role, self.views[entry])
+                    self.runs[0].put(role, self.parts.given(self.views[entry]))
+
+    def close(self) -> None:
+        """Let go of the run: the C function around its objective refers to it, and it to the function."""
+        if self.python:
+            self.python.close()
 
     def _take_over(self, r: int, run: Any, records: Any, rates: Any, first: int, before: tuple[int, float]) -> None:
         """Note what a run has done; the rest of an iteration in Python where the compiled loop could not."""

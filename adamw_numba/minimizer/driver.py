@@ -75,6 +75,7 @@ def drive(run: Run, settings: Settings, callback: Callback | None) -> Any:
     checkpointing = Checkpointing(settings["checkpoint"], run)
     progress = Progress(settings["progress"], settings["maxiter"])
     path: list[Any] = []
+    loop = None
     with caught_signals(checkpointing.is_on) as signals:
 
         def after_iterations() -> None:
@@ -86,6 +87,7 @@ def drive(run: Run, settings: Settings, callback: Callback | None) -> Any:
         try:
             checkpointing.restore()
             run.start()
+            run.recover()  # where a resumed run is at a point whose value is NaN
             if settings["return_all"]:
                 path.append(run.intermediate().x)
             loop = _loop_of(run, settings, callback)
@@ -106,6 +108,8 @@ def drive(run: Run, settings: Settings, callback: Callback | None) -> Any:
         finally:
             progress.close()
             run.objective.close()
+            if loop is not None:
+                loop.close()
     result = run.result()
     if settings["return_all"]:
         result["allvecs"] = path

@@ -65,16 +65,18 @@ def gradients_of(gradient: Container, container: Container, names: list[str], le
 
 def gradient_of(name: str, gradient: Any, x: Array) -> Array:
     """The gradient of one variable, checked; errors say the name, if there is one."""
-    if type(gradient) is type(x) and gradient is not x and _are_alike(gradient, x):  # most
-        return gradient
+    if type(gradient) is type(x) and _are_alike(gradient, x) and (gradient is not x or not arrays.is_mutable(x)):
+        return gradient  # most
     what = f"the gradient of {brief(name)}" if name else "the gradient"
+    if gradient is None or isinstance(gradient, np.ma.MaskedArray):
+        raise TypeError(f"{what} is {brief(gradient)}; expected an array of shape {tuple(x.shape)}, without a mask")
     if not isinstance(x, np.ndarray):
         _check_shape(what, gradient, x)
         arrays.check_gradient(name or "x", gradient, x)
         return gradient
     if type(gradient) is not np.ndarray:
         if type(gradient).__module__.partition(".")[0] == "torch" and "torch" in sys.modules:
-            gradient = gradient.detach()
+            gradient = _host_tensor(what, gradient.detach())
         gradient = np.asarray(gradient)
     if gradient.dtype.kind not in "fiub":
         raise TypeError(f"{what} has dtype {gradient.dtype!s:.100}; expected real numbers")
@@ -82,6 +84,14 @@ def gradient_of(name: str, gradient: Any, x: Array) -> Array:
         gradient = gradient.reshape(1)
     _check_shape(what, gradient, x)
     return gradient
+
+
+def _host_tensor(what: str, gradient: Any) -> Any:
+    """A tensor as NumPy's, where NumPy has such arrays."""
+    try:
+        return arrays.to_numpy(gradient)
+    except (TypeError, RuntimeError, NotImplementedError) as error:
+        raise TypeError(f"{what} is a tensor that NumPy cannot take ({brief(str(error))}); expected an array") from None
 
 
 def _are_alike(one: Array, other: Array) -> bool:

@@ -174,9 +174,13 @@ def _evaluate(run, padded, like, values, counts):
     values[stopping.FUN] = value
     if run[LOWER] == 0:
         values[stopping.GRADIENT_NORM] = _largest(padded, g)
-    else:
+    elif run[SCALE] == 0:
         lower, upper = pointer(run[LOWER], like), pointer(run[UPPER], like)
         values[stopping.GRADIENT_NORM] = _largest_inward(padded, x, g, lower, upper, like)
+    else:  # whether a gradient pushes out of the bounds is seen in the user's units
+        _put_point(run, run[COPY], 0, padded, like)  # again: the objective may have written into it
+        lower, upper = pointer(run[POINT_LOWER], like), pointer(run[POINT_UPPER], like)
+        values[stopping.GRADIENT_NORM] = _largest_inward(padded, pointer(run[COPY], like), g, lower, upper, like)
     counts[stopping.NFEV] += 1
     counts[stopping.NJEV] += 1
     return True

@@ -18,6 +18,8 @@ from .options import read_settings
 from .result import new_result
 from .workers import check_workers, mapper
 
+_MOST = 2**30  # points of a Sobol sequence
+
 
 def multistart(
     fun: Callable[..., Any],
@@ -118,8 +120,8 @@ def _starts(x0s: Any, bounds: Any, rng: Any) -> list[Any]:
 
 
 def _sobol(count: int, bounds: Any, rng: Any) -> list[Any]:
-    if count < 1:
-        raise ValueError(f"`x0s` is {brief(count)}; expected at least one start")
+    if not 1 <= count <= _MOST:
+        raise ValueError(f"`x0s` is {brief(count)}; expected from 1 to {_MOST} starts")
     if bounds is None:
         raise ValueError(
             f"`x0s` is {brief(count)} and `bounds` is None; expected finite bounds to draw the starts from"
@@ -132,7 +134,11 @@ def _sobol(count: int, bounds: Any, rng: Any) -> list[Any]:
         ) from None
     lower, upper = _box(bounds)
     # A power of two, cut: Sobol points are evenly spread only in such numbers, and SciPy warns of others.
-    points = qmc.Sobol(lower.size, rng=rng).random_base2(max(1, math.ceil(math.log2(count))))[:count]
+    try:
+        sequence = qmc.Sobol(lower.size, rng=rng)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"`rng` is {brief(rng)}; expected None, an integer or a generator of NumPy") from None
+    points = sequence.random_base2(max(1, math.ceil(math.log2(count))))[:count]
     return list(lower + points * (upper - lower))
 
 
@@ -141,7 +147,10 @@ def _box(bounds: Any) -> Any:
     if hasattr(bounds, "lb"):
         lower, upper = np.broadcast_arrays(*np.atleast_1d(bounds.lb, bounds.ub))
     else:
-        lower, upper = np.array([(-np.inf if a is None else a, np.inf if b is None else b) for a, b in bounds]).T
+        try:
+            lower, upper = np.array([(-np.inf if a is None else a, np.inf if b is None else b) for a, b in bounds]).T
+        except (TypeError, ValueError):
+            raise ValueError(f"`bounds` is {brief(bounds)}; expected a pair for each element, or `Bounds`") from None
     if lower.ndim != 1 or not (np.isfinite(lower).all() and np.isfinite(upper).all() and (lower <= upper).all()):
         raise ValueError(
             f"`bounds` are {brief(lower.tolist())} and {brief(upper.tolist())}; expected finite ones, lower <= upper, "

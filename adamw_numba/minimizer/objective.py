@@ -63,6 +63,7 @@ class Objective:
         self._is_one_array = type(problem.container) is np.ndarray
         self._form = form_of(problem.container, problem.names)  # of most gradients as well
         self._lent: Any = np.empty(0)
+        self._fresh: Callable[[], Sequence[Array]] | None = None
         self.batches = None if batches is None else Batches(batches)
         # One parameter more than (x, batch, *args) is the gradient, to be filled.
         self.fills = jac is True and _required(fun) == 2 + len(args) + (batches is not None)
@@ -74,8 +75,14 @@ class Objective:
         by_library = BY_LIBRARY.get(method) if isinstance(method, str) else None
         self.library = None if by_library is None else by_library()
 
-    def evaluate(self, leaves: Sequence[Array], number: int) -> Evaluation:
-        """The value and the gradients at iteration `number`; the function gets copies of the arrays."""
+    def evaluate(
+        self, leaves: Sequence[Array], number: int, fresh: Callable[[], Sequence[Array]] | None = None
+    ) -> Evaluation:
+        """The value and the gradients at iteration `number`; the function gets copies of the arrays.
+
+        Where `fresh` makes the copies, the arrays only say what they look like; not so for differences and libraries.
+        """
+        self._fresh = fresh
         rest = self.rest_at(number)
         container = self.problem.container
         if self._differences is not None:
@@ -91,6 +98,11 @@ class Objective:
         if self._form is not None:
             gradient = self._form.flat(gradient)
         return Evaluation(number_of(value), gradients_of(gradient, container, self.problem.names, leaves), 1)
+
+    @property
+    def is_called_with_copies(self) -> bool:
+        """Whether nothing else is done with the arrays."""
+        return self._differences is None and self.library is None
 
     def rest_at(self, number: int) -> tuple[Any, ...]:
         """What the function gets after x at iteration `number`."""
@@ -114,7 +126,7 @@ class Objective:
     def _copies(self, leaves: Sequence[Array]) -> Container:
         if self._is_one_array:  # most
             return leaves[0].copy() if leaves[0].nbytes < _LARGE else self._lend(leaves[0])
-        return rebuild(self.problem.container, map(arrays.copied, leaves))
+        return rebuild(self.problem.container, self._fresh() if self._fresh else map(arrays.copied, leaves))
 
     def _lend(self, x: Array) -> Array:
         """A copy for the function: the last one again, if nobody has kept it.

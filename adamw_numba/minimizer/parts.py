@@ -39,7 +39,12 @@ def _is_near(leaf: Array) -> bool:
 
 def _of_jax(copies: list[Vector]) -> list[Array]:
     """Arrays of JAX over memory that nobody else holds: all by one call, which takes half as long as one `asarray`."""
-    return _identity()(copies)  # type: ignore[no-any-return]
+    made: list[Array] = _identity()(copies)
+    if isinstance(made[0], np.ndarray):  # inside `jax.disable_jit`
+        import jax
+
+        return [jax.numpy.asarray(array) for array in made]
+    return made
 
 
 @cache
@@ -92,6 +97,6 @@ def as_host(array: Array) -> Vector:
     torch = sys.modules.get("torch")
     if torch is not None and type(array) is torch.Tensor:
         plain = array.detach().resolve_neg() if array.requires_grad or array.is_neg() else array
-        found: Vector = plain.numpy()
+        found: Vector = (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
         return found
     return np.asarray(array) if array_api_compat.is_jax_array(array) else arrays.as_numpy(array)

@@ -72,6 +72,8 @@ def _like(name: str, leaf: Array, own: Any) -> Array:
     xp = arrays.namespace(found)
     if not bool(xp.all((found > 0) & xp.isfinite(found))):  # in the dtype of x
         raise ValueError(f"{what} is {brief(own)}; expected finite numbers > 0 within {arrays.dtype_name(leaf)}")
+    if not bool(xp.all(xp.isfinite(divided([leaf], [found])[0]))):
+        raise ValueError(f"{what} is {brief(own)}, so small that x0 in these units is infinite; expected a larger unit")
     return found
 
 

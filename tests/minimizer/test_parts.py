@@ -6,6 +6,7 @@ from helpers.libraries import jax, jnp, torch
 
 from adamw_numba import Checkpoints, minimize, multistart, schedules
 from adamw_numba.minimizer import compiled_loop as loops
+from adamw_numba.minimizer.run import Run
 
 SHAPES = {"w": (2, 3), "deep": {"b": (3,), "s": ()}}
 TARGET = {"w": np.linspace(-1, 2, 6).reshape(2, 3), "deep": {"b": np.linspace(0, 1, 3), "s": np.asarray(0.5)}}
@@ -236,3 +237,77 @@ def test_many_starts_of_several_arrays():
     best = multistart(both, starts, jac=True, learning_rate=0.05, maxiter=40, gtol=None)
     alone = [minimize(both, x0, jac=True, learning_rate=0.05, maxiter=40, gtol=None) for x0 in starts]
     assert best.fun == min(result.fun for result in alone)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("nth", [1, 3])
+def test_an_interrupt_while_arrays_are_brought_home(nth, library, tmp_path, monkeypatch):
+    """What is counted and what the arrays hold belong together, also for those who go on from it."""
+    options = {"jac": True, "learning_rate": 0.05, "gtol": None, "maxiter": 400}
+    put, calls = Run.put, []
+
+    def interrupted(self, role, values):
+        calls.append(role)
+        if calls.count("momentum") == nth and role == "momentum":
+            raise KeyboardInterrupt
+        put(self, role, values)
+
+    whole = minimize(both, start_of(library, "float32"), **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "put", interrupted)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            minimize(both, start_of(library, "float32"), checkpoint=tmp_path / "run.npz", **options)
+    found = caught.value.intermediate_result
+    assert 0 < found.nit < 400
+    assert found.fun_last == pytest.approx(both(mapped(np.array, mapped(np.asarray, found.x_last)))[0], rel=1e-5)
+    resumed = minimize(both, start_of(library, "float32"), checkpoint=tmp_path / "run.npz", **options)
+    for ours, theirs in zip(leaves_of(resumed.x_last), leaves_of(whole.x_last), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_gradients_in_half_precision():
+    def fun(x):
+        return float((x**2).sum()), (2 * x).bfloat16()
+
+    found, ordinary = (
+        minimize(fun, torch.ones(3), jac=True, learning_rate=0.05, maxiter=20, compiled=compiled)
+        for compiled in (True, False)
+    )
+    np.testing.assert_array_equal(found.x, ordinary.x)
+
+
+def half_square(x):
+    return float((x**2).sum()) / 2, x
+
+
+def test_jax_without_its_compiler():
+    with jax.disable_jit():
+        found = minimize(half_square, jnp.ones(3), jac=True, learning_rate=0.05, maxiter=20)
+    expected = minimize(half_square, np.ones(3, np.float32), jac=True, learning_rate=0.05, maxiter=20)
+    np.testing.assert_allclose(found.x, expected.x, rtol=1e-5)
+
+
+def test_jax_may_donate_its_arrays():
+    donating = jax.jit(lambda x: ((x**2).sum(), 2 * x), donate_argnums=0)
+    for compiled in (True, False):
+        x0 = jnp.ones(3)
+        result = minimize(donating, x0, jac=True, learning_rate=0.05, maxiter=20, compiled=compiled)
+        assert result.fun < 3
+        assert not x0.is_deleted()
+
+
+def test_torch_with_another_default_device():
+    x0 = {"a": torch.ones(2)}
+    before = torch.get_default_device()
+    torch.set_default_device("meta")
+    try:
+        result = minimize(
+            lambda x: (float((x["a"] ** 2).sum()), {"a": 2 * x["a"]}),
+            x0,
+            jac=True,
+            learning_rate=0.05,
+            maxiter=20,
+        )
+    finally:
+        torch.set_default_device(before)
+    assert result.fun < 2

@@ -1,7 +1,11 @@
 """Objectives in Python: the compiled loop goes around them, and everything is as in the ordinary loop."""
 
+import gc
 import signal
+import sys
+import threading
 import time
+import weakref
 
 import numba
 import numpy as np
@@ -234,3 +238,107 @@ def test_a_run_goes_on_after_it_was_saved(tmp_path):
     whole = minimize(both, START, maxiter=50, **keywords)
     minimize(both, START, maxiter=23, checkpoint=tmp_path / "run.npz", **keywords)
     assert_equal(minimize(both, START, maxiter=50, checkpoint=tmp_path / "run.npz", **keywords), whole)
+
+
+def square(x):
+    return (x**2).sum(), 2 * x
+
+
+class Failing:
+    def __del__(self):
+        raise ValueError("on purpose")
+
+
+@pytest.mark.parametrize("slow", [0.0, 0.06])
+def test_what_others_cannot_raise_is_left_to_the_hook(slow, monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: told.append(str(unraisable.exc_value)))
+    before = sys.unraisablehook
+
+    def fun(x):
+        Failing()
+        time.sleep(slow)
+        return square(x)
+
+    result = minimize(fun, np.ones(3), jac=True, learning_rate=0.05, maxiter=3, gtol=None)
+    assert (result.nit, told) == (3, ["on purpose"] * 4)
+    assert sys.unraisablehook is before
+
+
+def test_the_hook_is_as_before_after_runs_in_several_threads():
+    before, barrier = sys.unraisablehook, threading.Barrier(2)
+
+    def run(iterations):
+        def fun(x):
+            if not calls:
+                barrier.wait(60)
+            calls.append(1)
+            time.sleep(0.001)
+            return square(x)
+
+        calls = []
+        minimize(fun, np.ones(3), jac=True, learning_rate=0.05, maxiter=iterations, gtol=None)
+
+    threads = [threading.Thread(target=run, args=(iterations,)) for iterations in (20, 60)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sys.unraisablehook is before
+
+
+def test_a_run_is_freed_with_its_result():
+    """Without waiting for a collection of garbage."""
+    freed = []
+
+    class Function:
+        def __call__(self, x):
+            return square(x)
+
+    function = Function()
+    weakref.finalize(function, freed.append, True)
+    gc.disable()
+    try:
+        minimize(function, np.ones(3), jac=True, learning_rate=0.05, maxiter=5)
+        del function
+        assert freed
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_bounds_hold_in_the_users_units(compiled):
+    """A point that rounding has put on a bound, while the array in other units is not there."""
+    result = minimize(
+        lambda x: (0.0, np.array([1e-3])),
+        np.array([np.nextafter(-1.3, 9)]),
+        jac=True,
+        bounds=[(-1.3, None)],
+        x_scale=0.7,
+        learning_rate=2e-16,
+        maxiter=4,
+        compiled=compiled,
+    )
+    assert (result.nit, result.status) == (1, 0)
+
+
+def test_a_run_that_goes_on_from_nan_recovers(tmp_path):
+    def make(fails_at):
+        calls = []
+
+        def fun(x):
+            calls.append(1)
+            if len(calls) == fails_at:
+                raise RuntimeError("on purpose")
+            return (np.nan if 3 < x[0] < 3.5 else float(((x - 5) ** 2).sum())), 2 * (x - 5)
+
+        return fun
+
+    whole = minimize(make(None), np.zeros(2), jac=True, maxiter=200, gtol=None)
+    for fails_at in (12, 18, 21, 28):
+        path = tmp_path / f"{fails_at}.npz"
+        with pytest.raises(RuntimeError, match="on purpose"):
+            minimize(make(fails_at), np.zeros(2), jac=True, maxiter=200, gtol=None, checkpoint=path)
+        resumed = minimize(make(None), np.zeros(2), jac=True, maxiter=200, gtol=None, checkpoint=path)
+        assert (resumed.status, resumed.nit) == (whole.status, whole.nit)
+        np.testing.assert_array_equal(resumed.x, whole.x)
