@@ -113,6 +113,8 @@ def test_same_bits_as_the_ordinary_loop(library, dtype, options, advanced):
 def test_whatever_finds_the_gradient(jac, library, advanced):
     if library == "torch" and jac != "torch":
         pytest.skip("finite differences need NumPy arrays")
+    if jac == "torch":
+        pytest.importorskip("torch")
     fun = of_torch if jac == "torch" else value_alone
     keywords = {"jac": jac, "learning_rate": 0.05, "maxiter": 20, "gtol": None}
     found = minimize(fun, start_of(library), **keywords)
