@@ -1,11 +1,12 @@
 """Hyperparameters and the step number become the few numbers a kernel needs: in float64, cast once by their user."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from .update import Coefficients, Variant
+from .update import VARYING, Coefficients, Variant
 
 MOST_STEPS = 2**62  # of a counter in int64, with room
 
@@ -28,26 +29,54 @@ def coefficients(
     """
     micro_steps = hyper.gradient_accumulation_steps
     rate = 1 - hyper.ema_momentum
-    first = (1.0 if updates == 0 else rate) if xp is math else xp.where(updates == 0, 1.0, rate)
+    scale = clip / micro_steps if micro_steps else clip * unscale
     return Coefficients(
-        alpha=step_size(updates, learning_rate, log(hyper.beta_1), log(hyper.beta_2), xp),
-        decay=learning_rate * weight_decay,
+        *varying(hyper, updates, learning_rate, weight_decay, xp),
         beta_1=hyper.beta_1,
         beta_1c=1 - hyper.beta_1,
         beta_2=hyper.beta_2,
         beta_2c=1 - hyper.beta_2,
-        epsilon=hyper.epsilon,
         unscale=unscale,
-        scale=clip / micro_steps if micro_steps else clip * unscale,
+        scale=-scale if hyper.maximize else scale,
         limit=hyper.clipvalue or math.inf,
-        average_c=first,
+        average_c=(1.0 if updates == 0 else rate) if xp is math else xp.where(updates == 0, 1.0, rate),
     )
 
 
-def step_size(updates: Any, learning_rate: Any, log_beta_1: float, log_beta_2: float, xp: Any = math) -> Any:
-    """The learning rate, including both bias corrections (Kingma & Ba 2015, end of section 2)."""
+def varying(
+    hyper: Any, updates: Any, learning_rate: Any, weight_decay: Any, xp: Any = math
+) -> tuple[Any, Any, Any, Any]:
+    """The coefficients that differ from step to step: ``alpha``, ``decay``, ``epsilon`` and ``lead``.
+
+    `decouple_lr` takes the learning rate out of the decay, as in TensorFlow Addons. An epsilon that is added to the
+    *corrected* second moment, as by torch and optax, is one that grows by its correction. Nesterov's momentum is the
+    one of the next step, with its correction, and the gradient the one of this step, as in optax.
+    """
+    log_beta_1, log_beta_2 = log(hyper.beta_1), log(hyper.beta_2)
+    alpha, lead = step_size(updates, learning_rate, log_beta_1, log_beta_2, xp), 0.0
+    if hyper.nesterov:
+        lead = alpha * (1 - hyper.beta_1)
+        alpha = step_size(updates, learning_rate, log_beta_1, log_beta_2, xp, ahead=1) * hyper.beta_1
+    decay = weight_decay if hyper.decouple_lr else learning_rate * weight_decay
+    return alpha, decay, hyper.epsilon * epsilon_factor(hyper, updates, xp), lead
+
+
+def epsilon_factor(hyper: Any, updates: Any, xp: Any = math) -> Any:
+    """What `epsilon` is multiplied with at an update, to be added to the root of the raw second moment."""
+    if hyper.epsilon_mode == "hat":
+        return 1.0
+    return xp.sqrt(-xp.expm1((updates + 1) * log(hyper.beta_2)))
+
+
+def step_size(
+    updates: Any, learning_rate: Any, log_beta_1: float, log_beta_2: float, xp: Any = math, ahead: int = 0
+) -> Any:
+    """The learning rate, including both bias corrections (Kingma & Ba 2015, end of section 2).
+
+    The first moment's is that of `ahead` steps later.
+    """
     t = updates + 1
-    correction_1, correction_2 = -xp.expm1(t * log_beta_1), -xp.expm1(t * log_beta_2)
+    correction_1, correction_2 = -xp.expm1((t + ahead) * log_beta_1), -xp.expm1(t * log_beta_2)
     return learning_rate * xp.sqrt(correction_2) / correction_1
 
 
@@ -67,13 +96,40 @@ def log(beta: float) -> float:
     return math.log(beta) if beta else -math.inf
 
 
-class Recipe:
-    """A kind of step: what stays the same while no hyperparameter changes, and the numbers that each step fills in.
+class Numbers:
+    """The numbers of one group of variables at a step.
 
     Attributes
     ----------
     c : Coefficients
-        All but ``alpha`` and ``decay`` hold for every step of this kind; so does ``scale``, unless a norm is clipped.
+        All but the varying ones hold for every step of a kind; so does ``scale``, unless a norm is clipped.
+    clipnorm : float or None
+    alpha, decay, epsilon, lead : float
+        Those of the step that was filled in.
+    """
+
+    def __init__(self, c: Coefficients, clipnorm: float | None) -> None:
+        self.c, self.clipnorm = c, clipnorm
+        self.alpha, self.decay, self.epsilon, self.lead = c[:VARYING]
+
+    def varying(self) -> tuple[float, float, float, float]:
+        """The first coefficients of the step that was filled in."""
+        return self.alpha, self.decay, self.epsilon, self.lead
+
+    def fill(self, varying: tuple[float, float, float, float]) -> None:
+        """Note them."""
+        self.alpha, self.decay, self.epsilon, self.lead = varying
+
+
+class Recipe(Numbers):
+    """A kind of step: what stays the same while no hyperparameter changes, and the numbers that each step fills in.
+
+    Its own numbers are those of the common group.
+
+    Attributes
+    ----------
+    others : list of Numbers
+        Those of all other groups.
     variant : Variant
     is_update, overwrite : bool
         Whether the variables change (otherwise gradients are accumulated), and become their averages.
@@ -83,12 +139,16 @@ class Recipe:
         What the norms that kernels take are multiplied with to be those of the mean unscaled gradients.
     takes_norm : bool
     nonfinite : {"propagate", "skip", "raise"}
-    clipnorm, global_clipnorm : float or None
+    global_clipnorm : float or None
+    is_plain : bool
+        Whether only ``alpha`` and ``decay`` vary, and there are no other groups.
+    clips_each : bool
+        Whether a group clips gradients one by one, by their norms.
     threads : int or None
         The most threads to use; None for Numba's own number.
     number : int
         Calls of `apply` before this step.
-    alpha, decay, scale : float
+    scale : float
     clips : array of float64, or None
         What each variable's gradient is multiplied with besides.
     """
@@ -96,24 +156,42 @@ class Recipe:
     def __init__(
         self, c: Coefficients, variant: Variant, is_update: bool, overwrite: bool, alone: bool = False
     ) -> None:
-        self.c, self.variant, self.is_update, self.overwrite, self.alone = c, variant, is_update, overwrite, alone
+        super().__init__(c, None)
+        self.variant, self.is_update, self.overwrite, self.alone = variant, is_update, overwrite, alone
         self.factor, self.takes_norm, self.nonfinite = 1.0, False, "propagate"
-        self.clipnorm: float | None = None
+        self.others: list[Numbers] = []
         self.global_clipnorm: float | None = None
+        self.is_plain = self.clips_each = False
         self.threads: int | None = None
-        self.number, self.alpha, self.decay, self.scale = 0, c.alpha, c.decay, c.scale
+        self.number, self.scale = 0, c.scale
         self.clips: np.ndarray[Any, Any] | None = None
 
-    def clip(self, norms: np.ndarray[Any, Any], norm: float) -> None:
-        """Fill in what clipping by norm comes to."""
+    def clip(self, norms: np.ndarray[Any, Any], norm: float, which: Sequence[int]) -> None:
+        """Fill in what clipping by norm comes to; `which` is the group of each variable."""
         if self.global_clipnorm:
             self.scale = self.c.scale * clip_factor(norm, self.global_clipnorm)
-        if self.clipnorm:
-            self.clips = self.clipnorm / np.maximum(norms, self.clipnorm)
+        if self.clips_each:
+            limits = np.array([group.clipnorm or math.inf for group in self.groups()])[np.asarray(which)]
+            clips = np.ones(len(norms))
+            self.clips = np.divide(limits, np.maximum(norms, limits), out=clips, where=np.isfinite(limits))
 
-    def coefficients(self) -> Coefficients:
-        """The coefficients of the step that was filled in."""
-        return self.c._replace(alpha=self.alpha, decay=self.decay, scale=self.scale)
+    def groups(self) -> list[Numbers]:
+        """The numbers of every group, the common one first."""
+        return [self, *self.others]
+
+    def coefficients(self) -> list[Coefficients]:
+        """The coefficients of the step that was filled in, for every group."""
+        return [Coefficients(*each.varying(), *each.c[VARYING:])._replace(scale=self.scale) for each in self.groups()]
+
+    def filled(self) -> tuple[Any, ...]:
+        """What `refill` takes: the numbers of this step, which another step may fill in anew."""
+        return self.number, [each.varying() for each in self.groups()]
+
+    def refill(self, filled: tuple[Any, ...]) -> None:
+        """Have it be about that step again."""
+        self.number, numbers = filled
+        for each, own in zip(self.groups(), numbers, strict=True):
+            each.fill(own)
 
 
 class Recipes:
@@ -134,23 +212,33 @@ class Recipes:
         self.window: int = hyper.gradient_accumulation_steps or 1
         self.every: int = (hyper.ema_overwrite_frequency or 0) if hyper.use_ema else 0
         self.log_beta_1, self.log_beta_2 = log(hyper.beta_1), log(hyper.beta_2)
+        # Where Keras's own conventions hold, and there is one group, two numbers vary, and this is quick.
+        keras = not (hyper.nesterov or hyper.decouple_lr) and hyper.epsilon_mode == "hat"
+        self._is_plain = keras and not hyper.others
+        self.others = [(group.values(), group.started) for group in hyper.others]
         self._usual: Recipe | None = None  # of every step but the first, where all of them are of one kind
-        self._made: dict[tuple[bool, bool, bool], Recipe] = {}
+        self._made: dict[tuple[Any, ...], Recipe] = {}
 
     @property
     def has_fixed_rates(self) -> bool:
-        """Whether learning rate and weight decay are numbers."""
-        return self.hyper.learning_rate_function is None and self.hyper.weight_decay_function is None
+        """Whether learning rates and weight decays are numbers."""
+        common = self.hyper.learning_rate_function is None and self.hyper.weight_decay_function is None
+        return common and not any(group.functions() for group in self.hyper.others)
 
-    def at(self, number: int, rate: float, weight_decay: float) -> Recipe:
-        """The recipe of the step after `number` others, filled in."""
+    def at(self, number: int, rate: float, weight_decay: float, others: Sequence[tuple[float, float]] = ()) -> Recipe:
+        """The recipe of the step after `number` others, filled in; `others` are the rates of all further groups."""
         recipe, updates = self._usual, number
         if recipe is None or number <= 0:
             updates = number // self.window
             recipe = self._of(number, updates)
         recipe.number = number
-        recipe.alpha = step_size(updates, rate, self.log_beta_1, self.log_beta_2)
-        recipe.decay = rate * weight_decay
+        if self._is_plain:
+            recipe.alpha = step_size(updates, rate, self.log_beta_1, self.log_beta_2)
+            recipe.decay = rate * weight_decay
+            return recipe
+        recipe.fill(varying(self.hyper, updates, rate, weight_decay))
+        for each, (values, started), rates in zip(recipe.others, self.others, others, strict=True):
+            each.fill(varying(values, max(updates - started, 0), *rates))
         return recipe
 
     def _of(self, number: int, updates: int) -> Recipe:
@@ -158,31 +246,44 @@ class Recipes:
             raise ValueError(f"the iteration is {number}; expected a counter that can go on")
         is_update = (number + 1) % self.window == 0
         overwrite = bool(self.every) and is_update and (updates + 1) % self.every == 0
-        kind = updates == 0, is_update, overwrite
+        firsts = tuple(updates <= started for _, started in self.others)
+        kind = updates == 0, is_update, overwrite, firsts
         recipe = self._made.get(kind) or self._make(*kind)
-        if updates and self.window == 1 and not self.every:
+        if updates and self.window == 1 and not self.every and not any(started for _, started in self.others):
             self._usual = recipe
         return recipe
 
-    def _make(self, is_first: bool, is_update: bool, overwrite: bool) -> Recipe:
+    def _make(self, is_first: bool, is_update: bool, overwrite: bool, firsts: tuple[bool, ...]) -> Recipe:
         hyper = self.hyper
-        c = coefficients(hyper, 0 if is_first else 1, 0.0, 0.0, 1 / self.loss_scale, 1.0)
         accumulate = hyper.gradient_accumulation_steps is not None
-        variant = Variant(hyper.amsgrad, hyper.use_ema, accumulate, hyper.clipvalue is not None)
-        recipe = Recipe(c, variant, is_update, overwrite)
+        clips = any(each.clipvalue is not None for each in (hyper, *(values for values, _ in self.others)))
+        variant = Variant(hyper.amsgrad, hyper.use_ema, accumulate, clips, hyper.nesterov)
+        recipe = Recipe(self._coefficients(hyper, is_first), variant, is_update, overwrite)
+        recipe.clipnorm = hyper.clipnorm
+        for (values, _), own in zip(self.others, firsts, strict=True):
+            recipe.others.append(Numbers(self._coefficients(values, own), values.clipnorm))
+        recipe.clips_each = any(each.clipnorm for each in recipe.groups())
+        recipe.is_plain = self._is_plain
         recipe.factor = 1 / self.window if accumulate else 1 / self.loss_scale
         recipe.threads = hyper.threads
-        recipe.clipnorm, recipe.global_clipnorm = hyper.clipnorm, hyper.global_clipnorm
-        clips = is_update and (hyper.clipnorm or hyper.global_clipnorm)
+        recipe.global_clipnorm = hyper.global_clipnorm
         recipe.nonfinite = self.nonfinite
-        recipe.takes_norm = self.nonfinite != "propagate" or bool(clips)
-        self._made[is_first, is_update, overwrite] = recipe  # whole, or not at all
+        by_norm = is_update and (recipe.clips_each or bool(hyper.global_clipnorm))
+        recipe.takes_norm = self.nonfinite != "propagate" or by_norm
+        self._made[is_first, is_update, overwrite, firsts] = recipe  # whole, or not at all
         return recipe
 
+    def _coefficients(self, values: Any, is_first: bool) -> Coefficients:
+        return coefficients(values, 0 if is_first else 1, 0.0, 0.0, 1 / self.loss_scale, 1.0)
 
-def adam_alone(hyper: Any, updates: int, learning_rate: float) -> Recipe:
-    """The recipe of Adam for one variable: no clip, decay, average or accumulator."""
-    c = coefficients(hyper, updates, learning_rate, 0.0, 1.0, 1.0)._replace(scale=1.0, limit=math.inf)
-    recipe = Recipe(c, Variant(hyper.amsgrad, False, False, False), True, False, alone=True)
-    recipe.threads = hyper.threads
+
+def adam_alone(hyper: Any, updates: int, learning_rate: float, groups: int) -> Recipe:
+    """The recipe of Adam for one variable, with the hyperparameters of its group, whichever of so many that is.
+
+    There is no clip, decay, average or accumulator.
+    """
+    c = coefficients(hyper, updates, learning_rate, 0.0, 1.0, 1.0)
+    c = c._replace(scale=-1.0 if hyper.maximize else 1.0, limit=math.inf)
+    recipe = Recipe(c, Variant(hyper.amsgrad, False, False, False, hyper.nesterov), True, False, alone=True)
+    recipe.threads, recipe.others = hyper.threads, [Numbers(c, None)] * (groups - 1)
     return recipe

@@ -6,14 +6,14 @@ from typing import Any, Self
 
 import numpy as np
 
-from . import hyperparameters as hp
 from .array_api.stateless import is_traced, lazy_namespace, select_number
 from .arrays import Array, writeable_copy
 from .arrays.brief import brief, cut
 from .arrays.torch_graphs import outside_graphs
 from .arrays.tree import Container
+from .hyperparameters import table as hp
 from .optimizer import AdamW
-from .saving import own_variables, restore, snapshot
+from .saving.saveable import Saveable
 from .state import Place, State
 from .step import gradients as matching
 from .step.commit import Call
@@ -32,7 +32,7 @@ _INNER_ONLY = {
 
 
 @outside_graphs(traced=("stateless_apply", "scale_loss"))
-class LossScaleOptimizer:
+class LossScaleOptimizer(Saveable):
     """Scale the loss as high as gradients stay finite: doubled now and then, halved (and the step skipped) if not.
 
     Parameters
@@ -247,39 +247,6 @@ class LossScaleOptimizer:
         if str(inner.get("class_name")).lower() != "adamw":
             raise ValueError(f"`inner_optimizer` is a {brief(inner.get('class_name'))}; expected 'AdamW'")
         return cls(AdamW.from_config(inner["config"], custom_objects), **config)
-
-    def save(self, target: Any, extra: Any = None, variables: bool = False, durable: bool = True) -> None:
-        """Save the loss scale and all of the inner optimizer: see `AdamW.save`."""
-        snapshot.save(self, target, extra, variables, durable)
-
-    @classmethod
-    def load(
-        cls, target: Any, variables: Container | None = None, custom_objects: Mapping[str, Any] | None = None
-    ) -> Self:
-        """A new optimizer from what `save` has written: see `AdamW.load`."""
-        optimizer: Self = restore.load(cls, target, variables, custom_objects)
-        return optimizer
-
-    def restore(self, target: Any) -> Any:
-        """Take the state that `save` has written: see `AdamW.restore`."""
-        return restore.restore(self, target)
-
-    def set_weights(self, weights: Sequence[Any]) -> None:
-        """Give every array of `variables` another value: see `AdamW.set_weights`."""
-        self.inner_optimizer.engine.require_built("set_weights")
-        with self.inner_optimizer.engine.lock:
-            own_variables.replace(self.places(), list(weights), "weights")
-
-    def save_own_variables(self, store: Any) -> None:
-        """Put a NumPy copy of every array of `variables` into a mapping: see `AdamW.save_own_variables`."""
-        with self.inner_optimizer.engine.lock:
-            own_variables.save(self.places(), store)
-
-    def load_own_variables(self, store: Any) -> None:
-        """Take every array of `variables` from a mapping: see `AdamW.load_own_variables`."""
-        self.inner_optimizer.engine.require_built("load_own_variables")
-        with self.inner_optimizer.engine.lock:
-            own_variables.load(self.places(), store)
 
     def _bounded(self, scale: Any) -> Any:
         lowest, highest = self.minimum_scale or hp.LEAST_SCALE, self.maximum_scale or hp.MOST_SCALE

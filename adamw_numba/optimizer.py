@@ -1,39 +1,29 @@
 """`AdamW`: the surface of `keras.optimizers.AdamW` over plain arrays."""
 
+import inspect
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, NoReturn, Self
+from typing import Any, NoReturn, Self
 
 import numpy as np
 
 from . import arrays, schedules
-from . import hyperparameters as hp
 from .arrays import Array
 from .arrays.brief import brief, brief_names
 from .arrays.torch_graphs import outside_graphs
 from .arrays.tree import Container, flatten
-from .saving import own_variables, restore, snapshot
+from .hyperparameters import table as hp
+from .hyperparameters.conventions import Conventional
+from .hyperparameters.groups import CHECKS, Group, read_override
+from .saving import overrides
 from .saving.manifest import DTYPES
+from .saving.saveable import Saveable
 from .step import gradients as matching
 from .step.engine import Engine
+from .step.record import LastStep
 
-
-class LastStep(NamedTuple):
-    """What the last call of `AdamW.apply` did.
-
-    Attributes
-    ----------
-    gradient_norm : float or None
-        Norm of the mean unscaled gradient of all variables before clipping, where an option needed it.
-    applied : bool
-        False if the step was skipped because of a gradient that is not finite.
-    learning_rate : float
-    """
-
-    gradient_norm: float | None
-    applied: bool
-    learning_rate: float
+_ABSENT: Any = inspect.Parameter.empty
 
 
 def _checked(check: hp.Check, fixed: bool = False) -> Any:
@@ -41,7 +31,7 @@ def _checked(check: hp.Check, fixed: bool = False) -> Any:
 
 
 @outside_graphs(traced=("stateless_apply", "scale_loss"))
-class AdamW:
+class AdamW(Saveable, Conventional):
     """AdamW over plain arrays, updated in place in one fused pass: the constructor and methods of Keras 3.
 
     Parameters
@@ -49,11 +39,12 @@ class AdamW:
     learning_rate : float, LearningRateSchedule or callable, default 0.001
         A callable takes the step (the number of `apply` calls so far), or nothing.
     weight_decay : float, LearningRateSchedule or callable, default 0.004
-        Decoupled (Loshchilov & Hutter 2019), and multiplied by the learning rate.
+        Decoupled (Loshchilov & Hutter 2019), and multiplied by the learning rate: see ``decouple_lr``.
     beta_1, beta_2 : float, default 0.9 and 0.999
         Decay rates of the first and second moment, in [0, 1).
     epsilon : float, default 1e-7
-        The "epsilon hat" of Kingma & Ba (2015): added to the square root of the raw second moment.
+        The "epsilon hat" of Kingma & Ba (2015): added to the square root of the raw second moment. See
+        ``epsilon_mode``.
     amsgrad : bool, default False
         Divide by the largest raw second moment so far (Reddi et al. 2018).
     clipnorm, clipvalue, global_clipnorm : float, optional
@@ -77,6 +68,16 @@ class AdamW:
         The most threads to use; by default as many as Numba does. Results do not depend on it.
     master_weights : bool, default True
         Keep a float32 copy of every 16-bit variable, without which small updates are lost.
+    decouple_lr : bool, default False
+        Let the decay be ``weight_decay`` itself, not multiplied by the learning rate: as in TensorFlow Addons and, with
+        a schedule, in Loshchilov & Hutter (2019), algorithm 2. Then 0.004 is a lot.
+    maximize : bool, default False
+        Go up instead of down, as in torch.
+    nesterov : bool, default False
+        Nesterov's momentum (Dozat 2016, without his schedule), as in optax.
+    epsilon_mode : {"hat", "corrected"}
+        Add ``epsilon`` to the square root of the raw second moment, as Keras does, or of the one whose bias is
+        corrected, as torch and optax do.
     **kwargs
         Nothing else is known; ``decay`` is ignored with a warning, as in Keras.
 
@@ -114,6 +115,10 @@ class AdamW:
     nonfinite: str = _checked(hp.choice("propagate", "skip", "raise"))
     threads: int | None = _checked(hp.integer(1))
     master_weights: bool = _checked(hp.flag, fixed=True)
+    decouple_lr: bool = _checked(hp.flag)
+    maximize: bool = _checked(hp.flag)
+    nesterov: bool = _checked(hp.flag)
+    epsilon_mode: str = _checked(hp.choice("hat", "corrected"))
     engine: Engine
     hyper: hp.Hyperparameters
 
@@ -138,6 +143,10 @@ class AdamW:
         nonfinite: str = "propagate",
         threads: int | None = None,
         master_weights: bool = True,
+        decouple_lr: bool = False,
+        maximize: bool = False,
+        nesterov: bool = False,
+        epsilon_mode: str = "hat",
         **kwargs: Any,
     ) -> None:
         given = locals()
@@ -216,8 +225,7 @@ class AdamW:
     def last_step(self) -> LastStep | None:
         """What the last call of `apply` did; None before the first."""
         self.engine.catch_up(norm=True)
-        last = self.engine.record.last
-        return None if last is None else LastStep(*last)
+        return self.engine.record.last_step()
 
     @property
     def extra(self) -> Any:
@@ -278,17 +286,104 @@ class AdamW:
         """
         if self.built:
             raise ValueError("`exclude_from_weight_decay()` can only be configured before the optimizer is built.")
-        patterns = hp.patterns("var_names", var_names)
-        if isinstance(var_list, (str, list, tuple)) and any(isinstance(each, str) for each in var_list):
-            raise TypeError(f"`var_list` holds names; expected arrays: pass `var_names={brief(var_list)}`")
-        listed = [] if var_list is None else flatten(var_list, "var_list")[1]
-        loaded = self.engine.loaded
-        saved = [entry["name"] for entry in loaded.variables if entry["excluded"]] if loaded else []
+        override = read_override(var_list, var_names, {"weight_decay": 0.0}, self)._replace(is_exclusion=True)
+        kept = [each for each in self.hyper.overrides if not each.is_exclusion]
+        saved = [name for each in self.hyper.overrides if each.is_exclusion for name in each.exact]
         if saved:
             warnings.warn(
                 f"the exclusions from weight decay that were saved, of {brief_names(saved)}, are replaced", stacklevel=2
             )
-        self.engine.exclusions = hp.Exclusions(listed, patterns)
+        self.hyper.overrides = [*kept, override]
+
+    # Groups
+
+    def override(
+        self,
+        var_list: Iterable[Array] | None = None,
+        var_names: Iterable[str] | None = None,
+        *,
+        learning_rate: Any = _ABSENT,
+        learning_rate_multiplier: float = _ABSENT,
+        weight_decay: Any = _ABSENT,
+        beta_1: float = _ABSENT,
+        beta_2: float = _ABSENT,
+        epsilon: float = _ABSENT,
+        clipnorm: float | None = _ABSENT,
+        clipvalue: float | None = _ABSENT,
+        trainable: bool = _ABSENT,
+    ) -> None:
+        """Give some variables hyperparameters of their own, before `build` and as often as you want.
+
+        A variable that several calls name takes each hyperparameter from the last call that gives it. After `build`,
+        the `groups` hold them, and can be changed.
+
+        Parameters
+        ----------
+        var_list : list of arrays, optional
+            The very arrays that will be built.
+        var_names : list of str, optional
+            Regular expressions, searched for (`re.search`) in the whole path of a variable and in its last component.
+        learning_rate : float, LearningRateSchedule or callable, optional
+        learning_rate_multiplier : float, optional
+            On top of the rate that holds for these variables, their own or the common one.
+        weight_decay : float, LearningRateSchedule or callable, optional
+        beta_1, beta_2, epsilon : float, optional
+        clipnorm, clipvalue : float or None, optional
+            Only one kind of clip holds for a variable; None switches it off. ``global_clipnorm`` is over all trainable
+            variables, and excludes both.
+        trainable : bool, optional
+            False leaves the variables alone, and keeps no state for them.
+
+        Raises
+        ------
+        ValueError
+            If the optimizer is built already, nothing is given, or a value is out of range or in conflict.
+
+        Warns
+        -----
+        UserWarning
+            From `build`, if an array or a pattern that was asked for matches no variable.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> optimizer = AdamW(learning_rate=0.1)
+        >>> optimizer.override(var_names=["bias"], weight_decay=0)
+        >>> optimizer.override(var_names=["^encoder/"], learning_rate_multiplier=0.1)
+        >>> optimizer.build({"encoder": {"kernel": np.ones(2), "bias": np.ones(1)}, "head": {"bias": np.ones(1)}})
+        >>> [(group.names, group.weight_decay, group.learning_rate_multiplier) for group in optimizer.groups[1:]]
+        [(('encoder/kernel',), 0.004, 0.1), (('encoder/bias',), 0.0, 0.1), (('head/bias',), 0.0, 1.0)]
+        """
+        given = {name: value for name, value in locals().items() if name in CHECKS and value is not _ABSENT}
+        if self.built:
+            raise ValueError(
+                "`override()` can only be called before the optimizer is built. Set the attributes of `groups` instead."
+            )
+        if var_list is None and var_names is None:
+            raise ValueError("`override()` is for no variables; expected `var_list` or `var_names`")
+        if not given:
+            raise ValueError(f"`override()` gives no hyperparameter; expected some of {list(CHECKS)}")
+        self.hyper.overrides = [*self.hyper.overrides, read_override(var_list, var_names, given, self)]
+
+    @property
+    def groups(self) -> list[Group]:
+        """The variables by their hyperparameters (see `Group`), the common group first; empty before `build`."""
+        return list(self.hyper.groups)
+
+    def group_of(self, name: str) -> Group:
+        """The group of a variable.
+
+        Raises
+        ------
+        ValueError
+            If the optimizer is not built.
+        KeyError
+            If no variable has that name.
+        """
+        built = self.engine.require_built("group_of")
+        if name not in built.names:
+            raise KeyError(f"there is no variable {brief(name)}; expected one of {brief_names(built.names)}")
+        return self.hyper.groups[built.which[built.names.index(name)]]  # type: ignore[no-any-return]
 
     def add_variable(
         self,
@@ -503,8 +598,13 @@ class AdamW:
         if not self.use_ema or built is None or not self.iterations:
             return
         variables = flatten(var_list, "var_list")[1]
-        indices = matching.indices(built, variables)
-        arrays.write_all([(v, built.slots[i]["average"]) for v, i in zip(variables, indices, strict=True)])
+        groups, updates = self.hyper.groups, self.iterations
+        writes = []
+        for variable, i in zip(variables, matching.indices(built, variables), strict=True):
+            # What is not trainable has no average, and what has only just been made so has zeros.
+            if "average" in built.slots[i] and updates > groups[built.which[i]].started:
+                writes.append((variable, built.slots[i]["average"]))
+        arrays.write_all(writes)
 
     # Assigning
 
@@ -533,7 +633,8 @@ class AdamW:
             value = getattr(self, key)
             if key not in _EXTRAS or value != _EXTRAS[key]:
                 config[key] = schedules.serialize(value) if callable(value) else value
-        return config
+        groups = overrides.config_of(self.hyper)
+        return config | {"overrides": groups} if groups else config
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Self:
@@ -554,124 +655,10 @@ class AdamW:
         for key in ("learning_rate", "weight_decay"):
             if isinstance(config.get(key), Mapping):
                 config[key] = schedules.deserialize(config[key], custom_objects)
-        return cls(**config)
-
-    def save(self, target: Any, extra: Any = None, variables: bool = False, durable: bool = True) -> None:
-        """Save everything that a run needs to go on bit for bit: all of it, or on an error nothing.
-
-        Parameters
-        ----------
-        target : path, URL or mapping
-            A path ending in ``.npz``, ``.safetensors``, ``.h5``, ``.zarr`` or ``.zarr.zip``; a URL or a store of
-            zarr; a group of h5py or zarr; or any mapping, into which NumPy arrays are put.
-        extra : optional
-            Your own payload, of what JSON can hold: given back by `extra` and `restore`. Tuples come back as lists.
-        variables : bool
-            Save the variables as well.
-        durable : bool
-            Return only when the file is on disk to stay; otherwise when the system has taken it.
-
-        Raises
-        ------
-        TypeError, ValueError
-            If the target or the payload is none of these, or the optimizer is not built.
-        RuntimeError
-            Inside `averaged()`.
-        OSError
-            If it cannot be written: what was there before is still there.
-
-        Examples
-        --------
-        >>> import numpy as np
-        >>> optimizer, store = AdamW(), {}
-        >>> optimizer.build({"w": np.ones(2)})
-        >>> optimizer.save(store, extra={"epoch": 3})
-        >>> AdamW.load(store, {"w": np.ones(2)}).extra
-        {'epoch': 3}
-        """
-        snapshot.save(self, target, extra, variables, durable)
-
-    @classmethod
-    def load(
-        cls, target: Any, variables: Container | None = None, custom_objects: Mapping[str, Any] | None = None
-    ) -> Self:
-        """A new optimizer with the arguments, the exclusions from decay and the state that `save` has written.
-
-        Parameters
-        ----------
-        target : path, URL or mapping
-        variables : container, optional
-            What to build it on, in any order of the names that were saved; by default the first `build` takes
-            the state. Where the variables were saved too, their values are written into these arrays.
-        custom_objects : dict, optional
-            Your own schedule classes and functions, by name: a function is saved by its name alone.
-
-        Raises
-        ------
-        CorruptFileError
-            If the file is not what was saved.
-        ValueError
-            If a name, shape or dtype differs from the variables': the message says which, and nothing is written.
-        """
-        optimizer: Self = restore.load(cls, target, variables, custom_objects)
+        groups = config.pop("overrides", [])
+        optimizer = cls(**config)
+        optimizer.hyper.overrides = overrides.read(groups, custom_objects, optimizer)
         return optimizer
-
-    def restore(self, target: Any) -> Any:
-        """Take the state that `save` has written into this optimizer, all of it or on an error nothing.
-
-        Parameters
-        ----------
-        target : path, URL or mapping
-
-        Returns
-        -------
-        object
-            What was saved as ``extra``.
-
-        Raises
-        ------
-        CorruptFileError
-            If the file is not what was saved.
-        ValueError
-            If the optimizer is not built, or a name, shape, dtype or an array that an option asks for differs.
-
-        Warns
-        -----
-        UserWarning
-            If hyperparameters or exclusions are others than they were: this optimizer's are kept.
-        """
-        return restore.restore(self, target)
-
-    def set_weights(self, weights: Sequence[Any]) -> None:
-        """Give every array of `variables` another value: all of them, or on an error none.
-
-        Raises
-        ------
-        ValueError
-            If the optimizer is not built, or the count, a shape or a kind of dtype differs.
-        """
-        self.engine.require_built("set_weights")
-        with self.engine.lock:
-            own_variables.replace(self.engine.places(), list(weights), "weights")
-            self.engine.catch_up()
-
-    def save_own_variables(self, store: Any) -> None:
-        """Put a NumPy copy of every array of `variables` into a mapping, under ``"0"``, ``"1"``, ... as Keras does."""
-        with self.engine.lock:
-            own_variables.save(self.engine.places(), store)
-
-    def load_own_variables(self, store: Any) -> None:
-        """Take every array of `variables` from a mapping that `save_own_variables`, of ours or of Keras, has filled.
-
-        Raises
-        ------
-        ValueError
-            If the optimizer is not built, or the keys, a shape or a kind of dtype differ.
-        """
-        self.engine.require_built("load_own_variables")
-        with self.engine.lock:
-            own_variables.load(self.engine.places(), store)
-            self.engine.catch_up()
 
     def __copy__(self) -> NoReturn:
         raise TypeError("a shallow copy would share its state with this optimizer; expected `copy.deepcopy`")
@@ -688,4 +675,12 @@ SYNONYMS = {  # what other libraries call them
     "b2": "beta_2",
     "params": "build(params)",
 }
-_EXTRAS = {"nonfinite": "propagate", "threads": None, "master_weights": True}
+_EXTRAS = {  # what Keras lacks, and its default
+    "nonfinite": "propagate",
+    "threads": None,
+    "master_weights": True,
+    "decouple_lr": False,
+    "maximize": False,
+    "nesterov": False,
+    "epsilon_mode": "hat",
+}

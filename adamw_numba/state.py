@@ -9,7 +9,7 @@ import numpy as np
 from . import arrays
 from .arrays import Array
 from .arrays.brief import brief, brief_names
-from .hyperparameters import scale
+from .hyperparameters.table import scale
 
 Slots = dict[str, Array]
 Place = tuple[str, dict[str, Array], str]

@@ -23,19 +23,23 @@ LEAST_EPSILON = 2.0**-126  # of compiled kernels: float32's smallest normal numb
 
 
 class Coefficients(NamedTuple):
-    """The numbers that one step needs for one array (see coefficients.py)."""
+    """The numbers that one step needs for one array (see coefficients.py); the first `VARYING` differ by step."""
 
-    alpha: Any  # lr * sqrt(1 - beta_2^t) / (1 - beta_1^t)
-    decay: Any  # lr * weight_decay, 0 for an excluded array
+    alpha: Any  # lr * sqrt(1 - beta_2^t) / (1 - beta_1^t); other bias corrections with nesterov
+    decay: Any  # lr * weight_decay, or weight_decay alone
+    epsilon: Any
+    lead: Any  # what nesterov multiplies the gradient with, read only there
     beta_1: Any
     beta_1c: Any  # 1 - beta_1
     beta_2: Any
     beta_2c: Any  # 1 - beta_2
-    epsilon: Any
     unscale: Any  # 1 / loss scale, read only where gradients are accumulated
-    scale: Any  # clip factor / micro-steps, or clip factor / loss scale
+    scale: Any  # clip factor / micro-steps, or clip factor / loss scale; negative to maximize
     limit: Any  # clipvalue
     average_c: Any  # 1 - ema_momentum, 1 at the first update
+
+
+VARYING = 4
 
 
 class Variant(NamedTuple):
@@ -45,6 +49,7 @@ class Variant(NamedTuple):
     average: bool
     accumulate: bool
     clip: bool
+    nesterov: bool
 
 
 class Storage(NamedTuple):
@@ -61,10 +66,11 @@ def make_update(sqrt: Callable[..., Any], maximum: Callable[..., Any], minimum: 
     """AdamW with the "epsilon hat" of Adam (Kingma & Ba 2015, end of section 2), as in Keras.
 
     AMSGrad (Reddi et al. 2018) keeps the maximum of the raw second moment; the decay is decoupled (Loshchilov & Hutter
-    2019, algorithm 2) and multiplied by the learning rate.
+    2019, algorithm 2). With `lead`, the gradient is weighted in beside the momentum (Dozat 2016, without his schedule),
+    as in optax.
     """
 
-    def update(p, g, m, v, top, average, total, limit, c):  # type: ignore[no-untyped-def]
+    def update(p, g, m, v, top, average, total, limit, lead, c):  # type: ignore[no-untyped-def]
         x = g * c.scale if total is None else (g * c.unscale + total) * c.scale
         x = x if limit is None else minimum(maximum(x, -limit), limit)
         # Not `m + (x - m) * ...`: beside a large m or v, that loses a small x where beta is small.
@@ -73,7 +79,7 @@ def make_update(sqrt: Callable[..., Any], maximum: Callable[..., Any], minimum: 
         highest = None if top is None else maximum(top, v)
         second = v if top is None else highest
         p = p - p * c.decay
-        p = p - m * c.alpha / (sqrt(second) + c.epsilon)
+        p = p - (m * c.alpha if lead is None else m * c.alpha + x * lead) / (sqrt(second) + c.epsilon)
         return p, m, v, highest, (None if average is None else average + (p - average) * c.average_c)
 
     return update

@@ -1,5 +1,6 @@
 """The six schedules: Keras's numbers, errors and JSON."""
 
+import json
 from fractions import Fraction
 
 import array_api_strict
@@ -8,6 +9,7 @@ import pytest
 from helpers.libraries import jax, keras, torch
 
 from adamw_numba import AdamW, schedules
+from adamw_numba.hyperparameters.table import Rate
 
 CASES = [
     ("ExponentialDecay", {"initial_learning_rate": 0.1, "decay_steps": 10, "decay_rate": 0.9}),
@@ -183,3 +185,42 @@ def test_config_of_schedules():
     assert again.learning_rate == 0.4
     assert again.weight_decay == schedules.CosineDecay(0.1, 10)
     assert config["learning_rate"]["class_name"] == "Halved"
+
+
+def test_a_schedule_times_a_number():
+    rate = schedules.CosineDecay(0.1, 100)
+    decay = schedules.scaled(rate, 0.5)
+    assert [decay(step) for step in (0, 30, 100)] == [0.5 * rate(step) for step in (0, 30, 100)]
+    again = schedules.deserialize(json.loads(json.dumps(schedules.serialize(decay))))
+    assert again == decay
+    assert again(30) == decay(30)
+    nested = schedules.scaled(decay, 3)
+    assert schedules.deserialize(schedules.serialize(nested)) == nested
+    assert AdamW.from_config(AdamW(rate, weight_decay=decay).get_config()).weight_decay == decay
+    with pytest.raises(ValueError, match="Unknown function"):
+        schedules.deserialize(schedules.serialize(schedules.scaled(by_hand, 2)))
+    found = schedules.deserialize(schedules.serialize(schedules.scaled(by_hand, 2)), {"by_hand": by_hand})
+    assert found(3) == 2 * by_hand(3)
+
+
+def by_hand(step):
+    return 0.1 / (1 + step)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factor"), [(0.1, 1), (schedules.CosineDecay, 1), (by_hand, -1), (by_hand, "x"), (by_hand, np.inf)]
+)
+def test_what_cannot_be_scaled(schedule, factor):
+    with pytest.raises((TypeError, ValueError), match=r"`(schedule|factor)`"):
+        schedules.scaled(schedule, factor)
+
+
+def test_which_rates_follow_from_the_step_alone():
+    rates = {
+        schedules.CosineDecay(0.1, 100): True,
+        schedules.scaled(schedules.CosineDecay(0.1, 100), 2): True,
+        schedules.scaled(by_hand, 2): False,
+        by_hand: False,
+    }
+    for rate, expected in rates.items():
+        assert Rate("learning_rate", rate).is_schedule == expected

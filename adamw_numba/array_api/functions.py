@@ -23,7 +23,7 @@ def _update_of(xp: Any) -> Any:
 
 @_quiet
 def updated(
-    p: Array, g: Array, slots: Slots, c: Coefficients, clipvalue: float | None, overwrite: Any
+    p: Array, g: Array, slots: Slots, c: Coefficients, clipvalue: float | None, nesterov: bool, overwrite: Any
 ) -> tuple[Array, Slots]:
     """The new variable and the new slots after one update; nothing given is changed.
 
@@ -37,7 +37,8 @@ def updated(
     for part in (xp.real, xp.imag) if is_complex(p) else (None,):
         parts = [x if part is None or x is None else part(x) for x in arguments]
         limit = None if clipvalue is None else xp.full_like(parts[0], clipvalue)
-        results.append(_update_of(xp)(*parts, limit, _coefficients(xp, c, parts[0])))
+        own = _coefficients(xp, c, parts[0])
+        results.append(_update_of(xp)(*parts, limit, own.lead if nesterov else None, own))
     new = [_join(xp, parts, value) for parts in zip(*results, strict=True)]
     state = {name: array for name, array in zip(_ORDER, new[1:], strict=False) if array is not None}
     if "gradient_accumulator" in slots:

@@ -26,7 +26,7 @@ class Plan:
     ----------
     place : str or None
         ``cpu`` for arrays whose memory can be seen: they are checked as those with kernels are.
-    names, variables, slots, decayed : lists
+    names, variables, slots, which : lists
         As of the other plans.
 
     Attributes
@@ -41,9 +41,10 @@ class Plan:
         names: Sequence[str],
         variables: Sequence[Array | None],
         slots: Sequence[Slots],
-        decayed: Sequence[bool],
+        which: Sequence[int],
+        groups: int,
     ) -> None:
-        self.names, self.slots, self.decayed = names, slots, decayed
+        self.names, self.slots, self.which = names, slots, which
         self.variables = {i: variable for i, variable in enumerate(variables) if variable is not None}
         self.own = list(self.variables)
         self._table: Any = None
@@ -83,7 +84,7 @@ class Plan:
 
     def norms(self, recipe: Recipe, gradients: Sequence[Array | None]) -> tuple[Any, float]:
         """The norm of each variable's gradient (with what it has accumulated), 0 elsewhere, and of all together."""
-        norms, c = np.zeros(len(self.names)), recipe.coefficients()
+        norms, (c, *_) = np.zeros(len(self.names)), recipe.coefficients()
         for i in self.own:
             if gradients[i] is not None:
                 norms[i] = float(
@@ -97,26 +98,32 @@ class Plan:
         return [(arrays.write_all, made(recipe, recipe.coefficients(), gradients))], []
 
     def _accumulations(
-        self, recipe: Recipe, c: Coefficients, gradients: Sequence[Array | None]
+        self, recipe: Recipe, c: Sequence[Coefficients], gradients: Sequence[Array | None]
     ) -> list[tuple[Array, Array]]:
         totals = {i: self.slots[i]["gradient_accumulator"] for i in self.own if gradients[i] is not None}
-        return [(total, functions.accumulated(total, arrays.detached(gradients[i]), c)) for i, total in totals.items()]
+        return [
+            (total, functions.accumulated(total, arrays.detached(gradients[i]), c[0])) for i, total in totals.items()
+        ]
 
-    def _updates(self, recipe: Recipe, c: Coefficients, gradients: Sequence[Array | None]) -> list[tuple[Array, Array]]:
+    def _updates(
+        self, recipe: Recipe, c: Sequence[Coefficients], gradients: Sequence[Array | None]
+    ) -> list[tuple[Array, Array]]:
         unused = ("average", "gradient_accumulator") if recipe.alone else ()
-        limit = c.limit if recipe.variant.clip else None
         writes: list[tuple[Array, Array]] = []
         for i, p in self.variables.items():
             slots = {key: slot for key, slot in self.slots[i].items() if key not in unused}
             if gradients[i] is None and "average" not in slots:
                 continue
             clip = 1.0 if recipe.clips is None else float(recipe.clips[i])
-            own = c._replace(decay=c.decay * self.decayed[i], scale=c.scale * clip)
+            own = c[self.which[i]]
+            limit = own.limit if recipe.variant.clip else None
+            own = own._replace(scale=own.scale * clip)
             p, g = arrays.detached(p), gradients[i]
             if g is None:
                 new, changed = functions.blended(p, slots, own, recipe.overwrite)
             else:
-                new, changed = functions.updated(p, arrays.detached(g), slots, own, limit, recipe.overwrite)
+                g, nesterov = arrays.detached(g), recipe.variant.nesterov
+                new, changed = functions.updated(p, g, slots, own, limit, nesterov, recipe.overwrite)
             writes += [(p, new), *((slots[key], changed[key]) for key in slots)]
         return writes
 

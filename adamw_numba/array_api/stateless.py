@@ -63,6 +63,7 @@ def apply(
         for key in own:
             _check_like(f"`optimizer_variables`: {key}/{name}", given[key], own[key])
     given_arrays = [*variables, *state]
+    gradients = [g if own else None for g, own in zip(gradients, built.slots, strict=True)]
     variables, gradients = [detached(p) for p in variables], [detached(g) for g in gradients]
     slots = [{key: detached(array) for key, array in own.items()} for own in slots]
     xp = lazy_namespace([*state, *gradients, *variables])
@@ -70,7 +71,7 @@ def apply(
     rate = named.get("learning_rate")
     rates = engine.rates_at(iteration, float(rate) if xp is None and rate is not None else rate)
     new_iteration, new_variables, new_slots = step(
-        engine.hyper, iteration, rates, variables, gradients, slots, built.decayed, loss_scale, nonfinite
+        engine.hyper, iteration, rates, variables, gradients, slots, built.which, loss_scale, nonfinite
     )
     if xp is None:
         new_iteration = np.asarray(new_iteration, np.int64)
@@ -119,11 +120,11 @@ def _detached_alias(array: Any, other: Any) -> bool:
 def step(
     hyper: Any,
     iteration: Any,
-    rates: tuple[Any, Any],
+    rates: tuple[Any, Any, Sequence[tuple[Any, Any]]],
     variables: Sequence[Array],
     gradients: Sequence[Array | None],
     slots: Sequence[Slots],
-    decayed: Sequence[bool],
+    which: Sequence[int],
     loss_scale: Any,
     nonfinite: str,
 ) -> tuple[Any, list[Array], list[Slots]]:
@@ -134,19 +135,33 @@ def step(
     updates = iteration // (micro_steps or 1)
     count = updates if xp is math else xp.astype(updates, _real(xp))
     unscale = 1 / loss_scale
-    c = coefficients(hyper, count, *rates, unscale, 1.0, xp)
-    norms = _norms(hyper, xp, gradients, slots, c, is_update, unscale, nonfinite)
+    groups = [hyper, *(group.values() for group in hyper.others)]
+    started = [0, *(group.started for group in hyper.others)]
+    own_rates = [rates[:2], *rates[2]]
+    c = [
+        coefficients(own, _since(xp, count, first), *pair, unscale, 1.0, xp)
+        for own, first, pair in zip(groups, started, own_rates, strict=True)
+    ]
+    norms = _norms(groups, xp, gradients, slots, c[0], is_update, unscale, nonfinite)
     finite = _finite(xp, norms, nonfinite)
     overwrite = hyper.use_ema and bool(hyper.ema_overwrite_frequency)
     if overwrite:
         overwrite = (updates + 1) % hyper.ema_overwrite_frequency == 0
-    clips = _clips(hyper, xp, norms) if norms else [1.0] * len(variables)
+    clips = _clips(groups, which, xp, norms) if norms else [1.0] * len(variables)
     results = []
     for k, (p, g, own) in enumerate(zip(variables, gradients, slots, strict=True)):
-        own_c = c._replace(decay=c.decay if decayed[k] else 0.0, scale=c.scale * clips[k])
-        new = _variable(p, g, own, own_c, hyper.clipvalue, is_update, overwrite)
+        own_c = c[which[k]]
+        own_c = own_c._replace(scale=own_c.scale * clips[k])
+        new = _variable(p, g, own, own_c, groups[which[k]], is_update, overwrite)
         results.append((select(finite, new[0], p), {name: select(finite, new[1][name], own[name]) for name in own}))
     return select_number(finite, iteration + 1, iteration), [r[0] for r in results], [r[1] for r in results]
+
+
+def _since(xp: Any, count: Any, first: int) -> Any:
+    """Updates since the moments of a group were new."""
+    if not first:
+        return count
+    return max(count - first, 0) if xp is math else xp.where(count > first, count - first, count * 0)
 
 
 def select_number(condition: Any, yes: Any, no: Any) -> Any:
@@ -161,15 +176,15 @@ def lazy_namespace(leaves: Sequence[Any]) -> Any:
 
 
 def _variable(
-    p: Array, g: Array | None, own: Slots, c: Coefficients, clipvalue: float | None, is_update: Any, overwrite: Any
+    p: Array, g: Array | None, own: Slots, c: Coefficients, hyper: Any, is_update: Any, overwrite: Any
 ) -> tuple[Array, Slots]:
-    if is_update is False:
+    if is_update is False or not own:
         new_p, new = p, own
     elif g is None:
         new_p, new = array_api.blended(p, own, c, overwrite)
     else:
-        new_p, new = array_api.updated(p, g, own, c, clipvalue, overwrite)
-    if is_update is True:
+        new_p, new = array_api.updated(p, g, own, c, hyper.clipvalue, hyper.nesterov, overwrite)
+    if is_update is True or not own:
         return new_p, new
     other = own
     if g is not None:
@@ -178,7 +193,7 @@ def _variable(
 
 
 def _norms(
-    hyper: Any,
+    groups: Sequence[Any],
     xp: Any,
     gradients: Sequence[Any],
     slots: Sequence[Slots],
@@ -188,8 +203,9 @@ def _norms(
     nonfinite: str,
 ) -> list[Any] | None:
     """The norm of every mean unscaled gradient; None where no option needs it."""
-    micro_steps = hyper.gradient_accumulation_steps
-    if nonfinite == "propagate" and not (is_update is not False and (hyper.clipnorm or hyper.global_clipnorm)):
+    micro_steps = groups[0].gradient_accumulation_steps
+    clips = groups[0].global_clipnorm or any(own.clipnorm for own in groups)
+    if nonfinite == "propagate" and not (is_update is not False and clips):
         return None
     norms = []
     for g, own in zip(gradients, slots, strict=True):
@@ -220,11 +236,11 @@ def _finite(xp: Any, norms: list[Any] | None, nonfinite: str) -> Any:
     return finite
 
 
-def _clips(hyper: Any, xp: Any, norms: list[Any]) -> list[Any]:
-    if hyper.clipnorm:
-        return [_limited(xp, norm, hyper.clipnorm) for norm in norms]
+def _clips(groups: Sequence[Any], which: Sequence[int], xp: Any, norms: list[Any]) -> list[Any]:
+    hyper, limits = groups[0], [own.clipnorm for own in groups]
     if not hyper.global_clipnorm:
-        return [1.0] * len(norms)
+        pairs = zip(norms, (limits[k] for k in which), strict=True)
+        return [_limited(xp, norm, limit) if limit else 1.0 for norm, limit in pairs]
     if xp is math:
         return [clip_factor(whole_norm(np.array(norms)), hyper.global_clipnorm)] * len(norms)
     peak = max(norms, key=lambda norm: isinstance(norm, float))

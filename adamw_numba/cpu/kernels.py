@@ -46,11 +46,11 @@ LIKE = {"float32": np.float32(0), "float64": np.float64(0), "float16": np.int16(
 
 # Entries of a block: addresses, then sizes.
 WORK, CHUNKS, TABLE, ARRAYS, FACTORS, NUMBERS, PARTIALS, SUMS, IS_FAR, BLOCK_WORDS = range(10)
-# The numbers of a step: eleven coefficients (see update.Coefficients), whether to overwrite the variables with their
-# averages, and the scale of the squares.
-SCALE, OVERWRITE, SQUARE_SCALE, HOW_MANY = 8, 11, 12, 13
-# Rows of the factors, one number for each variable: of its decay, and of its clip.
-DECAY, CLIP = range(2)
+# The numbers of a step, in a row for each group: the coefficients (see update.Coefficients), whether to overwrite the
+# variables with their averages, and the scale of the squares. The last two are those of the first row.
+SCALE, OVERWRITE, SQUARE_SCALE, HOW_MANY = 9, 12, 13, 14
+# Rows of the factors, one number for each variable: which row of the numbers holds for it, and its clip.
+WHICH, CLIP = range(2)
 
 
 def on(flag):
@@ -105,11 +105,11 @@ def _slot(exists, address, count, step, like, strided):
 
 
 @jit
-def update_chunk(count, p, g, m, v, top, average, total, master, limit, c):
+def update_chunk(count, p, g, m, v, top, average, total, master, limit, lead, c):
     """Update the elements of one dense or strided run: arrays, or pointers."""
     for i in range(count):
         value, mi, vi, highest, mean = _update(
-            _value(p, master, i), widen(g[i]), m[i], v[i], _at(top, i), _at(average, i), _at(total, i), limit, c
+            _value(p, master, i), widen(g[i]), m[i], v[i], _at(top, i), _at(average, i), _at(total, i), limit, lead, c
         )
         p[i] = narrow(value, p[i])
         m[i] = mi
@@ -163,25 +163,27 @@ def _numbers(block):
 @jit
 def _coefficients(block, a, like):
     factors = carray(pointer(block[FACTORS], 0.0), (2, block[ARRAYS]))
-    return cast_coefficients(_numbers(block), factors[DECAY, a], factors[CLIP, a], like)
+    row = carray(pointer(block[NUMBERS] + 8 * HOW_MANY * np.int64(factors[WHICH, a]), 0.0), HOW_MANY)
+    return cast_coefficients(row, factors[CLIP, a], like)
 
 
 @jit
-def cast_coefficients(c, decayed, clip, like):
+def cast_coefficients(c, clip, like):
     """A row of coefficients for one array, in the dtype of the arithmetic."""
     cast = type(like)
     return Coefficients(
         cast(c[0]),
-        cast(c[1] * decayed),
-        cast(c[2]),
+        cast(c[1]),
+        max(cast(c[2]), cast(LEAST_EPSILON)),
         cast(c[3]),
         cast(c[4]),
         cast(c[5]),
-        max(cast(c[6]), cast(LEAST_EPSILON)),
+        cast(c[6]),
         cast(c[7]),
-        cast(c[8] * clip),
-        cast(c[9]),
+        cast(c[8]),
+        cast(c[9] * clip),
         cast(c[10]),
+        cast(c[11]),
     )
 
 
@@ -191,7 +193,7 @@ def _mode(block):
     factors, least = carray(pointer(block[FACTORS], 0.0), (2, block[ARRAYS])), 1.0
     for a in range(block[ARRAYS]):
         least = min(least, factors[CLIP, a])
-    return mode_for(_numbers(block)[SCALE] * least)
+    return mode_for(abs(_numbers(block)[SCALE]) * least)
 
 
 @jit
@@ -200,7 +202,9 @@ def _table(block):
 
 
 @jit
-def _update_share(address, part, parts, p_like, g_like, like, strided, master, amsgrad, average, accumulate, clip):
+def _update_share(
+    address, part, parts, p_like, g_like, like, strided, master, amsgrad, average, accumulate, clip, nesterov
+):
     block = carray(pointer(address, np.int64(0)), BLOCK_WORDS)
     work, first, last = _share(block, part, parts)
     table = _table(block)
@@ -238,6 +242,7 @@ def _update_share(address, part, parts, p_like, g_like, like, strided, master, a
                     _slot(accumulate, table[TOTAL, a] + at, n, step, like, strided),
                     masters,
                     None if clip is None else c.limit,
+                    None if nesterov is None else c.lead,
                     c,
                 )
             else:
@@ -319,7 +324,7 @@ def update_kernel(storage: Storage, variant: Variant) -> Any:
     """The kernel that updates variables, and moves the averages of those that have no gradient."""
     p_like, g_like, like = LIKE[storage.p], LIKE[storage.g], LIKE[storage.compute]
     strided, master = on(storage.strided), on(storage.master)
-    amsgrad, average, accumulate, clip = map(on, variant)
+    amsgrad, average, accumulate, clip, nesterov = map(on, variant)
 
     @c_kernel
     def update_kernel(block, part, parts):
@@ -337,6 +342,7 @@ def update_kernel(storage: Storage, variant: Variant) -> Any:
             average=average,
             accumulate=accumulate,
             clip=clip,
+            nesterov=nesterov,
         )
         exchange_mode(mode)
 

@@ -22,6 +22,7 @@ _LARGEST = sys.float_info.max
 # Packing takes a third of what assigning a tuple to an array does.
 _pack_numbers = struct.Struct(f"={cpu.HOW_MANY}d").pack_into
 _pack_rates = struct.Struct("=2d").pack_into  # the first two
+_pack_varying = struct.Struct("=4d").pack_into  # all that vary
 RESCUE = 2.0**-600  # brings the square of any finite float64 into range
 
 Call = tuple[Any, ...]
@@ -48,8 +49,8 @@ class Plan:
     count : int
         How many variables there are, those of other places included.
     factors : array of float64, shape (2, n)
-        What each variable multiplies the decay and the scale of its gradient with.
-    numbers : array of float64
+        Of each variable, the group that it is in, and what the scale of its gradient is multiplied with.
+    numbers : array of float64, one row for each group
         Those of the step that is taken, as the kernels read them.
     groups : list of Group
     """
@@ -59,14 +60,16 @@ class Plan:
         names: Sequence[str],
         variables: Sequence[Array],
         slots: Sequence[dict[str, Array]],
-        decayed: Sequence[bool],
+        which: Sequence[int],
+        groups: int,
     ) -> None:
         self._threads: int | None = None
         self.count = len(names)
         self.factors = np.ones((2, len(names)))
-        self.factors[cpu.DECAY] = decayed
-        self.numbers = np.zeros(cpu.HOW_MANY)
-        self._packed = memoryview(self.numbers)  # type: ignore[arg-type]
+        self.factors[cpu.WHICH] = which
+        self.numbers = np.zeros((groups, cpu.HOW_MANY))
+        self._packed = memoryview(self.numbers.reshape(-1))  # type: ignore[arg-type]
+        self._rows = range(0, self.numbers.nbytes, self.numbers.strides[0])  # where each begins
         self._clipped = False
         self._made: dict[object, Ready] = {}
         self._loaded: Recipe | None = None  # whose numbers and calls are ready
@@ -119,20 +122,24 @@ class Plan:
         if recipe is not self._loaded:
             self._load(recipe)
         if recipe.takes_norm:
-            self.numbers[cpu.SCALE] = recipe.scale
+            self.numbers[:, cpu.SCALE] = recipe.scale
             if recipe.clips is not None or self._clipped:
                 self._set_clips(recipe.clips)
         calls, helpers = self._loaded_calls
         if helpers[0]:
             call_helpers(*helpers)
-        return (), [(_pack_rates, self._packed, 0, recipe.alpha, recipe.decay), *calls]
+        if recipe.is_plain:
+            return (), [(_pack_rates, self._packed, 0, recipe.alpha, recipe.decay), *calls]
+        rows = zip(self._rows, recipe.groups(), strict=True)
+        return (), [*[(_pack_varying, self._packed, at, *each.varying()) for at, each in rows], *calls]
 
     def _load(self, recipe: Recipe) -> None:
         """Make ready for steps of another kind than the last one: all their numbers, and what they call."""
         self._loaded = None
         if recipe.threads != self._threads:
             self._made, self._threads = {}, recipe.threads
-        _pack_numbers(self._packed, 0, *recipe.c, recipe.overwrite, 1.0)
+        for at, each in zip(self._rows, recipe.groups(), strict=True):
+            _pack_numbers(self._packed, at, *each.c, recipe.overwrite, 1.0)
         if self._clipped:
             self._set_clips(None)
         kernel = (cpu.update_kernel, recipe.variant) if recipe.is_update else (cpu.accumulate_kernel,)
@@ -174,7 +181,7 @@ class Plan:
 
     def _squares(self, recipe: Recipe, scale: float) -> Matrix:
         squares = np.zeros(len(self.table.names))
-        self.numbers[cpu.SQUARE_SCALE] = scale
+        self.numbers[0, cpu.SQUARE_SCALE] = scale
         calls, helpers = self._calls(cpu.square_kernel, recipe.variant.accumulate)
         if helpers[0]:
             call_helpers(*helpers)

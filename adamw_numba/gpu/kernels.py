@@ -40,7 +40,6 @@ from .words import (
     CHUNK,
     CHUNKS,
     CLIPPED,
-    DECAYED,
     ENDS,
     G_AT,
     G_STEP,
@@ -54,6 +53,7 @@ from .words import (
     SCALES,
     SCALES_DOUBLE,
     THREADS,
+    WHICH,
 )
 
 _UPDATE, _ACCUMULATE, _BLEND, _NOTHING = range(4)  # what a step does to an array
@@ -98,10 +98,11 @@ def update_function(storage: Storage, variant: Variant):
     def update_kernel(group, flags, table):
         index = parts.row_index(group, flags)
         if index >= 0:
-            row, ends, size = row_at(group, index), entry(group, ENDS), entry(group, CHUNK)
+            ends, size = entry(group, ENDS), entry(group, CHUNK)
             chunks, chunk = entry(group, CHUNKS), np.int64(cuda.blockIdx.x)
             while chunk < chunks:
                 run, begin, end = parts.elements_of(group, ends, chunk, size)
+                row = row_at(group, index, entry(run, WHICH))
                 step_chunk(group, table, row, scale_of(group, row, run, flags), run, begin, end)
                 chunk += cuda.gridDim.x
         cuda.syncthreads()
@@ -144,7 +145,7 @@ def _step_chunk(storage, variant):
         mode = mode_of(group, table, row, run)
         if mode == _NOTHING:
             return
-        c, overwrite = coefficients(row, entry(run, DECAYED) != 0, scale), get(row + OVERWRITE * size) != 0
+        c, overwrite = coefficients(row, scale), get(row + OVERWRITE * size) != 0
         at, count = addresses_of(group, table, run, begin), end - begin
         steps = Steps(entry(run, P_STEP), entry(run, G_STEP), entry(run, S_STEP))
         head = count
@@ -269,6 +270,7 @@ def _update_lanes(storage, variant, width):
     load_average, store_average, average_in, put_average = _slot(storage.compute, width, variant.average)
     load_total, store_total, total_in, put_total = _slot(storage.compute, width, variant.accumulate)
     result = _average_or_own if variant.average else _own
+    lead_in = _lead if variant.nesterov else _no_lead
 
     @device_function
     def update_lanes(at, overwrite, c):
@@ -285,7 +287,8 @@ def _update_lanes(storage, variant, width):
         load_total(totals, at.total)
         for k in range(width):
             top, average, total = top_in(tops, k), average_in(averages, k), total_in(totals, k)
-            p[k], m[k], v[k], top, average = _update(p[k], g[k], m[k], v[k], top, average, total, c.limit, c)
+            lead = lead_in(c)
+            p[k], m[k], v[k], top, average = _update(p[k], g[k], m[k], v[k], top, average, total, c.limit, lead, c)
             p[k] = result(p[k], average, overwrite)
             put_top(tops, k, top)
             put_average(averages, k, average)
@@ -402,6 +405,16 @@ def _no_lane(lanes, k):
 @scalar_function
 def _put_no_lane(lanes, k, value):
     return
+
+
+@scalar_function
+def _lead(c):
+    return c.lead
+
+
+@scalar_function
+def _no_lead(c):
+    return None
 
 
 @scalar_function

@@ -97,8 +97,8 @@ def square_function(g_type: str, compute: str, accumulates: bool):
     def square_kernel(group, flags, table):
         lanes = cuda.shared.array(THREADS, types.float64)
         # Norms are taken before anybody knows if the step will count: without a row, any will do, as nothing follows.
-        row = row_at(group, max(parts.row_index(group, flags & STILL), 0))
-        c = coefficients(row, False, get(row))
+        row = row_at(group, max(parts.row_index(group, flags & STILL), 0), 0)
+        c = coefficients(row, get(row))
         ends, chunks, chunk = entry(group, SQUARE_ENDS), entry(group, SQUARE_CHUNKS), np.int64(cuda.blockIdx.x)
         while chunk < chunks:
             run, begin, end = parts.elements_of(group, ends, chunk, SQUARES)
@@ -286,7 +286,7 @@ def decision_function(group, flags, table):
 @device_function
 def _sums_of_partials(group, a):
     """The sums of chunks of an array that one thread adds up."""
-    own = entry(group, RANGES) + 16 * a
+    own = entry(group, RANGES) + 24 * a
     sums, k, last = Sums(0.0, 0.0, 0.0), entry(own, 0) + cuda.threadIdx.x, entry(own, 1)
     while k < last:
         at = entry(group, PARTIALS) + _SUMS * k
@@ -327,7 +327,7 @@ def _root_of(sums):
 def _decide(group, flags, lanes):
     """Decide on the step, and on what each gradient is multiplied with; by one block, for the next launch."""
     index = max(parts.row_index(group, flags & STILL), 0)
-    row, control = _row_at(group, index), entry(group, CONTROL)
+    row, control = _row_at(group, index, 0), entry(group, CONTROL)
     whole = _whole_norm(entry(group, NORMS), entry(group, ARRAYS), lanes) * _get(row + 8 * NORM_FACTOR)
     if cuda.threadIdx.x == 0:
         put_entry(control, NORMED, 0)
@@ -335,7 +335,8 @@ def _decide(group, flags, lanes):
         put_entry(control, GO, 1 if whole - whole == 0 else 0)  # not of an infinity, nor of NaN
     a = np.int64(cuda.threadIdx.x)
     while a < entry(group, ARRAYS):
-        scale = _get(row + 8 * SCALE) * _clip_of(row, whole, _get(entry(group, NORMS) + 8 * a))
+        own = _row_at(group, index, entry(entry(group, RANGES) + 24 * a, 2))
+        scale = _get(own + 8 * SCALE) * _clip_of(own, whole, _get(entry(group, NORMS) + 8 * a))
         _put(entry(group, SCALES_DOUBLE) + 8 * a, scale)
         _put_single(entry(group, SCALES) + 4 * a, np.float32(scale))
         a += THREADS

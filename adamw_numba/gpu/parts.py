@@ -32,6 +32,7 @@ from .words import (
     RUN_COLUMNS,
     RUN_COUNT,
     RUNS,
+    SETS,
     SKIP,
     SKIPPED,
     STILL,
@@ -132,29 +133,29 @@ def elements_of(group, ends, chunk, size):
 
 @cache
 def coefficients_in(compute):
-    """Functions that give the address of a row in a compute type, and the coefficients in it."""
+    """Functions that give the address of a row in a compute type, of a step and a set, and the coefficients in it."""
     get, size = memory.number(compute)[0], SIZES[compute]
     rows = ROWS if compute == "float32" else ROWS_DOUBLE
 
     @scalar_function
-    def row_at(group, index):
-        return entry(group, rows) + index * ROW_COLUMNS * size
+    def row_at(group, index, which):
+        return entry(group, rows) + (index * entry(group, SETS) + which) * ROW_COLUMNS * size
 
     @scalar_function
-    def coefficients(row, decayed, scale):
-        zero = get(row) - get(row)
+    def coefficients(row, scale):
         return Coefficients(
             get(row),
-            get(row + size) if decayed else zero,
+            get(row + size),
             get(row + 2 * size),
             get(row + 3 * size),
             get(row + 4 * size),
             get(row + 5 * size),
             get(row + 6 * size),
             get(row + 7 * size),
+            get(row + 8 * size),
             scale,
-            get(row + 9 * size),
             get(row + 10 * size),
+            get(row + 11 * size),
         )
 
     return row_at, coefficients

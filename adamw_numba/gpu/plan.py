@@ -15,15 +15,18 @@ import numpy as np
 from ..arrays import Array
 from ..arrays.runs import Matrix
 from ..arrays.table import AddressTable
-from ..coefficients import Recipe, Recipes, whole_norm
+from ..coefficients import Numbers, Recipe, Recipes, whole_norm
+from ..update import VARYING
 from . import driver
 from .counter import Counter, Report
 from .launcher import Launcher
 from .rows import Rows
 from .streams import Streams, wait_for_all
 from .tables import Mirror
-from .words import ALPHA, CLIPPED, CONTROL, COUNTERS, DECAY, EXHAUSTED, GUARDED, SCALE, STILL
+from .words import CLIPPED, CONTROL, COUNTERS, EXHAUSTED, GUARDED, SCALE, STILL
 from .workload import Workload
+
+_NONE, _EACH, _ALL = range(0), range(1), range(2)  # of two clips by norm: of each gradient, and of all together
 
 Call = tuple[Any, ...]
 RowsOf = Callable[[range], Matrix]
@@ -43,8 +46,10 @@ class Plan:
     variables : list of arrays
         None for a variable that lies elsewhere.
     slots : list of dict of arrays
-    decayed : list of bool
-        Whether each variable is decayed.
+    which : list of int
+        The group of hyperparameters that each variable is in.
+    groups : int
+        How many there are.
 
     Attributes
     ----------
@@ -62,20 +67,21 @@ class Plan:
         names: Sequence[str],
         variables: Sequence[Array],
         slots: Sequence[dict[str, Array]],
-        decayed: Sequence[bool],
+        which: Sequence[int],
+        groups: int,
     ) -> None:
         here = [variable for variable in variables if variable is not None]
         self.streams = Streams(int(place.partition(":")[2]), here)
         self.counter = Counter()
         self.launcher = Launcher(self.streams)
         self.count = len(names)
-        self._decayed = decayed
+        self._which, self._sets = which, groups
         self._arrangement: object = None  # what the workload is made for
         self._described: object = None  # the rows that the descriptors tell of
         with self.current():
             self.table = AddressTable(place, names, variables, slots)
             self._sent_table = Mirror(self.table.addresses)
-            self.rows = Rows()
+            self.rows = Rows(groups)
             self.streams.board[driver.MIRROR] = self._sent_table.board
             self._arrange_if_changed()
 
@@ -201,18 +207,17 @@ class Plan:
         if recipe.alone:
             return [], self._work_alone(recipe, gradients)
         self.expect(recipe.number)
-        each = recipe.clipnorm if recipe.clips is not None and recipe.clipnorm else 0.0
-        self.send_rows(recipe.number, 1, lambda _: rows_of([recipe], each), None)
+        each = recipe.clips is not None and recipe.clips_each
+        self.send_rows(recipe.number, 1, lambda _: rows_of([recipe], _EACH if each else _NONE), None)
         # The host knows the norms, but the kernels read from memory what each gradient is multiplied with.
-        flags = CLIPPED if each else 0
-        return [], self._launches(recipe, flags, norms=bool(each))
+        return [], self._launches(recipe, CLIPPED if each else 0, norms=each)
 
     def _work_alone(self, recipe: Recipe, gradients: Sequence[Array | None]) -> list[Call]:
         if all(gradients[i] is None for i in self.table.own):
             return []
         if self.has_captures:
             raise RuntimeError("`update_step` would take the rows of a captured graph; expected no capture before it")
-        self.send_rows(0, 1, lambda _: rows_of([recipe], 0.0), None)
+        self.send_rows(0, 1, lambda _: rows_of([recipe], _NONE), None)
         return self._launches(recipe, STILL, norms=False, counts=False)
 
     def _check_not_captured(self) -> None:
@@ -231,7 +236,7 @@ class Plan:
         is_capturing = self.streams.is_capturing
         if is_capturing or not self.rows.hold(*self.counter.next_steps(), key):
             self._send_ahead(recipe, recipes, rates_at, key)
-        clips, guarded = bool(recipe.clipnorm or recipe.global_clipnorm), recipe.nonfinite == "skip"
+        clips, guarded = bool(recipe.clips_each or recipe.global_clipnorm), recipe.nonfinite == "skip"
         knows = self.counter.known.is_certain and not guarded and not is_capturing
         # Where the host does not know which step this is, it may be an update, of which norms are clipped.
         clipped = clips and (recipe.is_update or not knows)
@@ -241,13 +246,13 @@ class Plan:
         return self._launches(recipe, flags, norms=guarded or clipped, decides=not knows), knows
 
     def _send_ahead(self, recipe: Recipe, recipes: Recipes, rates_at: Any, key: object) -> None:
-        number, alpha, decay = recipe.number, recipe.alpha, recipe.decay
+        number, filled = recipe.number, recipe.filled()
         fixed = rates_at(number) if recipes.has_fixed_rates else None
 
         def recipe_at(k: int) -> Recipe:
             if k != number:
                 return recipes.at(k, *(fixed or rates_at(k)))
-            recipe.number, recipe.alpha, recipe.decay = number, alpha, decay  # filled in for others meanwhile
+            recipe.refill(filled)  # it was filled in for others meanwhile
             return recipe
 
         self.send_ahead(lambda numbers: rows_of(map(recipe_at, numbers)), key)
@@ -356,7 +361,7 @@ class Plan:
                 "arrays have changed their dtype or layout when, or since, a graph was captured; expected them to stay "
                 "as they were, or another optimizer"
             )
-        workload = Workload(self.table, self._decayed)
+        workload = Workload(self.table, self._which, self._sets)
         self.counter.renew(len(workload.groups))
         self.workload, self._described = workload, None
         self.launcher.forget()
@@ -369,24 +374,23 @@ class Plan:
             self._described = self.rows.mirror
 
 
-def rows_of(recipes: Iterable[Recipe], clipnorm: float | None = None) -> Matrix:
-    """The numbers of steps in the columns that the kernels read; with no limits of norms but the one given.
+def rows_of(recipes: Iterable[Recipe], limits: range = _ALL) -> Matrix:
+    """The numbers of steps in the columns that the kernels read, all groups of a step in one row.
 
-    Most steps are of one kind, and their rows differ in two numbers.
+    `limits` says which clips by norm are left to the GPU. Most steps are of one kind, and differ in few numbers.
     """
     kinds: dict[Recipe, int] = {}
-    which, alphas, decays = [], [], []
+    which, varying = [], []
     for recipe in recipes:
         which.append(kinds.setdefault(recipe, len(kinds)))
-        alphas.append(recipe.alpha)
-        decays.append(recipe.decay)
-    rows = np.array([_row(recipe, clipnorm) for recipe in kinds], np.float64)[which]
-    rows[:, ALPHA], rows[:, DECAY] = alphas, decays
-    return rows
+        varying.append([each.varying() for each in recipe.groups()])
+    rows = np.array([[_row(recipe, each, limits) for each in recipe.groups()] for recipe in kinds], np.float64)[which]
+    rows[:, :, :VARYING] = varying
+    return rows.reshape(len(which), -1)
 
 
-def _row(recipe: Recipe, clipnorm: float | None) -> list[float]:
-    limits = [recipe.clipnorm or 0.0, recipe.global_clipnorm or 0.0] if clipnorm is None else [clipnorm, 0.0]
-    numbers = [*recipe.c, recipe.overwrite, recipe.is_update, recipe.factor, *limits]
+def _row(recipe: Recipe, group: Numbers, limits: range) -> list[float]:
+    norms = [group.clipnorm or 0.0, recipe.global_clipnorm or 0.0]
+    numbers = [*group.c, recipe.overwrite, recipe.is_update, recipe.factor]
     numbers[SCALE] = recipe.scale
-    return numbers
+    return numbers + [norm if k in limits else 0.0 for k, norm in enumerate(norms)]

@@ -19,19 +19,25 @@ AHEAD = 128  # rows that are sent beyond those that are needed now
 class Rows:
     """The coefficients of consecutive steps on the device: a header, rows of float64, and the same in float32.
 
+    Parameters
+    ----------
+    sets : int
+        How many rows a step has.
+
     Attributes
     ----------
     mirror : Mirror
         Another one as soon as more rows are needed than it holds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sets: int) -> None:
+        self._width = sets * ROW_COLUMNS
         self._key: object = None
         self._written: tuple[range, object] = range(0), None
         self._make(2 * AHEAD)
 
     def _make(self, capacity: int) -> None:
-        size = capacity * ROW_COLUMNS
+        size = capacity * self._width
         mirror = Mirror(np.zeros(HEADER_WORDS + size + (size + 1) // 2, np.int64))
         self._capacity, self._steps, self.mirror = capacity, range(0), mirror  # at once, for an interrupt
 
@@ -40,7 +46,7 @@ class Rows:
         """Where they are, as entries of a descriptor."""
         header = self.mirror.address
         double = header + 8 * HEADER_WORDS
-        return {HEADER: header, ROWS_DOUBLE: double, ROWS: double + 8 * self._capacity * ROW_COLUMNS}
+        return {HEADER: header, ROWS_DOUBLE: double, ROWS: double + 8 * self._capacity * self._width}
 
     def hold(self, first: int, count: int, key: object) -> bool:
         """Whether those of `count` steps from `first` on were sent, made with that key; None says they hold once."""
@@ -80,7 +86,7 @@ class Rows:
         words[FIRST], words[ROW_COUNT] = first, len(rows)
         words[HEADER_WORDS:][:size].view(np.float64)[:] = rows.reshape(-1)
         with np.errstate(over="ignore", under="ignore"):
-            single = rows.astype(np.float32)
+            single = rows.astype(np.float32).reshape(-1, ROW_COLUMNS)
         # An epsilon that is subnormal or 0 in float32 would divide 0 by 0.
         single[:, EPSILON] = np.maximum(single[:, EPSILON], np.float32(LEAST_EPSILON))
-        words[HEADER_WORDS + self._capacity * ROW_COLUMNS :].view(np.float32)[:size] = single.reshape(-1)
+        words[HEADER_WORDS + self._capacity * self._width :].view(np.float32)[:size] = single.reshape(-1)

@@ -9,19 +9,22 @@ from .memory import SIMULATED
 THREADS = 2 if SIMULATED else 256  # of a block; also the number of lanes of a norm, so the bits depend on it
 SQUARES = 64 * THREADS  # elements of one partial sum of squares
 
-# The descriptor of a group of arrays: addresses on the device, and numbers.
+# The descriptor of a group of arrays (those stored alike): addresses on the device, and numbers.
 ARRAYS, RUNS, RUN_COUNT, ENDS, CHUNKS, CHUNK, CONTROL, HEADER, ROWS, ROWS_DOUBLE, SCALES = range(11)
-SCALES_DOUBLE, GROUP, GROUPS, SQUARE_ENDS, SQUARE_CHUNKS, PARTIALS, RANGES, NORMS, DESCRIPTOR_WORDS = range(11, 20)
-# Columns of the runs: positions and steps in bytes.
-ARRAY, COUNT, DECAYED, P_AT, G_AT, S_AT, P_STEP, G_STEP, S_STEP, RUN_COLUMNS = range(10)
+SCALES_DOUBLE, GROUP, GROUPS, SQUARE_ENDS, SQUARE_CHUNKS, PARTIALS, RANGES, NORMS, SETS, DESCRIPTOR_WORDS = range(
+    11, 21
+)
+# Columns of the runs: positions and steps in bytes. WHICH is the row, of those of a step, that holds for the array.
+ARRAY, COUNT, WHICH, P_AT, G_AT, S_AT, P_STEP, G_STEP, S_STEP, RUN_COLUMNS = range(10)
 # The control words: whether the norms allow the step, what the host asks about, how many blocks of threads have
 # finished with a step and with the norms, and from COUNTERS on how many steps each group has done.
 GO, EXHAUSTED, SKIPPED, NORM, FINISHED, NORMED, COUNTERS = range(7)
 # The header of the rows: the iteration that the first one is for, and how many there are.
 FIRST, ROW_COUNT, HEADER_WORDS = range(3)
-# The columns of a row: the coefficients in their order, then
-OVERWRITE, IS_UPDATE, NORM_FACTOR, CLIPNORM, GLOBAL_CLIPNORM, ROW_COLUMNS = range(11, 17)
-ALPHA, DECAY, EPSILON, SCALE = map(Coefficients._fields.index, ("alpha", "decay", "epsilon", "scale"))
+# A step has one row for each group of hyperparameters, SETS in all. The columns of a row: the coefficients in their
+# order, then
+OVERWRITE, IS_UPDATE, NORM_FACTOR, CLIPNORM, GLOBAL_CLIPNORM, ROW_COLUMNS = range(12, 18)
+EPSILON, SCALE = map(Coefficients._fields.index, ("epsilon", "scale"))
 # Flags of a launch: each array's scale comes from the norms; a step is skipped where a norm is not finite; the launch
 # uses row 0 and counts nothing; nothing is decided by the norms.
 CLIPPED, GUARDED, STILL, NORMS_ALONE = 1, 2, 4, 8

@@ -43,8 +43,10 @@ class Workload:
     Parameters
     ----------
     table : AddressTable
-    decayed : list of bool
-        Whether each variable is decayed.
+    which : list of int
+        Which of the sets of coefficients holds for each variable.
+    sets : int
+        How many there are.
 
     Attributes
     ----------
@@ -55,20 +57,20 @@ class Workload:
     norms : Numba's device array, float64, shape (arrays,)
     """
 
-    def __init__(self, table: AddressTable, decayed: Sequence[bool]) -> None:
+    def __init__(self, table: AddressTable, which: Sequence[int], sets: int) -> None:
         self.arrays = count = len(table.names)
-        kinds = _runs_by_kind(table, decayed)
+        kinds = _runs_by_kind(table, which)
         square_ends = [_ends(runs, w.SQUARES) for runs in kinds.values()]
         starts = np.cumsum([0, *map(_last, square_ends)])  # of each group's partial sums
         self.norms: Any = cuda.to_device(np.zeros(count))
         self._partials: Any = cuda.to_device(np.zeros((max(starts[-1], 1), 3)))
-        self._ranges: Any = cuda.to_device(_ranges(count, list(kinds.values()), square_ends, starts))
+        self._ranges: Any = cuda.to_device(_ranges(which, list(kinds.values()), square_ends, starts))
         self._scales: tuple[Any, Any] = cuda.to_device(np.zeros(count, np.float32)), cuda.to_device(np.zeros(count))
         chunk = chunk_of(sum(int(runs[:, w.COUNT].sum()) for runs in kinds.values()), _processors())
         self.groups: list[Group] = []
         for k, (kind, runs) in enumerate(kinds.items()):
             group = _group(kind, runs, chunk, square_ends[k], _has_master(table, runs))
-            group.words[[w.ARRAYS, w.GROUP, w.GROUPS]] = count, k, len(kinds)
+            group.words[[w.ARRAYS, w.GROUP, w.GROUPS, w.SETS]] = count, k, len(kinds), sets
             group.words[w.PARTIALS] = gpu_arrays.address(self._partials) + _SUMS * int(starts[k])
             self.groups.append(group)
 
@@ -108,17 +110,17 @@ def _group(kind: Kind, runs: Matrix, chunk: int, square_ends: Matrix, has_master
     return Group(storage, _last(ends), _last(square_ends), lists, descriptor, gpu_arrays.address(descriptor), words)
 
 
-def _runs_by_kind(table: AddressTable, decayed: Sequence[bool]) -> dict[Kind, Matrix]:
+def _runs_by_kind(table: AddressTable, which: Sequence[int]) -> dict[Kind, Matrix]:
     """The runs of all variables, by how they and their gradients are stored."""
-    kinds = {kind: _with_decay(runs, decayed) for kind, runs in table.runs()}
+    kinds = {kind: _with_sets(runs, which) for kind, runs in table.runs()}
     return kinds or {("float32", "float32"): np.zeros((0, w.RUN_COLUMNS), np.int64)}
 
 
-def _with_decay(runs: Matrix, decayed: Sequence[bool]) -> Matrix:
+def _with_sets(runs: Matrix, which: Sequence[int]) -> Matrix:
     """The runs that an address table gives, in the columns that kernels read."""
     result = np.zeros((len(runs), w.RUN_COLUMNS), np.int64)
     result[:, w.ARRAY], result[:, w.COUNT] = runs[:, ARRAY], runs[:, COUNT]
-    result[:, w.DECAYED] = np.asarray(decayed)[runs[:, ARRAY]]
+    result[:, w.WHICH] = np.asarray(which)[runs[:, ARRAY]]
     result[:, w.P_AT :] = runs[:, P_AT:]
     return result
 
@@ -133,9 +135,10 @@ def _last(ends: Matrix) -> int:
     return int(ends[-1]) if len(ends) else 0
 
 
-def _ranges(count: int, kinds: list[Matrix], square_ends: list[Matrix], starts: Matrix) -> Matrix:
-    """Which of all partial sums are of which array: the first, and the one after the last."""
-    ranges = np.zeros((count, 2), np.int64)
+def _ranges(which: Sequence[int], kinds: list[Matrix], square_ends: list[Matrix], starts: Matrix) -> Matrix:
+    """Which of all partial sums are of which array: the first, and the one after the last; and its set."""
+    ranges = np.zeros((len(which), 3), np.int64)
+    ranges[:, 2] = which
     for runs, ends, start in zip(kinds, square_ends, starts, strict=False):
         before = start + np.concatenate([[0], ends])
         own, first, runs_each = np.unique(runs[:, w.ARRAY], return_index=True, return_counts=True)

@@ -17,7 +17,7 @@ from ..arrays.tree import Container
 from ..loss_scale import LossScaleOptimizer
 from ..optimizer import AdamW
 from ..saving.restore import Loaded
-from ..saving.snapshot import inner_of
+from ..saving.snapshot import inner_of, places_of
 from ..saving.stores import hdf5
 from ..saving.stores.atomic import CorruptFileError, naming, replacing
 from ..saving.stores.targets import adapted
@@ -220,8 +220,12 @@ def _state_of(optimizer: Any) -> list[Matrix]:
     engine = inner.engine
     with engine.lock:
         built = engine.require_built("to_keras")
+        odd = [key for key in ("decouple_lr", "maximize", "nesterov") if getattr(inner, key)]
+        odd += ["groups"] * ("overrides" in inner.get_config()) + ["epsilon_mode"] * (inner.epsilon_mode != "hat")
+        if odd:
+            raise ValueError(f"Keras's AdamW has no {brief_names(odd)}; expected an optimizer without")
         variables = dict(zip(built.names, built.variables, strict=True))
-        places = engine.places() if inner is optimizer else optimizer.places()
+        places = places_of(optimizer)
         slots = {f"{key}/{name}": name for name, own in zip(built.names, built.slots, strict=True) for key in own}
         result = []
         for name, own, key in places:

@@ -10,6 +10,7 @@ from .. import arrays
 from ..arrays import Array
 from ..arrays.brief import brief
 from ..arrays.tree import Container, flatten, materialized
+from ..hyperparameters.groups import Override
 from ..optimizer import AdamW
 from ..saving.manifest import encoded
 from ..saving.restore import Loaded
@@ -19,15 +20,17 @@ from .exact import Matrix
 _OURS = ("clipnorm", "clipvalue", "global_clipnorm", "use_ema", "loss_scale_factor", "gradient_accumulation_steps")
 
 
-def epsilon_factor(beta_2: float, updates: int) -> float:
-    """What the others' eps is multiplied by at the next update to be the epsilon of Keras."""
-    return math.sqrt(-math.expm1((updates + 1) * math.log(beta_2))) if beta_2 else 1.0
+def eps_of(values: Any, updates: int) -> float:
+    """The others' eps that does at the next update what an epsilon does, and at all later ones if it is "corrected"."""
+    if values.epsilon_mode == "corrected" or not values.beta_2:
+        return float(values.epsilon)
+    return float(values.epsilon / math.sqrt(-math.expm1((updates + 1) * math.log(values.beta_2))))
 
 
 def assembled(
     options: Mapping[str, Any],
     moments: Sequence[Mapping[str, Any] | None],
-    excluded: Sequence[bool],
+    own: Sequence[Mapping[str, Any]],
     updates: int,
     variables: Container | None,
     where: str,
@@ -41,8 +44,8 @@ def assembled(
         Arguments of `AdamW`.
     moments : list of dict or None
         For each parameter its slots, in our words; None before the first step.
-    excluded : list of bool
-        Whether weight decay leaves a parameter out.
+    own : list of dict
+        What each parameter has for itself (see `AdamW.override`).
     updates : int
     variables : container or None
         What to build it on; by default the first `build` takes the state.
@@ -52,8 +55,9 @@ def assembled(
         Of the parameters; by default they are known by their positions.
     """
     optimizer = AdamW(**options)
+    optimizer.hyper.overrides = _overrides(own)
     if any(moment is None for moment in moments):
-        _build_anew(optimizer, excluded, variables, where)
+        _build_anew(optimizer, len(own), variables, where)
         return optimizer
     named = list(map(str, range(len(moments)))) if names is None else list(names)
     found = {
@@ -62,8 +66,8 @@ def assembled(
         for key, array in (moment or {}).items()
     }
     described = [
-        {"name": n, "dtype": None, "shape": list(found[f"momentum/{encoded(n)}"].shape), "excluded": bool(e)}
-        for n, e in zip(named, excluded, strict=True)
+        {"name": n, "dtype": None, "shape": list(found[f"momentum/{encoded(n)}"].shape), "excluded": False}
+        for n in named
     ]
     state = optimizer.engine.state.scalars["iteration"]
     state[...] = updates * (optimizer.gradient_accumulation_steps or 1)
@@ -73,15 +77,32 @@ def assembled(
     return optimizer
 
 
-def _build_anew(optimizer: AdamW, excluded: Sequence[bool], variables: Container | None, where: str) -> None:
+def _overrides(own: Sequence[Mapping[str, Any]]) -> list[Override]:
+    """What parameters have for themselves, by their positions; those that differ in a decay of 0 alone are excluded."""
+    kinds: dict[object, list[int]] = {}
+    for i, each in enumerate(own):
+        kinds.setdefault(tuple(each.items()), []).append(i)
+    return [
+        Override(
+            [],
+            [],
+            dict(own[indices[0]]),
+            positions=frozenset(indices),
+            is_exclusion=dict(own[indices[0]]) == {"weight_decay": 0.0},
+        )
+        for indices in kinds.values()
+        if own[indices[0]]
+    ]
+
+
+def _build_anew(optimizer: AdamW, count: int, variables: Container | None, where: str) -> None:
     """Build an optimizer that takes no state: the other one has not taken a step."""
     if variables is None:
         raise ValueError(f"{where} holds no moments yet; expected `variables`")
     variables = materialized(variables, "variables")  # which may be a generator
     leaves = flatten(variables)[1]
-    if len(leaves) != len(excluded):
-        raise ValueError(f"{where} has {len(excluded)} parameters; expected {len(leaves)}, as many as `variables` has")
-    optimizer.exclude_from_weight_decay([leaf for leaf, left_out in zip(leaves, excluded, strict=True) if left_out])
+    if len(leaves) != count:
+        raise ValueError(f"{where} has {count} parameters; expected {len(leaves)}, as many as `variables` has")
     optimizer.build(variables)
 
 
@@ -102,6 +123,10 @@ def exportable(optimizer: AdamW, library: str, leave_out: Iterable[str], amsgrad
     lacking = [key for key in _OURS if getattr(optimizer, key) and key not in left_out]
     if lacking:
         raise ValueError(f"{library}'s AdamW has no {brief(lacking)}; pass leave_out={brief(lacking)} to drop them")
+    if optimizer.decouple_lr:
+        raise ValueError(f"decouple_lr=True: {library} multiplies its decay with the learning rate; expected False")
+    if not all(group.trainable for group in optimizer.groups):
+        raise ValueError(f"some variables are not trainable, of which {library} would want a state; expected all to be")
     if optimizer.amsgrad and not amsgrad:
         raise ValueError(
             f"amsgrad=True: {library} takes the maximum after the bias correction; no exact conversion exists"

@@ -11,7 +11,7 @@ from ..arrays.brief import brief, brief_names
 from ..arrays.tree import Container, flatten
 from ..optimizer import AdamW
 from .exact import check_squares, checked_count, exact
-from .moments import assembled, epsilon_factor, exportable
+from .moments import assembled, exportable
 
 _BESIDE_A_COUNT = ("hyperparams", "hyperparams_states", "inner_state")  # of optax.inject_hyperparams
 
@@ -44,7 +44,8 @@ def from_optax(
 
     Notes
     -----
-    ``eps`` means what it means in torch, and is converted for the next update: see `from_torch`.
+    ``eps`` is added after the bias correction, as ``epsilon_mode="corrected"`` does here. optax's state does not tell
+    of masks or of `optax.multi_transform`: call `AdamW.override` before the first `build`, without ``variables`` here.
     """
     if "learning_rate" not in options:
         raise ValueError(
@@ -62,10 +63,9 @@ def from_optax(
     _check_window(state)
     updates, options = checked_count(adam.count, "`state`: 'count'"), {"weight_decay": 1e-4} | options
     moments = [{"momentum": m, "velocity": second[name]} for name, m in zip(names, first, strict=True)]
-    beta_2 = options.get("beta_2", 0.999)
-    given = options | {"epsilon": eps * epsilon_factor(beta_2, updates)}
+    given = options | {"epsilon": eps, "epsilon_mode": "corrected"}
     positional = names == list(map(str, range(len(names))))
-    return assembled(given, moments, [False] * len(names), updates, variables, "`state`", None if positional else names)
+    return assembled(given, moments, [{}] * len(names), updates, variables, "`state`", None if positional else names)
 
 
 def to_optax(optimizer: AdamW, state: Any, leave_out: Iterable[str] = ()) -> Any:
@@ -83,14 +83,22 @@ def to_optax(optimizer: AdamW, state: Any, leave_out: Iterable[str] = ()) -> Any
     Returns
     -------
     optax state
-        For ``optax.adamw(..., eps=optimizer.epsilon / sqrt(1 - beta_2**t))``, t being the next update.
+        For ``optax.adamw(..., eps=optimizer.epsilon)`` if ``epsilon_mode`` is "corrected"; otherwise
+        ``eps=optimizer.epsilon / sqrt(1 - beta_2**t)``, t being the next update, which alone is then the same.
 
     Raises
     ------
     ValueError
-        Where no exact conversion exists: see `to_torch`, and AMSGrad.
+        Where no exact conversion exists: see `to_torch`, and AMSGrad, and groups: optax has them in the structure of
+        its own transformation.
     """
     built = exportable(optimizer, "optax", leave_out, amsgrad=False)
+    groups = [group for group in optimizer.groups[1:] if set(group.own or {}) - {"weight_decay"}]
+    if groups and "groups" not in set(leave_out):
+        raise ValueError(
+            f"the optimizer has {groups[0]!r}, which a plain optax.adamw has not; pass leave_out=['groups'] to have "
+            "the state alone, for an `optax.multi_transform` of your own"
+        )
     adam = _adam_of(state)
     _check_window(state)
     by_name = dict(zip(built.names, built.slots, strict=True))

@@ -5,9 +5,10 @@ from typing import Any
 
 from ..arrays.brief import brief, brief_names
 from ..arrays.tree import Container
+from ..hyperparameters.groups import Group
 from ..optimizer import AdamW
 from .exact import check_squares, checked_count, exact
-from .moments import assembled, epsilon_factor, exportable
+from .moments import assembled, eps_of, exportable
 
 _SLOTS = {"momentum": "exp_avg", "velocity": "exp_avg_sq", "velocity_hat": "max_exp_avg_sq"}
 
@@ -27,39 +28,35 @@ def from_torch(state_dict: Mapping[str, Any], variables: Container | None = None
     Returns
     -------
     AdamW
-        Parameters of groups without decay are excluded from it.
+        With torch's groups: see `AdamW.groups`. Parameters of groups without decay are excluded from it.
 
     Raises
     ------
     ValueError
-        Where no exact conversion exists: groups that differ in more than their decay being 0, a decay that is coupled
-        (`torch.optim.Adam`'s), ``maximize``, parameters that have taken different numbers of steps.
+        Where no exact conversion exists: groups that differ in ``amsgrad`` or ``maximize``, a decay that is coupled
+        (`torch.optim.Adam`'s), parameters that have taken different numbers of steps.
 
     Notes
     -----
-    torch adds ``eps`` after the bias correction, so at update t it is ``epsilon = eps * sqrt(1 - beta_2**t)`` here. It
-    is converted for the next update, which is then exact. As t grows, the factor goes to 1 in torch and stays here.
-    AMSGrad's maximum is that of the raw second moment in both.
+    torch adds ``eps`` after the bias correction, as ``epsilon_mode="corrected"`` does here. AMSGrad's maximum is that
+    of the raw second moment in both.
     """
     groups, states = _parts(state_dict)
-    hyper = _common_group(groups)
+    _check_groups(groups)
+    hyper = next((group for group in groups if float(group["weight_decay"])), groups[0])
     numbers = [number for group in groups for number in group["params"]]
     slots = {ours: theirs for ours, theirs in _SLOTS.items() if ours != "velocity_hat" or hyper["amsgrad"]}
     _check_states(states, numbers, ["step", *slots.values()])
-    updates = _common_count(states, numbers)
-    decays = [float(group["weight_decay"]) for group in groups for _ in group["params"]]
-    excluded = [decay == 0 and any(decays) for decay in decays]
+    updates, common = _common_count(states, numbers), _values(hyper)
+    own = [
+        {key: value for key, value in _values(group).items() if value != common[key]}
+        for group in groups
+        for _ in group["params"]
+    ]
     moments = [{ours: states[n][theirs] for ours, theirs in slots.items()} if n in states else None for n in numbers]
-    beta_1, beta_2 = map(float, hyper["betas"])
-    given = {
-        "learning_rate": float(hyper["lr"]),  # a tensor, where a graph is captured
-        "weight_decay": max(decays, default=0.0),
-        "beta_1": beta_1,
-        "beta_2": beta_2,
-        "epsilon": float(hyper["eps"]) * epsilon_factor(beta_2, updates),
-        "amsgrad": bool(hyper["amsgrad"]),
-    }
-    return assembled(given | options, moments, excluded, updates, variables, "`state_dict`")
+    given = common | {"epsilon_mode": "corrected", "amsgrad": bool(hyper["amsgrad"])}
+    given["maximize"] = bool(hyper.get("maximize", False))
+    return assembled(given | options, moments, own, updates, variables, "`state_dict`")
 
 
 def to_torch(optimizer: AdamW, leave_out: Iterable[str] = ()) -> dict[str, Any]:
@@ -75,8 +72,8 @@ def to_torch(optimizer: AdamW, leave_out: Iterable[str] = ()) -> dict[str, Any]:
     Returns
     -------
     dict
-        Of torch tensors. It has one group of parameters; if some are excluded from decay it has two, those with decay
-        first. Build torch's optimizer with the same groups.
+        Of torch tensors, with the groups of parameters that the optimizer has and that are not empty. Build torch's
+        optimizer with the same groups.
 
     Raises
     ------
@@ -86,17 +83,27 @@ def to_torch(optimizer: AdamW, leave_out: Iterable[str] = ()) -> dict[str, Any]:
 
     Notes
     -----
-    ``eps`` is converted for the next update: see `from_torch`. A schedule becomes its present learning rate.
+    With ``epsilon_mode="corrected"``, ``eps`` is ``epsilon``; otherwise it is converted for the next update, which
+    alone is then the same. A schedule becomes its present learning rate, a multiplier a part of it.
     """
     built = exportable(optimizer, "torch", leave_out)
+    if optimizer.nesterov:
+        raise ValueError("nesterov=True: torch's AdamW has none; expected False")
     updates, first = optimizer.iterations, 0
     state: dict[int, dict[str, Any]] = {}
     groups = []
-    for indices in _groups_of(built.decayed):
-        numbers = range(first, first + len(indices))
+    for k, rates in enumerate(optimizer.engine.group_rates()):
+        indices = [i for i, own in enumerate(built.which) if own == k]
+        if not indices:
+            continue
+        group, numbers = optimizer.groups[k], range(first, first + len(indices))
+        lacking = [key for key in ("clipnorm", "clipvalue") if getattr(group, key) and key not in set(leave_out)]
+        if lacking or group.started:
+            what = lacking or "a count of steps of its own"
+            raise ValueError(f"{group!r} has {what}, which torch's AdamW has not; see `leave_out`")
         if updates:  # torch makes the state at the first step
             state |= {number: _state_of(built, i, updates) for number, i in zip(numbers, indices, strict=True)}
-        groups.append(_group(optimizer, built.decayed[indices[0]], list(numbers)))
+        groups.append(_group(optimizer, group, rates, list(numbers)))
         first += len(indices)
     return {"state": state, "param_groups": groups}
 
@@ -146,14 +153,11 @@ def _common_count(states: Mapping[Any, Any], numbers: Sequence[Any]) -> int:
     return checked_count(first_with.popitem()[0], "`state_dict`: 'step'")
 
 
-def _common_group(groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The hyperparameters of all groups, which may differ in their decay being 0."""
+def _check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse groups that cannot be ours."""
     if not groups:
         raise ValueError("`state_dict` has groups without parameters; expected some")
-    first = groups[0]
     for group in groups:
-        if group.get("maximize"):
-            raise ValueError("`state_dict` has maximize=True; expected False: negate the gradients instead")
         decay = float(group["weight_decay"])
         # Adam adds its decay to the gradient; without decay it is AdamW.
         if decay and not group.get("decoupled_weight_decay", True):
@@ -161,28 +165,24 @@ def _common_group(groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
                 f"`state_dict` is that of Adam with the coupled weight decay {decay}; expected torch.optim.AdamW's, or "
                 "weight_decay=0"
             )
-        for key in ("lr", "betas", "eps", "amsgrad"):
-            if group[key] != first[key]:
-                raise ValueError(
-                    f"`state_dict` has groups with {key}={brief(first[key])} and {brief(group[key])}; expected one for "
-                    "all"
-                )
-    decays = {float(group["weight_decay"]) for group in groups}
-    if len(decays - {0.0}) > 1:
-        raise ValueError(
-            f"`state_dict` has groups with weight_decay in {brief_names(sorted(decays))}; expected one besides 0"
-        )
-    return first
+        for key in ("amsgrad", "maximize"):
+            if bool(group.get(key)) != bool(groups[0].get(key)):
+                raise ValueError(f"`state_dict` has groups with and without {key}; expected one for all")
+
+
+def _values(group: Mapping[str, Any]) -> dict[str, float]:
+    """The hyperparameters of a group, in our words."""
+    beta_1, beta_2 = map(float, group["betas"])
+    return {
+        "learning_rate": float(group["lr"]),  # a tensor, where a graph is captured
+        "weight_decay": float(group["weight_decay"]),
+        "beta_1": beta_1,
+        "beta_2": beta_2,
+        "epsilon": float(group["eps"]),
+    }
 
 
 # To torch
-
-
-def _groups_of(decayed: Sequence[bool]) -> list[list[int]]:
-    """The indices of the parameters in groups: one, or those with decay and those without."""
-    if all(decayed) or not any(decayed):
-        return [list(range(len(decayed)))]
-    return [[i for i, own in enumerate(decayed) if own == wanted] for wanted in (True, False)]
 
 
 def _state_of(built: Any, i: int, updates: int) -> dict[str, Any]:
@@ -198,15 +198,15 @@ def _state_of(built: Any, i: int, updates: int) -> dict[str, Any]:
     return {"step": torch.tensor(float(updates)), **slots}
 
 
-def _group(optimizer: AdamW, decays: bool, numbers: list[int]) -> dict[str, Any]:
+def _group(optimizer: AdamW, group: Group, rates: tuple[float, float], numbers: list[int]) -> dict[str, Any]:
     """A group of torch's, with the options that its AdamW has by default."""
     return {
-        "lr": optimizer.learning_rate,
-        "betas": (optimizer.beta_1, optimizer.beta_2),
-        "eps": optimizer.epsilon / epsilon_factor(optimizer.beta_2, optimizer.iterations),
-        "weight_decay": float(optimizer.engine.rates_now()[1]) if decays else 0.0,
+        "lr": float(rates[0]),
+        "betas": (group.beta_1, group.beta_2),
+        "eps": eps_of(group.values(), optimizer.iterations),
+        "weight_decay": float(rates[1]),
         "amsgrad": optimizer.amsgrad,
-        "maximize": False,
+        "maximize": optimizer.maximize,
         "foreach": None,
         "capturable": False,
         "differentiable": False,

@@ -60,7 +60,7 @@ def _rates(optimizer: Any, first: int, count: int) -> Any:
     hyper, rates_at = optimizer.hyper, optimizer.engine.rates_at
     learning_rate, decay = hyper.learning_rate_function, hyper.weight_decay_function
     if learning_rate is None and decay is None:
-        return np.broadcast_to(np.array(rates_at(first)), (count, 2))
+        return np.broadcast_to(np.array(rates_at(first)[:2]), (count, 2))
     if decay is None and isinstance(learning_rate.function, Schedule):
         formula = learning_rate.function.formula
         # Its formula alone: the checks of each value take longer than an iteration of a small objective.
@@ -68,7 +68,7 @@ def _rates(optimizer: Any, first: int, count: int) -> Any:
         rates[:, 0] = [formula(HOST, float(step)) for step in range(first, first + count)]
         if np.isfinite(rates).all() and (rates >= 0).all():
             return rates
-    return np.array([rates_at(step) for step in range(first, first + count)])
+    return np.array([rates_at(step)[:2] for step in range(first, first + count)])
 
 
 class Loop:
@@ -91,7 +91,8 @@ class Loop:
         self.threads = 1 if _is_parallel(runs[0].objective) else optimizer.threads
         self.limits = runs[0].limits
         self.clips = np.array([optimizer.clipnorm or 0.0, optimizer.global_clipnorm or 0.0])
-        variant = Variant(optimizer.amsgrad, optimizer.use_ema, False, bool(optimizer.clipvalue))
+        clips = bool(optimizer.clipvalue)
+        variant = Variant(optimizer.amsgrad, optimizer.use_ema, False, clips, optimizer.nesterov)
         dtype = np.dtype(arrays.dtype_name(leaves[0]))
         self.kernel = kernel.loop_kernel(dtype.name, variant).address
         self.words = [words.copy() for _ in runs]

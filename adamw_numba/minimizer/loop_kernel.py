@@ -33,8 +33,8 @@ X, COPY, GRADIENT, M, V, TOP, AVERAGE, BEST, BEST_GRADIENT = range(9)
 LOWER, UPPER, SCALE, POINT_LOWER, POINT_UPPER, ARRAYS = range(9, 15)
 EVALUATE, WORDS, VALUES, COUNTS, ITERATION, RECORDS, SUMS, BEFORE, IS_BEST, LEFT, RUN_ENTRIES = range(14, 25)
 # The rows: one column per iteration.
-OVERWRITE, ROW_ENTRIES = 11, 12  # eleven coefficients, and whether to overwrite with the average
-VARYING = (0, 1, 10)  # the coefficients that differ from step to step: alpha, decay, average_c; others are in the first
+OVERWRITE, ROW_ENTRIES = 12, 13  # the coefficients, and whether to overwrite with the average
+VARYING = (0, 1, 2, 3, 11)  # the coefficients that differ from step to step; others are in the first column
 CLIPNORM, GLOBAL_CLIPNORM = range(2)
 RECORD = 4  # fun, gradient norm, step norm, learning rate
 HERE, BEFORE_UPDATE, AFTER_UPDATE = range(3)  # where in an iteration a run was left; HERE is between two
@@ -130,9 +130,9 @@ def _largest_inward(count, x, g, lower, upper, zero):
 @jit
 def _numbers(rows, steps, k):
     """The coefficients of iteration `k`; those that do not vary are in column 0 (`VARYING`)."""
-    alpha, decay, average_c = rows[k], rows[steps + k], rows[10 * steps + k]
-    betas = (rows[2 * steps], rows[3 * steps], rows[4 * steps], rows[5 * steps])
-    return alpha, decay, *betas, rows[6 * steps], rows[7 * steps], rows[8 * steps], rows[9 * steps], average_c
+    varying = rows[k], rows[steps + k], rows[2 * steps + k], rows[3 * steps + k]
+    betas = rows[4 * steps], rows[5 * steps], rows[6 * steps], rows[7 * steps]
+    return *varying, *betas, rows[8 * steps], rows[9 * steps], rows[10 * steps], rows[11 * steps + k]
 
 
 @jit
@@ -200,7 +200,7 @@ def _scale_gradient(run, padded, like):
 
 
 @jit
-def _advance(block, run, like, top, average, limit):
+def _advance(block, run, like, top, average, limit, lead):
     """Advance one run until it stops, the rows end, or Python has to go on."""
     # One function, with all addresses read before the loop: divided into others it is 5 to 30 % slower, since the
     # compiler cannot know that no store into an array changes an address.
@@ -221,7 +221,7 @@ def _advance(block, run, like, top, average, limit):
             if clip < 0:
                 run[LEFT] = BEFORE_UPDATE
                 return
-        c = cast_coefficients(_numbers(rows, steps, k), 1.0, clip, like)
+        c = cast_coefficients(_numbers(rows, steps, k), clip, like)
         step = extent = 0.0
         for start in range(0, padded, PIECE):
             count, at = min(PIECE, padded - start), start * itemsize
@@ -232,8 +232,9 @@ def _advance(block, run, like, top, average, limit):
             if run[IS_BEST] != 0:
                 _keep_best(run, at, count, like)
             _copy(count, before, x)
-            mode = exchange_mode(mode_for(c.scale))
-            update_chunk(count, x, g, m, v, tops, averages, None, None, None if limit is None else c.limit, c)
+            mode = exchange_mode(mode_for(abs(c.scale)))
+            clipped_at, ahead = None if limit is None else c.limit, None if lead is None else c.lead
+            update_chunk(count, x, g, m, v, tops, averages, None, None, clipped_at, ahead, c)
             if rows[OVERWRITE * steps + k] != 0:
                 overwrite_chunk(count, x, averages, None)
             exchange_mode(mode)  # back to what the objective expects
@@ -291,14 +292,14 @@ def _bring_home(homes, run, size, like):
 
 
 @jit
-def _advance_share(address, part, parts, like, top, average, limit):
+def _advance_share(address, part, parts, like, top, average, limit, lead):
     word = np.int64(0)
     block = pointer(address, word)
     for r in range(block[COUNT] * part // parts, block[COUNT] * (part + 1) // parts):
         run = pointer(block[RUNS] + 8 * RUN_ENTRIES * r, word)
         homes = pointer(block[HOMES] + 8 * ARRAYS * r, word)
         _bring_in(homes, run, block[SIZE], like)
-        _advance(block, run, like, top, average, limit)
+        _advance(block, run, like, top, average, limit, lead)
         if run[IS_BEST] != 0:
             _keep_best(run, 0, block[PADDED], like)
             run[IS_BEST] = 0
@@ -308,10 +309,11 @@ def _advance_share(address, part, parts, like, top, average, limit):
 @cache
 def loop_kernel(dtype: str, variant: Variant) -> Any:
     """The kernel that advances runs whose arrays are of one dtype."""
-    like, top, average, limit = cpu.LIKE[dtype], on(variant.amsgrad), on(variant.average), on(variant.clip)
+    like, top, average = cpu.LIKE[dtype], on(variant.amsgrad), on(variant.average)
+    limit, lead = on(variant.clip), on(variant.nesterov)
 
     @c_kernel
     def loop_kernel(block, part, parts):
-        _advance_share(block, part, parts, like, top, average, limit)
+        _advance_share(block, part, parts, like, top, average, limit, lead)
 
     return loop_kernel

@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import arrays
 from ..arrays.brief import brief
-from ..hyperparameters import flag
+from ..hyperparameters.table import flag
 from .driver import compiled, drive_all, drive_together, prepare
 from .minimize import call_of, minimize
 from .objective import is_compiled

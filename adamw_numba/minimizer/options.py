@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import hyperparameters as hp
 from ..arrays.brief import brief
+from ..hyperparameters import table as hp
 from ..optimizer import HYPERPARAMETERS, SYNONYMS
 
 Settings = dict[str, Any]
@@ -90,7 +90,8 @@ _OPTIONS: dict[str, tuple[Any, hp.Check]] = {
     "callback_every": (1, hp.integer(1, optional=False)),
     "compiled": (True, hp.flag),
 }
-_HYPERPARAMETERS = ["learning_rate", *(key for key in HYPERPARAMETERS if key not in ("name", "nonfinite"))]
+_NOT_HERE = ("name", "nonfinite", "maximize")
+_HYPERPARAMETERS = ["learning_rate", *(key for key in HYPERPARAMETERS if key not in _NOT_HERE)]
 
 
 def read_settings(options: dict[str, Any], tol: Any, hess: Any, hessp: Any, constraints: Any) -> Settings:

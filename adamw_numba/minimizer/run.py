@@ -296,7 +296,7 @@ class Run:
         new, state = optimizer.stateless_apply(optimizer.variables, gradients, self.get("x"))
         optimizer.set_weights(state)
         self.put("x", new)
-        optimizer.engine.record.last = None, optimizer.iterations > before, rate
+        optimizer.engine.record.last = None, optimizer.iterations > before, rate, ()
 
     def evaluate(self) -> None:
         """Value and gradient where the last update has led, and what they mean for the tolerances."""

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from ..hyperparameters import flag, integer
+from ..hyperparameters.table import flag, integer
 from . import archive, restore, snapshot
 from .stores.atomic import CorruptFileError, remove
 from .stores.targets import check_no_url, check_target

@@ -12,10 +12,12 @@ import numpy as np
 
 from .._version import __version__
 from ..arrays.brief import brief
+from .overrides import is_description
 from .stores import MANIFEST
 from .stores.atomic import CorruptFileError
 
-FORMAT, VERSION = "adamw_numba", 1
+FORMAT = "adamw_numba"
+VERSION, WITHOUT_GROUPS = 2, 1  # older versions read files of an optimizer that has no groups
 LONGEST = 1 << 28  # bytes of a document
 _REALS = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 _INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
@@ -65,7 +67,8 @@ def encode(document: dict[str, Any]) -> bytes:
         If it is longer than `decode` takes.
     """
     versions = {"adamw_numba": __version__, "numpy": np.__version__, "python": platform.python_version()}
-    whole = {"format": FORMAT, "version": VERSION, **document, "versions": versions}
+    version = VERSION if document.get("groups") else WITHOUT_GROUPS
+    whole = {"format": FORMAT, "version": version, **document, "versions": versions}
     text = json.dumps(whole, default=plain, separators=(",", ":")).encode()
     # The checksum is of the text without it, so it can stand inside what it protects.
     sealed = b'{"crc32":"%08x",' % zlib.crc32(text) + text[1:]
@@ -125,6 +128,9 @@ def check(document: dict[str, Any], where: str) -> None:
     for pair in document["added"]:
         if type(pair) is not list or len(pair) != 2 or type(pair[0]) is not str or type(pair[1]) is not bool:
             raise CorruptFileError(f"{where} describes the added variable {brief(pair)}; expected a name and a boolean")
+    groups = document.get("groups", [])
+    if type(groups) is not list or not all(map(is_description, groups)):
+        raise CorruptFileError(f"{where} describes its groups by {brief(groups)}; expected a list of them")
     for key, entry in document["arrays"].items():
         if type(entry) is not dict or type(entry.get("crc32")) is not int or not 0 <= entry["crc32"] < 2**32:
             raise CorruptFileError(f"{where} describes the array {brief(key)} by {brief(entry)}; expected a CRC-32")

@@ -10,8 +10,9 @@ import numpy as np
 from .. import arrays
 from ..arrays import Array
 from ..arrays.brief import brief, brief_names
+from ..hyperparameters.groups import Group, Override
 from ..state import check_scalar
-from . import archive, manifest
+from . import archive, manifest, overrides
 from .archive import Saved
 from .manifest import encoded
 from .snapshot import Place, engine_of, scalars_of
@@ -27,7 +28,8 @@ _OPTION_OF = {
     "gradient_accumulator": "gradient_accumulation_steps",
     "master": "master_weights",
 }
-_FREE = ("name", "threads", "learning_rate")  # may differ without a warning; a learning rate is in the state
+# May differ without a warning, or are compared otherwise; a learning rate that is a number is in the state.
+_FREE = ("name", "threads", "learning_rate", "overrides")
 
 
 class Loaded(NamedTuple):
@@ -52,11 +54,18 @@ class Loaded(NamedTuple):
     where: str
     positional: bool = False
     partial: bool = False
+    groups: Sequence[Mapping[str, Any]] = ()
 
-    def excluded(self, names: Sequence[str], variables: Sequence[Array]) -> frozenset[str]:
-        """Which of the variables to build are excluded from weight decay, as they were when they were saved."""
-        order = _matched(self, names, variables)
-        return frozenset(name for name, index in zip(names, order, strict=True) if self.variables[index]["excluded"])
+    def started(self, groups: Sequence[Group]) -> list[int]:
+        """For each group, how many updates came before its moments were new.
+
+        Raises
+        ------
+        ValueError
+            If variables that are one group now counted their steps from different ones.
+        """
+        of = {name: group["started"] for group in self.groups for name in group["names"]}
+        return [_common_start(group, of, self.where) for group in groups]
 
     def fill(self, names: Sequence[str], variables: Sequence[Array], slots: Sequence[dict[str, Array]]) -> None:
         """Put the state into the slots of variables, and what it holds of the variables into them: all or nothing."""
@@ -75,6 +84,9 @@ def load(cls: Any, target: Any, variables: Any, custom_objects: Mapping[str, Any
     _add_arrays(engine, saved)
     _write(_scalar_writes(optimizer, saved))
     engine.loaded = _loaded(saved)
+    excluded = tuple(entry["name"] for entry in saved.document["variables"] if entry["excluded"])
+    if excluded and not engine.hyper.overrides:  # otherwise they are among those
+        engine.hyper.overrides = [Override([], [], {"weight_decay": 0.0}, exact=excluded, is_exclusion=True)]
     _set_counts(engine, saved)
     if variables is not None:
         optimizer.build(variables)
@@ -91,14 +103,18 @@ def restore(optimizer: Any, target: Any) -> Any:
         saved = archive.read(target)
         _check_class(type(optimizer).__mro__, saved)
         # Every check comes before the first write.
-        writes = _scalar_writes(optimizer, saved)
-        writes += _writes(_loaded(saved), workspace.names, workspace.variables, workspace.slots)
+        writes, loaded, groups = _scalar_writes(optimizer, saved), _loaded(saved), engine.hyper.groups
+        writes += _writes(loaded, workspace.names, workspace.variables, workspace.slots)
+        started = loaded.started(groups)
         told = differences(optimizer, workspace, saved)
         if told:
             warnings.warn(
                 f"restored from {saved.where} into an optimizer that differs: {'; '.join(told)}", stacklevel=3
             )
         _write(writes)
+        for group, since in zip(groups, started, strict=True):
+            vars(group)["started"] = since
+        engine.hyper.token = object()
         engine.catch_up()  # a GPU that counts by itself is told of the iteration
         _set_counts(engine, saved)
         return engine.extra
@@ -145,18 +161,43 @@ def numbers(array: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
 
 
 def differences(optimizer: Any, workspace: Any, saved: Saved) -> list[str]:
-    """How an optimizer's arguments and exclusions differ from the saved ones: one sentence each."""
+    """How an optimizer's arguments, groups and exclusions differ from the saved ones: one sentence each."""
     here, there = _flat(optimizer.get_config()), _flat_saved(saved)
     different = [key for key in here if key in there and here[key] != there[key] and key not in _FREE]
     rate = "learning_rate"
     if rate not in engine_of(optimizer).state.scalars and here[rate] != there.get(rate):
         different.append(rate)
     told = [f"{key} is {brief(here[key])}, and was {brief(there.get(key))}" for key in different]
-    excluded = {entry["name"]: entry["excluded"] for entry in saved.document["variables"]}
-    changed = [n for n, decayed in zip(workspace.names, workspace.decayed, strict=True) if decayed == excluded[n]]
-    if changed:
-        told.append(f"{brief_names(changed)} are excluded from weight decay in only one of them")
+    return told + _different_groups(engine_of(optimizer).hyper.groups, saved)
+
+
+def _different_groups(groups: Sequence[Group], saved: Saved) -> list[str]:
+    """Which variables have other hyperparameters for themselves than they had."""
+    excluded = [entry["name"] for entry in saved.document["variables"] if entry["excluded"]]
+    was: dict[str, Any] = {name: {"weight_decay": 0.0} for name in excluded}
+    for group in saved.document.get("groups", []):
+        was |= dict.fromkeys(group["names"], group["own"])
+    told = []
+    for group, own in zip(groups, [{}, *(each["own"] for each in overrides.described(groups[1:]))], strict=True):
+        own = json.loads(json.dumps(own, default=manifest.plain))
+        changed = [name for name in group.names if was.get(name, {}) != own]
+        only_decay = all(set(each) <= {"weight_decay"} for each in (own, *(was.get(name, {}) for name in changed)))
+        if changed and only_decay and {*own.values(), *(v for n in changed for v in was.get(n, {}).values())} <= {0.0}:
+            told.append(f"{brief_names(changed)} are excluded from weight decay in only one of them")
+        elif changed:
+            there = was.get(changed[0], {})
+            told.append(f"{brief_names(changed)} have {brief(own)} for themselves, and had {brief(there)}")
     return told
+
+
+def _common_start(group: Group, of: Mapping[str, int], where: str) -> int:
+    found = {of.get(name, 0) for name in group.names} or {0}
+    if len(found) > 1:
+        raise ValueError(
+            f"{where} holds {brief_names(group.names)} as parts of several groups, which count their steps from "
+            f"{brief_names(sorted(found))}; expected the groups that were saved"
+        )
+    return found.pop()
 
 
 def _flat_saved(saved: Saved) -> dict[str, Any]:
@@ -176,7 +217,7 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _loaded(saved: Saved) -> Loaded:
     own = {key: array for key, array in saved.arrays.items() if _is_of_a_variable(key)}
-    return Loaded(saved.document["variables"], own, saved.where)
+    return Loaded(saved.document["variables"], own, saved.where, groups=saved.document.get("groups", ()))
 
 
 def _is_of_a_variable(key: str) -> bool:
@@ -313,6 +354,13 @@ def _writes(
         expected.update(f"{slot}/{saved}" for slot in (*own, "variables"))
     if not expected.issuperset(loaded.arrays):
         unexpected = sorted(set(loaded.arrays) - expected)
+        frozen = [name for name, own in zip(names, slots, strict=True) if not own]
+        of_frozen = [name for name in frozen if f"momentum/{encoded(name)}" in unexpected]
+        if of_frozen:
+            raise ValueError(
+                f"{loaded.where} holds the state of {brief_names(of_frozen)}, which are not trainable; expected "
+                "trainable=True"
+            )
         kinds = [key.partition("/")[0] for key in unexpected]
         raise ValueError(
             f"{loaded.where} holds {brief_names(unexpected)}{_asked_for(kinds, 'for which', 'is not set')}; expected "

@@ -8,7 +8,7 @@ import numpy as np
 from .. import arrays
 from ..arrays import Array
 from ..arrays.brief import brief
-from . import archive, manifest
+from . import archive, manifest, overrides
 from .manifest import encoded
 
 Place = tuple[dict[str, Array], str]
@@ -86,7 +86,10 @@ def scalars_of(optimizer: Any) -> dict[str, Place]:
 
 def _document(optimizer: Any, workspace: Any, extra: Any) -> dict[str, Any]:
     engine = engine_of(optimizer)
-    described = zip(workspace.names, workspace.variables, workspace.decayed, strict=True)
+    groups = engine.hyper.groups
+    excluded = [groups[k].own is not None and groups[k].own.get("weight_decay") == 0 for k in workspace.which]
+    described = zip(workspace.names, workspace.variables, excluded, strict=True)
+    has_groups = bool(overrides.config_of(engine.hyper)) or any(group.started for group in groups)
     return {
         "class": "AdamW" if inner_of(optimizer) is optimizer else "LossScaleOptimizer",
         "config": optimizer.get_config(),
@@ -94,9 +97,10 @@ def _document(optimizer: Any, workspace: Any, extra: Any) -> dict[str, Any]:
         "skipped_steps": engine.record.skipped,
         "extra": extra,
         "variables": [
-            {"name": name, "dtype": arrays.dtype_name(v), "shape": [int(s) for s in v.shape], "excluded": not decayed}
-            for name, v, decayed in described
+            {"name": name, "dtype": arrays.dtype_name(v), "shape": [int(s) for s in v.shape], "excluded": out}
+            for name, v, out in described
         ],
+        **({"groups": overrides.described(groups[1:])} if has_groups else {}),
         "added": [[name, bool(late)] for late, own in enumerate(engine.state.added) for name in own],
     }
 
@@ -109,6 +113,11 @@ def inner_of(optimizer: Any) -> Any:
 def engine_of(optimizer: Any) -> Any:
     """The engine of an AdamW, or of the one inside a loss scale."""
     return inner_of(optimizer).engine
+
+
+def places_of(optimizer: Any) -> Any:
+    """Where every array of an optimizer's state is kept, in Keras's order; those of a loss scale first."""
+    return engine_of(optimizer).places() if inner_of(optimizer) is optimizer else optimizer.places()
 
 
 def _check_extra(extra: Any) -> None:

@@ -11,34 +11,27 @@ from itertools import starmap
 from operator import call, setitem
 from typing import Any, Self
 
-import numpy as np
-
 from .. import arrays
-from .. import hyperparameters as hp
 from ..array_api import stateless
 from ..arrays import Array
-from ..arrays.brief import brief_names
+from ..arrays.brief import brief, brief_names
 from ..arrays.garbage import without_collections
 from ..arrays.torch_graphs import tell_torch
 from ..arrays.tree import Container, Form, flatten, form_of, materialized, order, rebuild
 from ..coefficients import MOST_STEPS, Recipe, Recipes, adam_alone
+from ..hyperparameters import table as hp
+from ..hyperparameters.groups import Group, make_groups
 from ..state import Place, State, new_slots
 from . import gradients as matching
 from . import workspace as building
 from .commit import Call, commit, exhaust
 from .norms import judge
+from .rates import Rates
+from .record import Record
 from .workspace import Workspace
 
 
-class Record:
-    """What the last step did, and how many were skipped."""
-
-    def __init__(self) -> None:
-        self.last: tuple[float | None, bool, float] | None = None  # gradient norm, whether applied, learning rate
-        self.skipped = 0
-
-
-class Engine:
+class Engine(Rates):
     """What `AdamW`, the loss scale, saving and minimizing stand on.
 
     Parameters
@@ -56,7 +49,7 @@ class Engine:
     swapped : bool
         Whether the variables hold their averages at the moment.
     loaded : object or None
-        A saved state for variables that are yet to be built: it has ``variables``, ``excluded`` and ``fill``.
+        A saved state for variables that are yet to be built: it has ``variables``, ``started`` and ``fill``.
     extra : object
         What was saved beside the state that was loaded or restored last.
     """
@@ -68,7 +61,6 @@ class Engine:
         self.workspace: Workspace | None = None
         self.alone: Any = None  # the plan with kernels, where it is the only one and the variables are themselves
         self.record = Record()
-        self.exclusions = hp.Exclusions([], [])
         self.swapped = False
         self.loaded: Any = None
         self.extra: Any = None
@@ -76,54 +68,6 @@ class Engine:
         self.form: Form | None = None  # of the gradients last given in a container other than a list
         _ENGINES.add(self)
         tell_torch()
-
-    # Rates
-
-    def rate(self) -> hp.Rate | float:
-        """What was set as learning rate; a signal's handler may put a callable in a number's place, and back."""
-        scalars = self.state.scalars
-        array, rate = scalars.get("learning_rate"), self.hyper.learning_rate_function
-        if rate is not None:
-            return rate  # type: ignore[no-any-return]
-        return float(scalars["learning_rate"] if array is None else array)
-
-    def set_rate(self, value: Any) -> None:
-        """Set the learning rate: a number lives in the state, anything callable among the hyperparameters."""
-        value = hp.rate("learning_rate", value)
-        scalars = self.state.scalars
-        if callable(value):
-            self.hyper.learning_rate_function = hp.Rate("learning_rate", value)
-            scalars.pop("learning_rate", None)
-        else:
-            scalars.setdefault("learning_rate", np.zeros(()))[...] = value
-            self.hyper.learning_rate_function = None
-
-    def rates_at(self, number: Any, learning_rate: Any = None) -> tuple[Any, Any]:
-        """Learning rate and weight decay at a step; the learning rate as given where it is a number."""
-        own = self.rate()
-        if not isinstance(own, float):
-            learning_rate = own(number)
-        elif learning_rate is None:
-            learning_rate = own
-        decay = self.hyper.weight_decay_function
-        return learning_rate, self.hyper.weight_decay if decay is None else decay(number)
-
-    def rates_now(self) -> tuple[Any, Any]:
-        """Learning rate and weight decay at the present iteration."""
-        iteration = self.state.scalars["iteration"]
-        number = iteration.item()
-        rates = self.rates_at(number)
-        if iteration.item() != number:
-            raise RuntimeError("a callable rate has itself taken a step; expected it to return a number only")
-        return rates
-
-    def key(self) -> object:
-        """Equal for steps whose coefficients follow from the iteration alone, in the same way; None if they may not."""
-        hyper = self.hyper
-        rate, decay = hyper.learning_rate_function, hyper.weight_decay_function
-        if not ((rate is None or rate.is_schedule) and (decay is None or decay.is_schedule)):
-            return None
-        return self.state.scalars["learning_rate"].item() if rate is None else rate.function, hyper.token
 
     # Building
 
@@ -140,28 +84,22 @@ class Engine:
     def _build(self, names: list[str], variables: list[Array]) -> Workspace:
         arrays.check_variables(names, variables)
         hyper = self.hyper
-        options = {
-            "average": hyper.use_ema,
-            "gradient_accumulator": hyper.gradient_accumulation_steps,
-            "velocity_hat": hyper.amsgrad,
-        }
-        keys = ["momentum", "velocity", *(key for key, wanted in options.items() if wanted)]
-        slots = [new_slots(variable, keys, hyper.master_weights) for variable in variables]
-        excluded, unmatched = self.exclusions.of(names, variables)
-        if self.loaded is not None and not any(self.exclusions):
-            excluded = self.loaded.excluded(names, variables)
-        workspace = building.build(names, variables, slots, excluded)
-        if unmatched:
+        groups, which, unmatched = make_groups(self, hyper.overrides, names, variables)
+        slots = [self._new_slots(v) if groups[k].trainable else {} for v, k in zip(variables, which, strict=True)]
+        workspace = building.build(names, variables, slots, which, len(groups))
+        for called, nothing in unmatched:
             warnings.warn(
-                f"exclude_from_weight_decay: each of {brief_names(unmatched, 20)} matches none of the variables "
-                f"{brief_names(names)}",
+                f"{called}: each of {brief_names(nothing, 20)} matches none of the variables {brief_names(names)}",
                 stacklevel=4,
             )
         if self.loaded is not None:
             self.loaded.fill(names, variables, slots)
+            for group, started in zip(groups, self.loaded.started(groups), strict=True):
+                vars(group)["started"] = started
             self.loaded = None
         self.state.names, self.state.slots = names, slots
-        self.workspace, self.alone, hyper.is_fixed = workspace, workspace.alone, True
+        hyper.groups, hyper.others, hyper.is_fixed = groups, tuple(groups[1:]), True
+        self.workspace, self.alone = workspace, workspace.alone
         return workspace
 
     def require_built(self, what: str) -> Workspace:
@@ -203,34 +141,38 @@ class Engine:
                 self._ask_gpus(loss_scale)
             hyper, scalars = self.hyper, self.state.scalars
             iteration, own, weight_decay = scalars["iteration"], scalars.get("learning_rate"), hyper.weight_decay
-            if own is not None and type(weight_decay) is float:
+            others: Any = ()
+            if own is not None and type(weight_decay) is float and not hyper.others:
                 rate = own.item()
             else:  # what is called here may take a step: no address has been read yet
-                rate, weight_decay = self.rates_now()
+                rate, weight_decay, others = self.rates_now()
+            gradients = gradients if workspace.trainable is None else workspace.of_trainable(gradients)
             is_complete = alone is not None and alone.begins_as_before(gradients)
             if not is_complete:
-                gradients = gradients if alone is None else self.match(grads, None)
-                if not gradients:
-                    return
+                if alone is not None:
+                    gradients = self.match(grads, None)
+                    if not gradients:
+                        return
+                    gradients = workspace.of_trainable(gradients)
                 _check_counter(iteration)
                 workspace.begin(gradients)
             recipes = self.recipes
             if recipes is None or recipes.token is not hyper.token or recipes.given != loss_scale:
                 recipes = self.recipes = Recipes(hyper, loss_scale)
-            recipe = recipes.at(iteration.item(), rate, weight_decay)
+            recipe = recipes.at(iteration.item(), rate, weight_decay, others)
             if workspace.resident is not None and more is None and recipe.nonfinite != "raise":
-                self._leave_to_gpu(recipe, recipes, gradients, rate, is_complete)
+                self._leave_to_gpu(recipe, recipes, gradients, (rate, others), is_complete)
                 return
             if recipe.takes_norm:
                 norm, applied = judge(workspace, recipe, gradients)
                 if not applied:
-                    self._skip(norm, rate, more)
+                    self._skip(norm, rate, others, more)
                     return
             else:
                 norm = None
             repeatable, calls = (alone or workspace).work(recipe, gradients)
             # The counter first: where it has become read-only, nothing else has happened yet.
-            told = setattr, self.record, "last", (norm, True, rate)
+            told = setattr, self.record, "last", (norm, True, rate, others)
             calls = [(setitem, iteration, (), recipe.number + 1), *calls, told]
             if more is not None:
                 calls += more(True)
@@ -243,13 +185,16 @@ class Engine:
                 _check_counter(iteration)
                 raise
 
-    def _skip(self, norm: float, rate: float, more: Callable[[bool], list[Call]] | None) -> None:
+    def _skip(self, norm: float, rate: float, others: Any, more: Callable[[bool], list[Call]] | None) -> None:
         """Count a step that is left out, since a gradient is not finite."""
         record = self.record
-        calls = [(setattr, record, "last", (norm, False, rate)), (setattr, record, "skipped", record.skipped + 1)]
+        calls = [
+            (setattr, record, "last", (norm, False, rate, others)),
+            (setattr, record, "skipped", record.skipped + 1),
+        ]
         commit((), calls if more is None else calls + more(False))
 
-    def _leave_to_gpu(self, recipe: Recipe, recipes: Recipes, gradients: Any, rate: float, is_complete: bool) -> None:
+    def _leave_to_gpu(self, recipe: Recipe, recipes: Recipes, gradients: Any, rates: Any, is_complete: bool) -> None:
         """Take a step that a GPU decides and counts by itself."""
         workspace: Workspace = self.workspace  # type: ignore[assignment]
         launches, counted = workspace.resident.decide(recipe, recipes, self.rates_at, self.key())
@@ -257,7 +202,7 @@ class Engine:
         calls: list[Call] = [(setitem, iteration, (), recipe.number + 1)] if counted else []
         if workspace.tensors:
             arrays.note_writes(workspace.touched(gradients, recipe, is_complete, counted))
-        exhaust(starmap(call, [*calls, *launches, (setattr, self.record, "last", (None, True, rate))]))
+        exhaust(starmap(call, [*calls, *launches, (setattr, self.record, "last", (None, True, *rates))]))
 
     def _ask_gpus(self, loss_scale: float | None) -> None:
         """Catch up with a GPU that counts by itself, where this step needs its count."""
@@ -268,6 +213,43 @@ class Engine:
             if asks and not gpu.looks_captured():
                 self.catch_up()
 
+    # Groups
+
+    def set_trainable(self, group: Group, trainable: bool) -> None:
+        """Give the variables of a group new state, or take it from them, and lay out the work of a step anew.
+
+        Raises
+        ------
+        ValueError
+            If no variable would be left.
+        RuntimeError
+            If a graph was captured, whose replays would go on as before.
+        """
+        with self.lock:
+            self.check_not_swapped()
+            workspace = self.require_built("trainable")
+            self.catch_up()
+            if any(gpu.has_captures for gpu in workspace.gpus):
+                raise RuntimeError("`trainable` cannot change once a graph was captured; expected it to be set before")
+            slots, members = list(self.state.slots), set(group.names)
+            for i, (name, variable) in enumerate(zip(workspace.names, workspace.variables, strict=True)):
+                if name in members:
+                    slots[i] = self._new_slots(variable) if trainable else {}
+            with without_collections():
+                built = building.build(
+                    workspace.names, workspace.variables, slots, workspace.which, len(self.hyper.groups)
+                )
+            started = self.updates() if trainable else 0
+            self.state.slots, self.workspace, self.alone, self.recipes = slots, built, built.alone, None
+            vars(group)["started"] = started
+
+    def _new_slots(self, variable: Array) -> dict[str, Array]:
+        hyper = self.hyper
+        keys = ["momentum", "velocity"]
+        keys += ["velocity_hat"] * hyper.amsgrad + ["average"] * hyper.use_ema
+        keys += ["gradient_accumulator"] * (hyper.gradient_accumulation_steps is not None)
+        return new_slots(variable, keys, hyper.master_weights)
+
     def update_one(self, gradient: Array, variable: Array, learning_rate: float) -> None:
         """Adam alone for one variable: see `AdamW.update_step`."""
         with self.lock:
@@ -277,8 +259,13 @@ class Engine:
                 raise TypeError("`gradient` is None; expected an array of the variable's shape")
             rate = hp.Rate("learning_rate", lambda: learning_rate)(0)
             (index,) = matching.indices(workspace, [variable])
-            recipe = adam_alone(self.hyper, self.updates(), rate)
+            if not workspace.slots[index]:
+                raise ValueError(f"variable {brief(workspace.names[index])} is not trainable; expected one that is")
+            group = self.hyper.groups[workspace.which[index]]
+            updates = max(self.updates() - group.started, 0)
+            recipe = adam_alone(group.values(), updates, rate, len(self.hyper.groups))
             gradients = [gradient if k == index else None for k in range(len(workspace.names))]
+            gradients = workspace.of_trainable(gradients)
             workspace.begin(gradients)
             arrays.note_writes(workspace.touched(gradients, recipe))
             commit(*workspace.work(recipe, gradients))
@@ -353,8 +340,11 @@ class Engine:
             exhaust(starmap(call, [(setitem, iteration, (), report.iteration), note] if counts else [note]))
             last = self.record.last
             if last is not None or report.iteration:
-                rate = self.rates_at(report.iteration - report.applied)[0] if last is None or self.key() else last[2]
-                self.record.last = report.norm, report.applied, rate
+                if last is None or self.key():
+                    rate, _, others = self.rates_at(report.iteration - report.applied)
+                else:
+                    rate, others = last[2:]
+                self.record.last = report.norm, report.applied, rate, others
 
     def places(self) -> list[Place]:
         """Where every array of the state is kept, in Keras's order, once a GPU has been asked."""
@@ -385,7 +375,7 @@ class Engine:
         self.check_not_swapped()
         self.catch_up()
         # Plans hold addresses, and recipes a token: both are made again from these.
-        workspace = self.workspace and self.workspace[:4]
+        workspace = self.workspace and self.workspace[:4]  # names, variables, slots, and the groups they are in
         state = {key: value for key, value in vars(self).items() if key != "lock"}
         return state | {"workspace": workspace, "alone": None, "form": None, "recipes": None}
 
@@ -397,11 +387,13 @@ class Engine:
         for own in (self.state.scalars, *self.state.added, *self.state.slots):
             own.update({key: arrays.writeable_copy(array) for key, array in own.items()})
         if state["workspace"] is not None:
-            names, variables, _, decayed = state["workspace"]
-            excluded = frozenset(name for name, wanted in zip(names, decayed, strict=True) if not wanted)
+            names, variables, _, which = state["workspace"]
             variables = [arrays.writeable_copy(variable) for variable in variables]
-            self.workspace = building.build(names, variables, self.state.slots, excluded)
+            groups = self.hyper.groups
+            self.workspace = building.build(names, variables, self.state.slots, which, len(groups))
             self.alone = self.workspace.alone
+            for k, group in enumerate(groups):
+                group.take(self, [i for i, own in enumerate(which) if own == k], names, variables)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         with self.lock:
@@ -421,7 +413,15 @@ class Engine:
         return (
             f"arrays={len(variables)}, parameters={sum(math.prod(v.shape) for v in variables)}, dtypes={dtypes!r}, "
             f"devices={devices!r}, step={self.updates()}, state_bytes={sum(map(arrays.byte_count, state))}"
+            f"{self._rates()}"
         )
+
+    def _rates(self) -> str:
+        """What the groups are, where there are several."""
+        if not self.hyper.others:
+            return ""
+        rates = [f"{rate:.4g}" for rate, _ in self.group_rates()]
+        return f", groups={len(rates)}, learning_rates={brief(', '.join(rates))}"
 
 
 def _check_counter(iteration: Array) -> None:

@@ -23,7 +23,7 @@ def gradients(built: Workspace, grads: Container, warn: bool = True) -> Sequence
     if (flat := as_flat(built, grads)) is not None:
         return flat
     leaves = matched(grads, built.names, "grads", may_be_empty=True)
-    return _present(built.names, leaves, warn) if leaves else []
+    return _present(built, range(len(built.names)), leaves, warn) if leaves else []
 
 
 def as_flat(built: Workspace, grads: Container) -> list[Array] | None:
@@ -46,7 +46,7 @@ def gradients_of(
     where = indices(built, variables)
     leaves = matched(grads, targets, "grads")
     result: list[Array | None] = [None] * len(built.names)
-    for index, leaf in zip(where, _present([built.names[i] for i in where], leaves, True), strict=True):
+    for index, leaf in zip(where, _present(built, where, leaves, True), strict=True):
         result[index] = leaf
     return result
 
@@ -106,9 +106,13 @@ def check_same(built: Workspace, variables: Sequence[Array]) -> None:
         )
 
 
-def _present(names: Sequence[str], leaves: Sequence[Array | None], warn: bool) -> Sequence[Array | None]:
-    missing = [name for name, leaf in zip(names, leaves, strict=True) if leaf is None]
-    if len(missing) == len(leaves):
+def _present(
+    built: Workspace, where: Sequence[int], leaves: Sequence[Array | None], warn: bool
+) -> Sequence[Array | None]:
+    """The gradients of variables at certain positions, of which those that are not trainable need none."""
+    pairs = [(built.names[i], leaf) for i, leaf in zip(where, leaves, strict=True) if built.slots[i]]
+    missing = [name for name, leaf in pairs if leaf is None]
+    if len(missing) == len(pairs):
         raise ValueError("No gradients provided for any variable.")
     if missing and warn:
         warnings.warn(

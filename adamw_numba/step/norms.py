@@ -23,12 +23,12 @@ def judge(workspace: Workspace, recipe: Recipe, gradients: Sequence[Array | None
     norms, norm = _norms(workspace, recipe, gradients)
     if recipe.nonfinite != "propagate" and not math.isfinite(norm):
         if recipe.nonfinite == "raise":
-            found = zip(workspace.names, norms, strict=True)
+            found = zip(workspace.trained[0], norms, strict=True)
             names = brief_names(name for name, norm in found if not math.isfinite(norm))
             raise FloatingPointError(f"gradients of {names} hold values that are not finite (nonfinite='raise')")
         return norm, False
     if recipe.is_update:
-        recipe.clip(norms, norm)
+        recipe.clip(norms, norm, workspace.trained[1])
     return norm, True
 
 

@@ -3,14 +3,21 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from .. import arrays
 from ..arrays import Array
+from ..arrays.brief import brief
+from ..arrays.overlap import overlapping
 from ..coefficients import Recipe
 from .commit import Call
 
 
 class Workspace(NamedTuple):
     """What an optimizer has been built on.
+
+    A variable that is not trainable has no slots, and the plans know nothing of it: they have lists of the trainable
+    variables, and of their gradients.
 
     Each plan takes its own variables through a step by the same methods: ``begin(gradients)`` checks them and finds out
     where they lie, ``norms(recipe, gradients)`` gives the norm of each gradient and of all together, and
@@ -21,13 +28,27 @@ class Workspace(NamedTuple):
     names: list[str]
     variables: list[Array]
     slots: list[dict[str, Array]]
-    decayed: list[bool]
+    which: list[int]  # the group of each variable
+    trainable: list[int] | None  # which variables have slots; None if all have
     plans: list[Any]
     alone: Any  # the plan if there is only one and it has compiled kernels, else None
     resident: Any  # the plan of the one GPU that everything lies on, which can then decide by itself, else None
     gpus: list[Any]  # the plans of GPUs
-    versioned: list[tuple[int, Array]]  # the variables whose versions torch counts, by number
+    versioned: list[tuple[int, Array]]  # the trainable variables whose versions torch counts, by number
     tensors: list[Array]  # the same without their numbers
+
+    @property
+    def trained(self) -> tuple[list[str], list[int]]:
+        """The names and the groups of the trainable variables."""
+        if self.trainable is None:
+            return self.names, self.which
+        return [self.names[i] for i in self.trainable], [self.which[i] for i in self.trainable]
+
+    def of_trainable(self, gradients: Sequence[Any]) -> Any:
+        """The gradients that count; none where there are not as many as variables."""
+        if self.trainable is None or len(gradients) != len(self.names):
+            return gradients if self.trainable is None else ()
+        return [gradients[i] for i in self.trainable]
 
     def begin(self, gradients: Sequence[Array | None]) -> None:
         """Check everything that has changed since the last step.
@@ -65,29 +86,49 @@ class Workspace(NamedTuple):
 
 
 def build(
-    names: list[str], variables: list[Array], slots: list[dict[str, Array]], excluded: frozenset[str]
+    names: list[str], variables: list[Array], slots: list[dict[str, Array]], which: list[int], groups: int
 ) -> Workspace:
     """Check that variables do not overlap, and lay out the work of a step.
 
     Raises
     ------
     ValueError
-        If two variables share memory.
+        If two variables share memory, or none is trainable.
     """
-    places = [arrays.place(variable) for variable in variables]
+    trainable = [i for i, own in enumerate(slots) if own]
+    if not trainable:
+        raise ValueError("no variable is trainable; expected one at least")
+    if len(trainable) < len(names):
+        _check_apart_from_frozen(names, variables, slots)
+    trained: Any = [[each[i] for i in trainable] for each in (names, variables, slots, which)]
+    places = [arrays.place(variable) for variable in trained[1]]
     has_kernels = "cpu" in places and compiles()
-    decayed = [name not in excluded for name in names]
     plans = []
     for where in dict.fromkeys(places):
-        here = [v if place == where else None for v, place in zip(variables, places, strict=True)]
-        plans.append(_plan(where, has_kernels, names, here, slots, decayed))
+        here = [v if place == where else None for v, place in zip(trained[1], places, strict=True)]
+        plans.append(_plan(where, has_kernels, trained[0], here, *trained[2:], groups))
     gpus = [plan for plan, where in zip(plans, dict.fromkeys(places), strict=True) if where not in ("cpu", None)]
     alone = plans[0] if len(plans) == 1 else None
     resident = alone if gpus else None
     alone = alone if has_kernels or gpus else None
-    versioned = [(i, variable) for i, variable in enumerate(variables) if arrays.has_version(variable)]
+    versioned = [(i, variable) for i, variable in enumerate(trained[1]) if arrays.has_version(variable)]
     tensors = [variable for _, variable in versioned]
-    return Workspace(names, variables, slots, decayed, plans, alone, resident, gpus, versioned, tensors)
+    some = trainable if len(trainable) < len(names) else None
+    return Workspace(names, variables, slots, which, some, plans, alone, resident, gpus, versioned, tensors)
+
+
+def _check_apart_from_frozen(names: list[str], variables: list[Array], slots: list[dict[str, Array]]) -> None:
+    """Refuse a variable that is not trainable, and would change with one that is: the plans see the latter alone."""
+    seen = [i for i, variable in enumerate(variables) if arrays.place(variable) is not None]
+    layouts = [arrays.layout_of(variables[i]) for i in seen]
+    extents = np.array([arrays.extent(layout) for layout in layouts], np.int64).reshape(-1, 2).T
+    for one, other in overlapping(*extents):
+        i, j = seen[one], seen[other]
+        if bool(slots[i]) != bool(slots[j]) and arrays.share_memory(layouts[one], layouts[other]):
+            raise ValueError(
+                f"variables {brief(names[i])} and {brief(names[j])} share memory, and one of them is not trainable; "
+                "expected arrays that do not overlap"
+            )
 
 
 def compiles() -> bool:

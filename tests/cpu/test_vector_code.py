@@ -17,7 +17,7 @@ kernel = update_kernel({storage!r}, {variant!r})
 print(kernel._library.get_asm_str())
 """
 
-PLAIN, FULL = Variant(False, False, False, False), Variant(True, True, True, True)
+PLAIN, FULL = Variant(False, False, False, False, False), Variant(True, True, True, True, True)
 KINDS = {
     "float32": (Storage("float32", "float32", "float32", False, False), PLAIN),
     "float32, everything": (Storage("float32", "float32", "float32", False, False), FULL),

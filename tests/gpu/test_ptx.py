@@ -26,7 +26,7 @@ STORAGES = [
         for master in NO_YES
     ),
 ]
-VARIANTS = [Variant(*options, clip=False) for options in itertools.product(NO_YES, repeat=3)]
+VARIANTS = [Variant(*options, clip=False, nesterov=False) for options in itertools.product(NO_YES, repeat=3)]
 UPDATES = [("update", storage, variant) for storage in STORAGES for variant in VARIANTS]
 SQUARES = [
     ("square", g, "float64" if g == "float64" else "float32", accumulates)

@@ -2,7 +2,8 @@
 
 Nothing is shared with the library: bias-corrected moments as in Kingma & Ba (2015, algorithm 1) with the epsilon that
 their "epsilon hat" stands for, decoupled decay of Loshchilov & Hutter (2019, algorithm 2), AMSGrad of Reddi et al.
-(2018) on raw second moments, and Keras's order of stages. Complex numbers are pairs of reals.
+(2018) on raw second moments, and Keras's order of stages; Nesterov's momentum as in optax. Complex numbers are pairs
+of reals.
 """
 
 from dataclasses import dataclass, field
@@ -27,6 +28,11 @@ class Oracle:
     loss_scale_factor: float | None = None
     gradient_accumulation_steps: int | None = None
     excluded: tuple[int, ...] = ()
+    decouple_lr: bool = False
+    maximize: bool = False
+    nesterov: bool = False
+    epsilon_mode: str = "hat"
+    own: dict = field(default_factory=dict)  # of a variable, by its number: what it has for itself
 
     micro_step: int = 0
     updates: int = 0
@@ -55,31 +61,50 @@ class Oracle:
         norms = [0.0 if g is None else float(np.linalg.norm(g.ravel())) for g in gradients]
         whole = float(np.linalg.norm(norms))
         clipped = []
-        for g, norm in zip(gradients, norms, strict=True):
-            if g is not None and self.clipvalue is not None:
-                g = np.clip(g, -self.clipvalue, self.clipvalue)
-            if g is not None and self.clipnorm is not None and norm > self.clipnorm:
-                g = g * self.clipnorm / norm
+        for k, (g, norm) in enumerate(zip(gradients, norms, strict=True)):
+            clipvalue, clipnorm = self.of(k, "clipvalue"), self.of(k, "clipnorm")
+            if g is not None and clipvalue is not None:
+                g = np.clip(g, -clipvalue, clipvalue)
+            if g is not None and clipnorm is not None and norm > clipnorm:
+                g = g * clipnorm / norm
             if g is not None and self.global_clipnorm is not None and whole > self.global_clipnorm:
                 g = g * self.global_clipnorm / whole
             clipped.append(g)
         return clipped
 
+    def of(self, k, name):
+        return self.own.get(k, {}).get(name, getattr(self, name, None))
+
+    def rate_of(self, k, name):
+        rate = self.of(k, name)
+        if not callable(rate):
+            return rate
+        try:
+            return rate(self.micro_step - 1)
+        except TypeError:  # it takes no step
+            return rate()
+
     def update(self, gradients):
-        rate, decay = (r(self.micro_step - 1) if callable(r) else r for r in (self.learning_rate, self.weight_decay))
         self.updates += 1
         t = self.updates
         for k, g in enumerate(gradients):
             old = self.variables[k].copy()
             if g is not None:
-                self.m[k] = self.beta_1 * self.m[k] + (1 - self.beta_1) * g
-                self.v[k] = self.beta_2 * self.v[k] + (1 - self.beta_2) * g**2
+                beta_1, beta_2, epsilon = (self.of(k, name) for name in ("beta_1", "beta_2", "epsilon"))
+                rate = self.rate_of(k, "learning_rate") * self.own.get(k, {}).get("learning_rate_multiplier", 1.0)
+                decay = self.rate_of(k, "weight_decay")
+                g = -g if self.maximize else g
+                self.m[k] = beta_1 * self.m[k] + (1 - beta_1) * g
+                self.v[k] = beta_2 * self.v[k] + (1 - beta_2) * g**2
                 self.top[k] = np.maximum(self.top[k], self.v[k])
-                m_hat = self.m[k] / (1 - self.beta_1**t)
-                v_hat = (self.top[k] if self.amsgrad else self.v[k]) / (1 - self.beta_2**t)
-                epsilon = self.epsilon / np.sqrt(1 - self.beta_2**t)
+                m_hat = self.m[k] / (1 - beta_1**t)
+                if self.nesterov:
+                    m_hat = beta_1 * self.m[k] / (1 - beta_1 ** (t + 1)) + (1 - beta_1) * g / (1 - beta_1**t)
+                v_hat = (self.top[k] if self.amsgrad else self.v[k]) / (1 - beta_2**t)
+                if self.epsilon_mode == "hat":
+                    epsilon = epsilon / np.sqrt(1 - beta_2**t)
                 if k not in self.excluded:
-                    self.variables[k] = (1 - rate * decay) * self.variables[k]
+                    self.variables[k] = (1 - (decay if self.decouple_lr else rate * decay)) * self.variables[k]
                 self.variables[k] = self.variables[k] - rate * m_hat / (np.sqrt(v_hat) + epsilon)
             mu = 0.0 if t == 1 else self.ema_momentum
             self.average[k] = mu * self.average[k] + (1 - mu) * self.variables[k]

@@ -194,7 +194,7 @@ FILES = {
     "other numbers": (replaced(npy(np.ones(3, "f4"))), CorruptFileError, ["momentum/w", "CRC-32"]),
     "member missing": (changed(arrays={"momentum/none": GOOD_ENTRY}), CorruptFileError, ["lacks", "momentum/none"]),
     "no document": (lambda p: npz_with(p, raw=b""), CorruptFileError, ["manifest.json", "checksum"]),
-    "newer": (changed(version=2), ValueError, ["schema version 2", "newer adamw_numba"]),
+    "newer": (changed(version=3), ValueError, ["schema version 3", "newer adamw_numba"]),
     "other format": (changed(format="other"), CorruptFileError, ["'other'"]),
     "class": (changed(**{"class": "os.system"}), CorruptFileError, ["os.system", "AdamW"]),
     "class of schedule": (

@@ -5,11 +5,11 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any
 
-from .arrays import is_array
-from .arrays.advice import is_model
-from .arrays.brief import brief, brief_names
+from ..arrays import is_array
+from ..arrays.advice import is_model
+from ..arrays.brief import brief, brief_names
 
 _BOOLEAN: Any = bool  # which mypy takes for no number
 Check = Callable[[str, Any], Any]
@@ -26,6 +26,10 @@ class Hyperparameters:
         Whether the state has been allocated, on which some of them depend.
     learning_rate_function, weight_decay_function : Rate or None
         What is called at each step; None where the rate is a number.
+    overrides : list of groups.Override
+        As they were asked for.
+    groups : list of groups.Group
+        Once it is built; the common one first. The rest of them are `others`.
     """
 
     def __init__(self) -> None:
@@ -33,6 +37,39 @@ class Hyperparameters:
         self.is_fixed = False
         self.learning_rate_function: Rate | None = None
         self.weight_decay_function: Rate | None = None
+        self.overrides: list[Any] = []
+        self.groups: list[Any] = []
+        self.others: Sequence[Any] = ()
+
+    def set(self, name: str, value: Any, check: Check, fixed: bool = False) -> None:
+        """Keep a value, once it was checked; errors leave all as it is."""
+        values = vars(self)
+        value = check(name, value)
+        if fixed and self.is_fixed and value != values[name]:
+            raise ValueError(
+                f"`{name}` cannot change once the optimizer is built, since its state depends on it. "
+                f"Received: {name}={brief(value)}; it is {brief(values[name])}"
+            )
+        if name in CLIPS and value is not None:
+            self._check_clip(name, value)
+        changes = {name: value, "token": object()}
+        if check is rate:
+            changes[f"{name}_function"] = Rate(name, value) if callable(value) else None
+        values.update(changes)  # all at once, for an interrupt or another thread
+
+    def _check_clip(self, name: str, value: float) -> None:
+        others = {other: vars(self).get(other) for other in CLIPS if other != name}
+        if any(other is not None for other in others.values()):
+            raise ValueError(
+                "Only one of `clipnorm`, `clipvalue` and `global_clipnorm` can be set. "
+                f"Received: {name}={value}, while {others}"
+            )
+        own = [each.own for each in (self.others if self.groups else self.overrides)]
+        if name == "global_clipnorm" and any(each.get(clip) is not None for each in own for clip in CLIPS):
+            raise ValueError(
+                "`global_clipnorm` clips all gradients together, while a group clips by itself. "
+                f"Received: {name}={value}; expected neither `clipnorm` nor `clipvalue` in an `override`"
+            )
 
 
 class Hyperparameter:
@@ -57,47 +94,7 @@ class Hyperparameter:
         return self if instance is None else instance.hyper.__dict__[self.name]
 
     def __set__(self, instance: Any, value: Any) -> None:
-        values = instance.hyper.__dict__
-        value = self.check(self.name, value)
-        if self.fixed and values["is_fixed"] and value != values[self.name]:
-            raise ValueError(
-                f"`{self.name}` cannot change once the optimizer is built, since its state depends on it. "
-                f"Received: {self.name}={brief(value)}; it is {brief(values[self.name])}"
-            )
-        if self.name in CLIPS and value is not None:
-            others = {name: values.get(name) for name in CLIPS if name != self.name}
-            if any(other is not None for other in others.values()):
-                raise ValueError(
-                    "Only one of `clipnorm`, `clipvalue` and `global_clipnorm` can be set. "
-                    f"Received: {self.name}={value}, while {others}"
-                )
-        changes = {self.name: value, "token": object()}
-        if self.check is rate:
-            changes[f"{self.name}_function"] = Rate(self.name, value) if callable(value) else None
-        values.update(changes)  # all at once, for an interrupt or another thread
-
-
-class Exclusions(NamedTuple):
-    """Which variables weight decay leaves out: these very arrays, and those whose names match a pattern."""
-
-    listed: list[Any]
-    patterns: list[str]
-
-    def of(self, names: Sequence[str], variables: Sequence[Any]) -> tuple[frozenset[str], list[str]]:
-        """The names of the variables that are excluded, and what was asked for that excludes none."""
-        excluded, unmatched = set(), []
-        where = {id(variable): name for name, variable in zip(names, variables, strict=True)}
-        for k, array in enumerate(self.listed):
-            if id(array) in where:
-                excluded.add(where[id(array)])
-            else:
-                unmatched.append(f"number {k} of `var_list`")
-        for pattern in self.patterns:
-            found = [n for n in names if re.search(pattern, n) or re.search(pattern, n.rpartition("/")[2])]
-            excluded.update(found)
-            if not found:
-                unmatched.append(pattern)
-        return frozenset(excluded), unmatched
+        instance.hyper.set(self.name, value, self.check, self.fixed)
 
 
 def patterns(name: str, value: Any) -> list[str]:
@@ -128,8 +125,7 @@ class Rate:
         self.name = name
         self.function = function
         self.takes_step = _takes_step(function)
-        # One of ours follows from the step alone.
-        self.is_schedule = type(function).__module__.startswith(f"{__package__}.")
+        self.is_schedule = _is_schedule(function)
 
     def __call__(self, step: Any) -> Any:
         """The rate at a step: a checked float, or whatever comes back for a traced step."""
@@ -141,6 +137,12 @@ class Rate:
         if number is None or not 0 <= number < math.inf:
             raise ValueError(f"`{self.name}` returned {brief(value)} at step {step}; expected a finite float >= 0")
         return float(number)
+
+
+def _is_schedule(function: Any) -> bool:
+    """Whether a rate follows from the step alone: one of ours does, unless it scales one that may not."""
+    ours = type(function).__module__.startswith(f"{__name__.partition('.')[0]}.")
+    return ours and (not hasattr(function, "schedule") or _is_schedule(function.schedule))
 
 
 def _number_of(value: Any) -> Any:

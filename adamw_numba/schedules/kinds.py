@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .arrays import namespace
-from .arrays.brief import brief, brief_names
-from .hyperparameters import is_real
+from ..arrays import namespace
+from ..arrays.brief import brief
+from ..hyperparameters.table import is_real
 
 HOST = SimpleNamespace(
     where=lambda condition, yes, no: yes if condition else no,
@@ -54,7 +54,7 @@ class Schedule(LearningRateSchedule):
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type in ("float", "float | None") and not _is_number(value, field.type == "float | None"):
+            if field.type in ("float", "float | None") and not is_number(value, field.type == "float | None"):
                 raise ValueError(
                     f"Argument `{field.name}` must be a finite number. Received: {field.name}={brief(value)}"
                 )
@@ -79,7 +79,8 @@ class Schedule(LearningRateSchedule):
         return dataclasses.asdict(self)
 
 
-def _is_number(value: Any, optional: bool) -> bool:
+def is_number(value: Any, optional: bool) -> bool:
+    """Whether a value is a finite real number; or None, where that is fine."""
     if value is None:
         return optional
     return is_real(value) and math.isfinite(value)
@@ -161,7 +162,7 @@ class PiecewiseConstantDecay(Schedule):
                 f"of length {len(self.values)}."
             )
         for value in (*self.boundaries, *self.values):
-            if not _is_number(value, optional=False):
+            if not is_number(value, optional=False):
                 raise ValueError(f"Boundaries and values must be finite numbers. Received: {brief(value)}")
         if any(after <= before for before, after in zip(self.boundaries, self.boundaries[1:], strict=False)):
             raise ValueError(f"Boundaries must increase strictly. Received: boundaries={brief(self.boundaries)}")
@@ -363,75 +364,3 @@ class CosineDecayRestarts(Schedule):
         guess = xp.floor(xp.log(xp.where(left > 1e-30, left, 1e-30)) / math.log(self.t_mul))
         guess = xp.where(time >= self._start(guess + 1), guess + 1, guess)
         return xp.where(time < self._start(guess), guess - 1, guess)
-
-
-_SCHEDULES: dict[str, type[LearningRateSchedule]] = {
-    cls.__name__: cls
-    for cls in (
-        ExponentialDecay,
-        PiecewiseConstantDecay,
-        PolynomialDecay,
-        InverseTimeDecay,
-        CosineDecay,
-        CosineDecayRestarts,
-    )
-}
-
-
-def serialize(learning_rate_schedule: Any) -> dict[str, Any]:
-    """The JSON form of a schedule, as `keras.optimizers.schedules.serialize` writes it.
-
-    Parameters
-    ----------
-    learning_rate_schedule : LearningRateSchedule, a schedule of Keras, or a plain function, stored by its name
-
-    Returns
-    -------
-    dict
-        ``module``, ``class_name``, ``config`` and ``registered_name``.
-    """
-    if not hasattr(learning_rate_schedule, "get_config"):
-        name = getattr(learning_rate_schedule, "__name__", type(learning_rate_schedule).__name__)
-        return {"module": "builtins", "class_name": "function", "config": name, "registered_name": "function"}
-    name = type(learning_rate_schedule).__name__
-    return {
-        "module": "keras.optimizers.schedules" if name in _SCHEDULES else None,
-        "class_name": name,
-        "config": learning_rate_schedule.get_config(),
-        "registered_name": None if name in _SCHEDULES else name,
-    }
-
-
-def deserialize(config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Any:
-    """The schedule described by a dict from `serialize` or from Keras.
-
-    Parameters
-    ----------
-    config : dict
-        With ``class_name`` and ``config``.
-    custom_objects : dict, optional
-        Your own classes and functions, by name; nothing else is ever looked up.
-
-    Raises
-    ------
-    ValueError
-        If the class is neither one of Keras's six nor in ``custom_objects``, or if a function is not in
-        ``custom_objects``.
-    """
-    name = str(config.get("class_name"))
-    if name == "function":
-        name = str(config.get("config"))
-        if name not in (custom_objects or {}):
-            raise ValueError(
-                f"Unknown function {brief(name)}; expected one of `custom_objects`: {brief_names(custom_objects or {})}"
-            )
-        return (custom_objects or {})[name]
-    known = _SCHEDULES | dict(custom_objects or {})
-    if name not in known:
-        raise ValueError(f"Unknown schedule class_name={brief(name)}; expected one of {brief_names(known, most=20)}")
-    if not isinstance(config.get("config"), Mapping):
-        raise ValueError(
-            f"The config of schedule {brief(name)} is {brief(config.get('config'))}; expected a dict of its arguments"
-        )
-    cls: Any = known[name]
-    return (getattr(cls, "from_config", None) or (lambda c: cls(**c)))(config["config"])

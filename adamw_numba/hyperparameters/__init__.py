@@ -1,0 +1,1 @@
+"""Hyperparameters: what each may be, and which variables have some of their own."""

@@ -1,0 +1,95 @@
+"""The hyperparameters of groups as JSON, in a config and in the document of a file."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .. import schedules
+from ..arrays.brief import brief
+from ..hyperparameters import table as hp
+from ..hyperparameters.groups import CHECKS, Group, Override, check_clips, checked
+
+_WHO = {"var_names": "patterns", "names": "exact"}  # in a config, and in an `Override`
+
+
+def config_of(hyper: Any) -> list[dict[str, Any]]:
+    """The overrides of an optimizer, and what was set in its groups since; empty where none but exclusions are.
+
+    Exclusions from weight decay alone are no part of a config, which Keras is to understand.
+
+    Raises
+    ------
+    ValueError
+        If arrays are listed whose names are not known before `build`.
+    """
+    entries = [_entry(override, hyper.groups) for override in hyper.overrides]
+    entries += [{"names": list(group.names), **_plain(group.changed)} for group in hyper.others if group.changed]
+    only_exclusions = len(entries) == len(hyper.overrides) and all(each.is_exclusion for each in hyper.overrides)
+    return [] if only_exclusions else entries
+
+
+def _entry(override: Override, groups: Sequence[Group]) -> dict[str, Any]:
+    names = list(override.exact)
+    if override.listed or override.positions:
+        if not groups:
+            raise ValueError(
+                f"`{override.called}` was given arrays, whose names are not known before `build`; expected the "
+                "optimizer to be built, or `var_names`"
+            )
+        variables = {id(v): name for group in groups for name, v in zip(group.names, group.variables, strict=True)}
+        names += [variables[id(array)] for array in override.listed if id(array) in variables]
+    entry: dict[str, Any] = {"var_names": override.patterns} if override.patterns else {}
+    if names or not entry:
+        entry["names"] = names
+    return entry | _plain(override.own) | ({"is_exclusion": True} if override.is_exclusion else {})
+
+
+def _plain(own: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: schedules.serialize(value.function) if isinstance(value, hp.Rate) else value for key, value in own.items()
+    }
+
+
+def read(entries: Any, custom_objects: Mapping[str, Any] | None, common: Any) -> list[Override]:
+    """The overrides of a config, checked.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If one is not as `config_of` makes them.
+    """
+    if not isinstance(entries, (list, tuple)):
+        raise TypeError(f"`overrides` is {brief(entries)}; expected a list of dicts")
+    return [_read_one(entry, custom_objects, common) for entry in entries]
+
+
+def _read_one(entry: Any, custom_objects: Mapping[str, Any] | None, common: Any) -> Override:
+    if not isinstance(entry, Mapping) or not set(entry) <= {*_WHO, *CHECKS, "is_exclusion"}:
+        raise ValueError(f"`overrides` holds {brief(entry)}; expected a dict with some of {[*_WHO, *CHECKS]}")
+    patterns, names = (hp.patterns(key, entry.get(key)) if key == "var_names" else entry.get(key) or [] for key in _WHO)
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"`overrides` holds the names {brief(names)}; expected strings")
+    own = {}
+    for key in CHECKS:
+        if key in entry:
+            value = entry[key]
+            is_function = isinstance(value, Mapping)
+            own[key] = checked(key, schedules.deserialize(value, custom_objects) if is_function else value)
+    check_clips(own, common)
+    return Override([], patterns, own, exact=tuple(names), is_exclusion=bool(entry.get("is_exclusion")))
+
+
+def described(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """All groups but the common one, with all that they have for themselves, and since when they count their steps."""
+    return [{"names": list(group.names), "started": group.started, "own": _plain(group.own or {})} for group in groups]
+
+
+def is_description(entry: Any) -> bool:
+    """Whether an entry of a document may be what `described` has made."""
+    return (
+        type(entry) is dict
+        and type(entry.get("names")) is list
+        and all(type(name) is str for name in entry["names"])
+        and type(entry.get("started")) is int
+        and 0 <= entry["started"] < 2**62
+        and type(entry.get("own")) is dict
+    )
