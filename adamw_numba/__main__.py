@@ -68,6 +68,8 @@ def _inspect(given: Any) -> None:
     for title in ("config", "extra"):
         print(f"{title}: {json.dumps(document.get(title))}")
     print(f"not decayed: {[v['name'] for v in document['variables'] if v['excluded']]}")
+    for group in document.get("groups", []):
+        print(f"group of {group['names']}: {json.dumps(group['own'])}")
     keys = [_printable(manifest.decoded(key)) for key in document["arrays"]]
     width = max(map(len, keys), default=0)
     for key, entry in zip(keys, document["arrays"].values(), strict=True):

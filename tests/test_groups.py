@@ -13,6 +13,7 @@ from helpers.oracle import Oracle
 from numpy.testing import assert_allclose, assert_array_equal
 
 from adamw_numba import AdamW, LossScaleOptimizer, schedules
+from adamw_numba.__main__ import main
 
 SHAPES = [(3, 2), (5,), (1,), (2, 2), (4,), (), (7,), (2,), (3,), (6,)]
 
@@ -521,6 +522,28 @@ def test_a_clip_of_all_gradients_excludes_those_of_groups():
         optimizer.global_clipnorm = 1.0
     optimizer.groups[1].clipvalue = None
     optimizer.global_clipnorm = 1.0
+
+
+def test_the_last_kind_of_clip_holds():
+    optimizer = AdamW(clipvalue=0.9)
+    optimizer.override(var_names=["[ab]"], clipnorm=1.0)
+    optimizer.override(var_names=["b"], clipvalue=0.5)
+    optimizer.override(var_names=["c"], clipvalue=None)
+    optimizer.build({name: np.ones(2) for name in "abcd"})
+    clips = {name: (optimizer.group_of(name).clipnorm, optimizer.group_of(name).clipvalue) for name in "abcd"}
+    assert clips == {"a": (1.0, None), "b": (None, 0.5), "c": (None, None), "d": (None, 0.9)}
+    optimizer.group_of("a").clipvalue = 0.25
+    assert (optimizer.group_of("a").clipnorm, optimizer.group_of("a").clipvalue) == (None, 0.25)
+    again = AdamW.from_config(optimizer.get_config())
+    again.build({name: np.ones(2) for name in "abcd"})
+    assert (again.group_of("a").clipnorm, again.group_of("a").clipvalue) == (None, 0.25)
+
+
+def test_the_command_line_tells_of_groups(tmp_path, capsys):
+    optimizer, _ = changed_by_hand()
+    optimizer.save(tmp_path / "state.npz")
+    assert main(["inspect", str(tmp_path / "state.npz")]) == 0
+    assert "group of ['a']: {" in capsys.readouterr().out
 
 
 def test_what_matches_nothing_is_warned_of_by_name():

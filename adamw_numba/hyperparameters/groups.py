@@ -204,13 +204,12 @@ class Group:
             self._write_common(name, value)
             return
         value = self._named(lambda: checked(name, value))
-        changes = {name: value} | {clip: None for clip in _CLIPS if name in _CLIPS and clip != name and value}
-        own = self.own | changes
+        changes, own = {name: value}, _merged(self.own, {name: value})
         self._named(lambda: check_clips(own, self.engine.hyper))
         if name == "trainable" and value is not self.trainable:
             self.engine.set_trainable(self, value)
         # All at once, for an interrupt or another thread.
-        vars(self).update(own=own, changed=self.changed | changes)
+        vars(self).update(own=own, changed=_merged(self.changed, changes))
         self.engine.hyper.token = object()
 
     def _write_common(self, name: str, value: Any) -> None:
@@ -255,6 +254,13 @@ class Group:
         return SimpleNamespace(**(vars(self.engine.hyper) | own | clips))
 
 
+def _merged(own: Own, later: Own) -> Own:
+    """What later words leave of earlier ones: one kind of clip replaces the other."""
+    if any(later.get(clip) is not None for clip in _CLIPS):
+        own = {name: value for name, value in own.items() if name not in _CLIPS}
+    return own | later
+
+
 def _shown(value: Any) -> str:
     return brief(value.function if isinstance(value, hp.Rate) else value)
 
@@ -271,7 +277,7 @@ def make_groups(
     for override in overrides:
         found, nothing = override.of(names, variables)
         for i in found:
-            own[i] = own[i] | override.own
+            own[i] = _merged(own[i], override.own)
         if nothing:
             unmatched.append((override.called, nothing))
     members: dict[object, list[int]] = {frozenset(): []}
