@@ -27,6 +27,7 @@ STORAGES = [
     ),
 ]
 VARIANTS = [Variant(*options, clip=False, nesterov=False) for options in itertools.product(NO_YES, repeat=3)]
+VARIANTS += [Variant(True, True, True, clip=False, nesterov=True)]
 UPDATES = [("update", storage, variant) for storage in STORAGES for variant in VARIANTS]
 SQUARES = [
     ("square", g, "float64" if g == "float64" else "float32", accumulates)
