@@ -359,18 +359,19 @@ class AdamW(Saveable, Conventional):
             raise ValueError(
                 "`override()` can only be called before the optimizer is built. Set the attributes of `groups` instead."
             )
-        if var_list is None and var_names is None:
-            raise ValueError("`override()` is for no variables; expected `var_list` or `var_names`")
         if not given:
             raise ValueError(f"`override()` gives no hyperparameter; expected some of {list(CHECKS)}")
-        self.hyper.overrides = [*self.hyper.overrides, read_override(var_list, var_names, given, self)]
+        override = read_override(var_list, var_names, given, self)
+        if not override.listed and not override.patterns:
+            raise ValueError("`override()` is for no variables; expected `var_list` or `var_names`")
+        self.hyper.overrides = [*self.hyper.overrides, override]
 
     @property
     def groups(self) -> list[Group]:
         """The variables by their hyperparameters (see `Group`), the common group first; empty before `build`."""
         return list(self.hyper.groups)
 
-    def group_of(self, name: str) -> Group:
+    def group_of(self, name: Any) -> Group:
         """The group of a variable.
 
         Raises
@@ -381,7 +382,7 @@ class AdamW(Saveable, Conventional):
             If no variable has that name.
         """
         built = self.engine.require_built("group_of")
-        if name not in built.names:
+        if not isinstance(name, str) or name not in built.names:
             raise KeyError(f"there is no variable {brief(name)}; expected one of {brief_names(built.names)}")
         return self.hyper.groups[built.which[built.names.index(name)]]  # type: ignore[no-any-return]
 

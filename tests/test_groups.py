@@ -12,7 +12,7 @@ from helpers.libraries import jax, jnp, optax, torch
 from helpers.oracle import Oracle
 from numpy.testing import assert_allclose, assert_array_equal
 
-from adamw_numba import AdamW, LossScaleOptimizer, schedules
+from adamw_numba import AdamW, LossScaleOptimizer, interop, schedules
 from adamw_numba.__main__ import main
 
 SHAPES = [(3, 2), (5,), (1,), (2, 2), (4,), (), (7,), (2,), (3,), (6,)]
@@ -300,7 +300,10 @@ def test_like_tensorflow_addons(scheduled):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: AdamW.like_torch([np.ones(2)]), "`lr`.*`build`"),
+        (lambda: AdamW.like_torch([np.ones(2)], lr=0.1), "`like_torch`.*`build`"),
+        (lambda: AdamW.like_torch(lr=np.ones(2)), "`learning_rate`"),
+        (lambda: AdamW.like_torch(epsilon_mode="hat"), "`epsilon_mode` is what `like_torch` decides"),
+        (lambda: AdamW.like_tfa(0.1, decouple_lr=False), "`decouple_lr` is what `like_tfa` decides"),
         (lambda: AdamW.like_torch(betas=0.9), "`betas`.*pair"),
         (lambda: AdamW.like_torch(momentum=0.9), "momentum"),
         (lambda: AdamW.like_optax(0.1, eps_root=1e-8), "`eps_root`.*expected 0"),
@@ -368,6 +371,28 @@ def test_frozen_and_thawed(library):
     assert_array_equal(np.asarray(variables["0"]), before)
     with pytest.raises(ValueError, match="No gradients"):
         optimizer.apply({"0": make(start[0]), "1": None, "2": None, "3": None})
+
+
+def test_gradients_of_the_trainable_alone():
+    results = []
+    for given in ("all", "by name", "by position"):
+        variables = {name: np.ones(2) for name in "abc"}
+        optimizer = AdamW(0.1)
+        optimizer.override(var_names=["b"], trainable=False)
+        optimizer.build(variables)
+        g = {"a": np.array([1.0, 2.0]), "b": np.ones(2), "c": np.array([-1.0, 3.0])}
+        for _ in range(3):
+            if given == "by name":
+                optimizer.apply({"c": g["c"], "a": g["a"]})
+            else:
+                optimizer.apply(g if given == "all" else [g["a"], g["c"]])
+        results.append(np.concatenate(list(variables.values())))
+        with pytest.raises(ValueError, match="grads"):
+            optimizer.apply({"a": g["a"]})
+        with pytest.raises(ValueError, match="grads"):
+            optimizer.apply({"a": g["a"], "d": g["c"]})
+    assert_array_equal(results[0], results[1])
+    assert_array_equal(results[0], results[2])
 
 
 def test_something_has_to_be_trainable():
@@ -439,6 +464,39 @@ def test_what_is_frozen_may_not_change_with_the_rest(library):
     optimizer.build({"a": whole[:3], "b": whole[3:]})
 
 
+def test_what_was_frozen_when_it_was_saved():
+    store, frozen = {}, AdamW()
+    frozen.override(var_names=["a"], trainable=False)
+    frozen.build({"a": np.ones(2), "b": np.ones(3)})
+    frozen.save(store)
+    optimizer = AdamW()
+    optimizer.build({"a": np.ones(2), "b": np.ones(3)})
+    with pytest.raises(ValueError, match=r"no state of 'a', which was not trainable.*trainable=False"):
+        optimizer.restore(store)
+
+
+def test_groups_of_torch_come_back_in_their_order():
+    """Also where the first of them has no decay, and all have the same size."""
+    layers = [torch.nn.Parameter(torch.tensor(x)) for x in (arrays_of(0)[0], arrays_of(1)[0], arrays_of(2)[0])]
+    theirs = torch.optim.AdamW(
+        [
+            {"params": layers[:1], "weight_decay": 0.0, "lr": 0.1},
+            {"params": layers[1:2], "lr": 0.2},
+            {"params": layers[2:], "lr": 0.3, "betas": (0.8, 0.9)},
+        ]
+    )
+    for parameter, g in zip(layers, arrays_of(3, count=3), strict=True):
+        parameter.grad = torch.ones_like(parameter) * float(g.ravel()[0])
+    theirs.step()
+    expected = copy.deepcopy(theirs.state_dict())
+    theirs.load_state_dict(interop.to_torch(interop.from_torch(theirs.state_dict(), layers)))
+    for key in ("lr", "weight_decay", "betas", "params"):
+        found = [group[key] for group in theirs.state_dict()["param_groups"]]
+        assert found == [group[key] for group in expected["param_groups"]]
+    for number, own in theirs.state_dict()["state"].items():
+        assert_array_equal(own["exp_avg"], expected["state"][number]["exp_avg"])
+
+
 # What is refused, and leaves all as it was
 
 
@@ -472,6 +530,7 @@ REFUSED = {
         "before the optimizer is built",
     ),
     "the common group frozen": (lambda o: setattr(o.groups[0], "trainable", False), "common group"),
+    "an array for a name": (lambda o: o.group_of(np.ones(2)), "no variable"),
     "a name that is not there": (lambda o: o.group_of("c"), r"no variable 'c'.*\['a', 'b'\]"),
 }
 
@@ -490,6 +549,7 @@ def test_refused(case):
 OVERRIDES = {
     "nothing": ({"var_names": ["a"]}, "gives no hyperparameter"),
     "for nobody": ({"beta_1": 0.5}, "for no variables"),
+    "for an empty list": ({"var_names": [], "beta_1": 0.5}, "for no variables"),
     "names as arrays": ({"var_list": ["a"], "beta_1": 0.5}, "`var_names"),
     "no expression": ({"var_names": ["("], "beta_1": 0.5}, "regular expression"),
     "a text": ({"var_names": "bias", "beta_1": 0.5}, "list of strings"),

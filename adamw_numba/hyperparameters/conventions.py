@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable
 from typing import Any, Self
 
-from ..arrays import is_array
-from ..arrays.advice import is_model
+import numpy as np
+
 from ..arrays.brief import brief
 from ..arrays.torch_graphs import outside_graphs
 
@@ -27,12 +27,12 @@ class Conventional:
     @classmethod
     def like_torch(
         cls,
+        *params: Any,
         lr: Any = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: Any = 1e-2,
         amsgrad: bool = False,
-        *,
         maximize: bool = False,
         **kwargs: Any,
     ) -> Self:
@@ -43,6 +43,8 @@ class Conventional:
 
         Parameters
         ----------
+        *params
+            None: torch takes its parameters here, and an error says where they go.
         lr : float, schedule or callable, default 0.001
         betas : pair of float
         eps : float, default 1e-8
@@ -59,8 +61,12 @@ class Conventional:
         >>> AdamW.like_torch(lr=3e-4, betas=(0.9, 0.95)).get_config()["epsilon_mode"]
         'corrected'
         """
-        if is_array(lr) or is_model(lr) or isinstance(lr, (list, tuple, dict)):
-            raise TypeError(f"`lr` is {brief(lr)}; expected a number: parameters go to `build`, groups to `override`")
+        if params:
+            raise TypeError(
+                f"`like_torch` was given {brief(params[0])}; expected keywords alone: parameters go to `build`, those "
+                "of groups to `override`"
+            )
+        _check_fixed("like_torch", kwargs, ("epsilon_mode", "decouple_lr"))
         for name in ("foreach", "capturable", "differentiable", "fused"):
             kwargs.pop(name, None)
         beta_1, beta_2 = _pair("betas", betas)
@@ -104,6 +110,7 @@ class Conventional:
         **kwargs
             Further arguments of `AdamW`.
         """
+        _check_fixed("like_optax", kwargs, ("epsilon_mode", "decouple_lr"))
         if eps_root:
             raise ValueError(f"`eps_root` is {brief(eps_root)}; expected 0: nothing is added under the root here")
         if mu_dtype is not None:
@@ -149,12 +156,20 @@ class Conventional:
         **kwargs
             Further arguments of `AdamW`.
         """
+        _check_fixed("like_tfa", kwargs, ("epsilon_mode", "decouple_lr"))
         optimizer = cls(
             learning_rate, weight_decay, beta_1, beta_2, epsilon, amsgrad, name=name, decouple_lr=True, **kwargs
         )
         if exclude_from_weight_decay is not None:
             optimizer.exclude_from_weight_decay(var_names=exclude_from_weight_decay)
         return optimizer
+
+
+def _check_fixed(what: str, given: dict[str, Any], fixed: tuple[str, ...]) -> None:
+    """Refuse what a convention has decided."""
+    found = [name for name in fixed if name in given]
+    if found:
+        raise TypeError(f"`{found[0]}` is what `{what}` decides; expected it without, or `AdamW(...)` itself")
 
 
 def _pair(name: str, value: Any) -> tuple[Any, Any]:
@@ -165,7 +180,7 @@ def _pair(name: str, value: Any) -> tuple[Any, Any]:
 
 def _unmasked(mask: Any, path: str) -> Iterable[str]:
     """Patterns for the names of what a mask leaves out."""
-    if isinstance(mask, bool):
+    if isinstance(mask, (bool, np.bool_)):
         if not mask:
             yield f"^{re.escape(path)}(/|$)" if path else ""
         return

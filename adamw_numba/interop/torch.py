@@ -72,8 +72,8 @@ def to_torch(optimizer: AdamW, leave_out: Iterable[str] = ()) -> dict[str, Any]:
     Returns
     -------
     dict
-        Of torch tensors, with the groups of parameters that the optimizer has and that are not empty. Build torch's
-        optimizer with the same groups.
+        Of torch tensors, with the groups of parameters that the optimizer has, in the order of their first variables.
+        Build torch's optimizer with the same groups in that order: it compares nothing but their sizes.
 
     Raises
     ------
@@ -91,11 +91,10 @@ def to_torch(optimizer: AdamW, leave_out: Iterable[str] = ()) -> dict[str, Any]:
         raise ValueError("nesterov=True: torch's AdamW has none; expected False")
     updates, first = optimizer.iterations, 0
     state: dict[int, dict[str, Any]] = {}
-    groups = []
-    for k, rates in enumerate(optimizer.engine.group_rates()):
+    groups, all_rates = [], optimizer.engine.group_rates()
+    for k in dict.fromkeys(built.which):  # in the order of their first variables, as torch has them
         indices = [i for i, own in enumerate(built.which) if own == k]
-        if not indices:
-            continue
+        rates = all_rates[k]
         group, numbers = optimizer.groups[k], range(first, first + len(indices))
         lacking = [key for key in ("clipnorm", "clipvalue") if getattr(group, key) and key not in set(leave_out)]
         if lacking or group.started:

@@ -74,6 +74,8 @@ def _read_one(entry: Any, custom_objects: Mapping[str, Any] | None, common: Any)
             value = entry[key]
             is_function = isinstance(value, Mapping)
             own[key] = checked(key, schedules.deserialize(value, custom_objects) if is_function else value)
+    if not own or not (patterns or names):
+        raise ValueError(f"`overrides` holds {brief(entry)}; expected the names of variables, and a hyperparameter")
     check_clips(own, common)
     return Override([], patterns, own, exact=tuple(names), is_exclusion=bool(entry.get("is_exclusion")))
 

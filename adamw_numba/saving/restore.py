@@ -380,6 +380,11 @@ def _value_of_slot(loaded: Loaded, key: str, slot: str, name: str, array: Array)
     value = loaded.arrays.get(key)
     if value is None:
         may_be_absent = loaded.partial or (slot == "master" and loaded.positional)
+        if any(name in group["names"] and group["own"].get("trainable") is False for group in loaded.groups):
+            raise ValueError(
+                f"{loaded.where} holds no state of {brief(name)}, which was not trainable; expected a group with "
+                "trainable=False"
+            )
         if slot in ("momentum", "velocity") or not may_be_absent:
             raise ValueError(
                 f"{loaded.where} lacks the {slot} of {brief(name)}{_asked_for([slot], 'which', 'asks for')}; expected "

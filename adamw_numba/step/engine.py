@@ -7,6 +7,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import starmap
 from operator import call, setitem
 from typing import Any, Self
@@ -309,7 +310,8 @@ class Engine(Rates):
             return flat
         found = matching.gradients(self.workspace, grads)
         if found:
-            self.form = form_of(grads, self.workspace.names) or self.form
+            with suppress(ValueError):  # of the trainable variables alone
+                self.form = form_of(grads, self.workspace.names) or self.form
         return found
 
     # What a GPU has counted

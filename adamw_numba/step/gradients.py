@@ -8,7 +8,7 @@ import numpy as np
 
 from ..arrays import Array, are_arrays
 from ..arrays.brief import brief, brief_names
-from ..arrays.tree import Container, matched
+from ..arrays.tree import Container, flatten, matched, materialized, order
 from .workspace import Workspace
 
 
@@ -22,8 +22,27 @@ def gradients(built: Workspace, grads: Container, warn: bool = True) -> Sequence
     """
     if (flat := as_flat(built, grads)) is not None:
         return flat
+    if built.trainable is not None and (found := _of_trainable(built, built.trainable, grads)) is not None:
+        return found
     leaves = matched(grads, built.names, "grads", may_be_empty=True)
     return _present(built, range(len(built.names)), leaves, warn) if leaves else []
+
+
+def _of_trainable(built: Workspace, trainable: Sequence[int], grads: Container) -> list[Array | None] | None:
+    """Gradients of the trainable variables alone, with None for the others; None if there are others, or fewer."""
+    container = materialized(grads, "grads")
+    names, leaves = flatten(container, "grads")
+    wanted = [built.names[i] for i in trainable]
+    if len(names) != len(wanted) or len(wanted) == len(built.names):
+        return None
+    try:
+        where = order(container, names, wanted, "grads")
+    except ValueError:  # which the names of all variables explain better
+        return None
+    result: list[Array | None] = [None] * len(built.names)
+    for index, position in zip(trainable, where, strict=True):
+        result[index] = leaves[position]
+    return _present(built, range(len(built.names)), result, True)  # type: ignore[return-value]
 
 
 def as_flat(built: Workspace, grads: Container) -> list[Array] | None:
