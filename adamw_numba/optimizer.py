@@ -374,6 +374,14 @@ class AdamW(Saveable, Conventional):
     def group_of(self, name: Any) -> Group:
         """The group of a variable.
 
+        Parameters
+        ----------
+        name : str
+
+        Returns
+        -------
+        Group
+
         Raises
         ------
         ValueError
