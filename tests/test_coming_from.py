@@ -69,7 +69,7 @@ def test_a_scheduler_of_torch():
     theirs, ours = torch.nn.Parameter(torch.tensor(START)), START.copy()
     adam = torch.optim.AdamW([theirs], lr=0.1)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=20)
-    optimizer = AdamW.like_torch(schedules.CosineDecay(0.1, 20))
+    optimizer = AdamW.like_torch(lr=schedules.CosineDecay(0.1, 20))
     optimizer.build([ours])
     for _ in range(20):
         theirs.grad = 2 * (theirs.detach() - 1)
