@@ -264,6 +264,21 @@ def test_like_optax(options):
             assert_allclose(one, other, rtol=1e-11, atol=1e-11)
 
 
+def test_a_mask_of_optax_is_of_whole_paths():
+    optimizer = AdamW.like_optax(
+        0.1, mask={"b": False, "x": {"b": True, "y": {"a": False, "b": np.False_}}, "z": False}
+    )
+    names = ["b", "x/b", "x/y/a", "x/y/b", "x/y/bb", "z/1", "zz"]
+    optimizer.build([(name, np.ones(1)) for name in names])
+    assert optimizer.groups[1].names == ("b", "x/y/a", "x/y/b", "z/1")
+    optimizer = AdamW.like_optax(0.1, mask={"b": False})
+    optimizer.override(var_names=["x"], beta_1=0.5)
+    again = AdamW.from_config(json.loads(json.dumps(optimizer.get_config())))
+    for each in (optimizer, again):
+        each.build([(name, np.ones(1)) for name in names[:2]])
+        assert [group.weight_decay for group in each.groups] == [1e-4, 0.0, 1e-4]
+
+
 def tensorflow_addons(variables, gradients_of, steps, rate, decay, excluded, beta_1=0.9, beta_2=0.999, epsilon=1e-7):
     """Its arithmetic: the decay first, from the value before the update, by itself; then TensorFlow's Adam."""
     found, moments = [x.copy() for x in variables], [(np.zeros_like(x), np.zeros_like(x)) for x in variables]

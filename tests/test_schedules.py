@@ -194,6 +194,7 @@ def test_a_schedule_times_a_number():
     again = schedules.deserialize(json.loads(json.dumps(schedules.serialize(decay))))
     assert again == decay
     assert again(30) == decay(30)
+    assert schedules.scaled(lambda: 0.25, 2)(7) == 0.5
     nested = schedules.scaled(decay, 3)
     assert schedules.deserialize(schedules.serialize(nested)) == nested
     assert AdamW.from_config(AdamW(rate, weight_decay=decay).get_config()).weight_decay == decay

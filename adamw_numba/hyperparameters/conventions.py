@@ -3,7 +3,6 @@
 What the libraries do differently is in the arguments of `AdamW`; here they are only translated.
 """
 
-import re
 from collections.abc import Iterable
 from typing import Any, Self
 
@@ -11,11 +10,14 @@ import numpy as np
 
 from ..arrays.brief import brief
 from ..arrays.torch_graphs import outside_graphs
+from .groups import Override
 
 
 @outside_graphs(traced=())
 class Conventional:
     """An optimizer with the arguments of `AdamW` that can be made by those of other libraries."""
+
+    hyper: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError
@@ -118,10 +120,10 @@ class Conventional:
         if callable(mask):
             raise TypeError(f"`mask` is {brief(mask)}; expected what it returns for your parameters")
         optimizer = cls(learning_rate, weight_decay, b1, b2, eps, nesterov=nesterov, epsilon_mode="corrected", **kwargs)
-        if mask is not None:
-            unmasked = list(_unmasked(mask, ""))
-            if unmasked:
-                optimizer.exclude_from_weight_decay(var_names=unmasked)
+        unmasked = () if mask is None else tuple(_unmasked(mask, ""))
+        if unmasked:
+            own = {"weight_decay": 0.0}
+            optimizer.hyper.overrides = [Override([], [], own, beneath=unmasked, is_exclusion=True)]
         return optimizer
 
     @classmethod
@@ -179,10 +181,10 @@ def _pair(name: str, value: Any) -> tuple[Any, Any]:
 
 
 def _unmasked(mask: Any, path: str) -> Iterable[str]:
-    """Patterns for the names of what a mask leaves out."""
+    """The paths of what a mask leaves out, with all that is below them."""
     if isinstance(mask, (bool, np.bool_)):
         if not mask:
-            yield f"^{re.escape(path)}(/|$)" if path else ""
+            yield path
         return
     if not isinstance(mask, (dict, list, tuple)):
         raise TypeError(f"`mask` holds {brief(mask)}; expected booleans, nested like the parameters")

@@ -34,6 +34,7 @@ class Override(NamedTuple):
     patterns: list[str]
     own: Own
     exact: tuple[str, ...] = ()  # whole names
+    beneath: tuple[str, ...] = ()  # whole names, or beginnings of paths
     positions: frozenset[int] = frozenset()
     is_exclusion: bool = False  # from weight decay
 
@@ -47,6 +48,10 @@ class Override(NamedTuple):
             else:
                 unmatched.append(f"number {k} of `var_list`")
         found.update(i for i, name in enumerate(names) if name in self.exact)
+        for path in self.beneath:
+            matching = [i for i, name in enumerate(names) if name == path or name.startswith(f"{path}/")]
+            found.update(matching if path else range(len(names)))
+            unmatched += [path] * (path != "" and not matching)
         if not self.is_exclusion:  # those of a file, whose names are compared in any case
             unmatched += [name for name in self.exact if name not in names]
         for pattern in self.patterns:

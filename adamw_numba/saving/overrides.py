@@ -8,7 +8,7 @@ from ..arrays.brief import brief
 from ..hyperparameters import table as hp
 from ..hyperparameters.groups import CHECKS, Group, Override, check_clips, checked
 
-_WHO = {"var_names": "patterns", "names": "exact"}  # in a config, and in an `Override`
+_WHO = ("var_names", "names", "beneath")  # whom an entry is for
 
 
 def config_of(hyper: Any) -> list[dict[str, Any]]:
@@ -38,6 +38,7 @@ def _entry(override: Override, groups: Sequence[Group]) -> dict[str, Any]:
         variables = {id(v): name for group in groups for name, v in zip(group.names, group.variables, strict=True)}
         names += [variables[id(array)] for array in override.listed if id(array) in variables]
     entry: dict[str, Any] = {"var_names": override.patterns} if override.patterns else {}
+    entry |= {"beneath": list(override.beneath)} if override.beneath else {}
     if names or not entry:
         entry["names"] = names
     return entry | _plain(override.own) | ({"is_exclusion": True} if override.is_exclusion else {})
@@ -65,19 +66,22 @@ def read(entries: Any, custom_objects: Mapping[str, Any] | None, common: Any) ->
 def _read_one(entry: Any, custom_objects: Mapping[str, Any] | None, common: Any) -> Override:
     if not isinstance(entry, Mapping) or not set(entry) <= {*_WHO, *CHECKS, "is_exclusion"}:
         raise ValueError(f"`overrides` holds {brief(entry)}; expected a dict with some of {[*_WHO, *CHECKS]}")
-    patterns, names = (hp.patterns(key, entry.get(key)) if key == "var_names" else entry.get(key) or [] for key in _WHO)
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"`overrides` holds the names {brief(names)}; expected strings")
+    patterns = hp.patterns("var_names", entry.get("var_names"))
+    names, beneath = (entry.get(key) or [] for key in _WHO[1:])
+    for given in (names, beneath):
+        if not isinstance(given, (list, tuple)) or not all(isinstance(name, str) for name in given):
+            raise TypeError(f"`overrides` holds the names {brief(given)}; expected strings")
     own = {}
     for key in CHECKS:
         if key in entry:
             value = entry[key]
             is_function = isinstance(value, Mapping)
             own[key] = checked(key, schedules.deserialize(value, custom_objects) if is_function else value)
-    if not own or not (patterns or names):
+    if not own or not (patterns or names or beneath):
         raise ValueError(f"`overrides` holds {brief(entry)}; expected the names of variables, and a hyperparameter")
     check_clips(own, common)
-    return Override([], patterns, own, exact=tuple(names), is_exclusion=bool(entry.get("is_exclusion")))
+    is_exclusion = bool(entry.get("is_exclusion"))
+    return Override([], patterns, own, exact=tuple(names), beneath=tuple(beneath), is_exclusion=is_exclusion)
 
 
 def described(groups: Sequence[Group]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..arrays.brief import brief, brief_names
+from ..hyperparameters.table import Rate
 from .kinds import (
     CosineDecay,
     CosineDecayRestarts,
@@ -22,7 +23,7 @@ class Scaled(LearningRateSchedule):
     Parameters
     ----------
     schedule : callable
-        Of the step, or a LearningRateSchedule.
+        Of the step, or of nothing, or a LearningRateSchedule.
     factor : float
     name : str
     """
@@ -35,9 +36,10 @@ class Scaled(LearningRateSchedule):
         if not is_number(factor, False) or factor < 0:
             raise ValueError(f"`factor` is {brief(factor)}; expected a finite number >= 0")
         self.schedule, self.factor, self.name = schedule, float(factor), name
+        self._takes_step = Rate("schedule", schedule).takes_step
 
     def __call__(self, step: Any) -> Any:
-        return self.schedule(step) * self.factor
+        return (self.schedule(step) if self._takes_step else self.schedule()) * self.factor
 
     def get_config(self) -> dict[str, Any]:
         return {"schedule": serialize(self.schedule), "factor": self.factor, "name": self.name}
