@@ -184,7 +184,7 @@ class Recipe(Numbers):
         return [Coefficients(*each.varying(), *each.c[VARYING:])._replace(scale=self.scale) for each in self.groups()]
 
     def filled(self) -> tuple[Any, ...]:
-        """What `refill` takes: the numbers of this step, which another step may fill in anew."""
+        """What `refill` takes: the numbers of this step, which another step may fill in again."""
         return self.number, [each.varying() for each in self.groups()]
 
     def refill(self, filled: tuple[Any, ...]) -> None:

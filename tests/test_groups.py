@@ -771,6 +771,41 @@ def own_values(optimizer):
     ]
 
 
+def test_groups_of_torch_are_saved():
+    """They were given by positions, arrays of `var_list` by themselves, and some of these were none of the variables."""
+    layers = [torch.nn.Parameter(torch.tensor(x)) for x in arrays_of(0, count=2)]
+    theirs = torch.optim.AdamW([{"params": layers[:1], "lr": 0.1}, {"params": layers[1:], "lr": 0.2}])
+    for parameter, g in zip(layers, arrays_of(1, count=2), strict=True):
+        parameter.grad = torch.tensor(g)
+    theirs.step()
+    start = [x.detach().clone() for x in layers]
+    optimizer, store = interop.from_torch(theirs.state_dict(), start), {}
+    optimizer.save(store)
+    copies = [x.clone() for x in start]
+    loaded = AdamW.load(store, copies)
+    assert own_values(loaded) == own_values(optimizer)
+    for each in (optimizer, loaded):
+        each.apply([torch.tensor(g) for g in arrays_of(2, count=2)])
+    for ours, others in zip(start, copies, strict=True):
+        assert_array_equal(ours, others)
+    again = pickle.loads(pickle.dumps(loaded))
+    assert again.get_config() == loaded.get_config()
+
+
+def test_arrays_that_are_none_of_the_variables():
+    variables = {"a": np.ones(2), "b": np.ones(3)}
+    optimizer, store = AdamW(), {}
+    optimizer.override(var_list=[np.ones(2)], beta_1=0.5)
+    optimizer.override(var_list=[variables["b"]], beta_1=0.6)
+    with pytest.raises(ValueError, match="not known before `build`"):
+        optimizer.get_config()
+    with pytest.warns(UserWarning, match="number 0 of `var_list`"):
+        optimizer.build(variables)
+    assert optimizer.get_config()["overrides"] == [{"names": ["b"], "beta_1": 0.6}]
+    optimizer.save(store)
+    assert AdamW.load(store, variables).group_of("b").beta_1 == 0.6
+
+
 def test_a_config_makes_the_same_groups():
     optimizer, variables = changed_by_hand()
     config = json.loads(json.dumps(optimizer.get_config()))

@@ -63,6 +63,12 @@ class Override(NamedTuple):
                 unmatched.append(pattern)
         return found, unmatched
 
+    def by_names(self, names: Sequence[str], variables: Sequence[Any]) -> "Override":
+        """The same without arrays and positions, whose names are known once there are variables."""
+        found, _ = self._replace(patterns=[], exact=(), beneath=()).of(names, variables)
+        exact = tuple(dict.fromkeys([*self.exact, *(names[i] for i in sorted(found))]))
+        return self._replace(listed=[], positions=frozenset(), exact=exact)
+
     @property
     def called(self) -> str:
         """The method that was called, for messages."""

@@ -21,27 +21,23 @@ def config_of(hyper: Any) -> list[dict[str, Any]]:
     ValueError
         If arrays are listed whose names are not known before `build`.
     """
-    entries = [_entry(override, hyper.groups) for override in hyper.overrides]
-    entries += [{"names": list(group.names), **_plain(group.changed)} for group in hyper.others if group.changed]
-    only_exclusions = len(entries) == len(hyper.overrides) and all(each.is_exclusion for each in hyper.overrides)
-    return [] if only_exclusions else entries
+    if any(override.listed or override.positions for override in hyper.overrides):  # not once it is built
+        raise ValueError(
+            "arrays were given to `override` or `exclude_from_weight_decay`, whose names are not known before `build`; "
+            "expected the optimizer to be built, or `var_names`"
+        )
+    entries = [entry for override in hyper.overrides if (entry := _entry(override))]
+    changed = [{"names": list(group.names), **_plain(group.changed)} for group in hyper.others if group.changed]
+    only_exclusions = not changed and all(override.is_exclusion for override in hyper.overrides)
+    return [] if only_exclusions else entries + changed
 
 
-def _entry(override: Override, groups: Sequence[Group]) -> dict[str, Any]:
-    names = list(override.exact)
-    if override.listed or override.positions:
-        if not groups:
-            raise ValueError(
-                f"`{override.called}` was given arrays, whose names are not known before `build`; expected the "
-                "optimizer to be built, or `var_names`"
-            )
-        variables = {id(v): name for group in groups for name, v in zip(group.names, group.variables, strict=True)}
-        names += [variables[id(array)] for array in override.listed if id(array) in variables]
-    entry: dict[str, Any] = {"var_names": override.patterns} if override.patterns else {}
-    entry |= {"beneath": list(override.beneath)} if override.beneath else {}
-    if names or not entry:
-        entry["names"] = names
-    return entry | _plain(override.own) | ({"is_exclusion": True} if override.is_exclusion else {})
+def _entry(override: Override) -> dict[str, Any]:
+    """An override for JSON; nothing where it is for nobody."""
+    who = {"var_names": override.patterns, "names": list(override.exact), "beneath": list(override.beneath)}
+    who = {key: value for key, value in who.items() if value}
+    exclusion = {"is_exclusion": True} if override.is_exclusion else {}
+    return who | _plain(override.own) | exclusion if who else {}
 
 
 def _plain(own: Mapping[str, Any]) -> dict[str, Any]:

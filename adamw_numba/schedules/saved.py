@@ -46,6 +46,7 @@ class Scaled(LearningRateSchedule):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> "Scaled":
+        """The schedule that a config describes, with the one in it."""
         schedule = config["schedule"]
         schedule = deserialize(schedule, custom_objects) if isinstance(schedule, Mapping) else schedule
         return cls(**{**config, "schedule": schedule})

@@ -99,6 +99,7 @@ class Engine(Rates):
                 vars(group)["started"] = started
             self.loaded = None
         self.state.names, self.state.slots = names, slots
+        hyper.overrides = [override.by_names(names, variables) for override in hyper.overrides]
         hyper.groups, hyper.others, hyper.is_fixed = groups, tuple(groups[1:]), True
         self.workspace, self.alone = workspace, workspace.alone
         return workspace
@@ -217,7 +218,7 @@ class Engine(Rates):
     # Groups
 
     def set_trainable(self, group: Group, trainable: bool) -> None:
-        """Give the variables of a group new state, or take it from them, and lay out the work of a step anew.
+        """Give the variables of a group new state, or take it from them, and lay out the work of a step again.
 
         Raises
         ------

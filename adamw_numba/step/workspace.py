@@ -46,9 +46,9 @@ class Workspace(NamedTuple):
 
     def of_trainable(self, gradients: Sequence[Any]) -> Any:
         """The gradients that count; none where there are not as many as variables."""
-        if self.trainable is None or len(gradients) != len(self.names):
-            return gradients if self.trainable is None else ()
-        return [gradients[i] for i in self.trainable]
+        if self.trainable is None:
+            return gradients
+        return [gradients[i] for i in self.trainable] if len(gradients) == len(self.names) else ()
 
     def begin(self, gradients: Sequence[Array | None]) -> None:
         """Check everything that has changed since the last step.
