@@ -137,6 +137,8 @@ class Recipe(Numbers):
         Whether this is Adam alone for one variable, which no counter counts.
     factor : float
         What the norms that kernels take are multiplied with to be those of the mean unscaled gradients.
+    shrink : float
+        What a clip of all gradients together multiplies the scale of every group with.
     takes_norm : bool
     nonfinite : {"propagate", "skip", "raise"}
     global_clipnorm : float or None
@@ -148,7 +150,6 @@ class Recipe(Numbers):
         The most threads to use; None for Numba's own number.
     number : int
         Calls of `apply` before this step.
-    scale : float
     clips : array of float64, or None
         What each variable's gradient is multiplied with besides.
     """
@@ -163,13 +164,13 @@ class Recipe(Numbers):
         self.global_clipnorm: float | None = None
         self.is_plain = self.clips_each = False
         self.threads: int | None = None
-        self.number, self.scale = 0, c.scale
+        self.number, self.shrink = 0, 1.0
         self.clips: np.ndarray[Any, Any] | None = None
 
     def clip(self, norms: np.ndarray[Any, Any], norm: float, which: Sequence[int]) -> None:
         """Fill in what clipping by norm comes to; `which` is the group of each variable."""
         if self.global_clipnorm:
-            self.scale = self.c.scale * clip_factor(norm, self.global_clipnorm)
+            self.shrink = clip_factor(norm, self.global_clipnorm)
         if self.clips_each:
             limits = np.array([group.clipnorm or math.inf for group in self.groups()])[np.asarray(which)]
             clips = np.ones(len(norms))
@@ -181,7 +182,12 @@ class Recipe(Numbers):
 
     def coefficients(self) -> list[Coefficients]:
         """The coefficients of the step that was filled in, for every group."""
-        return [Coefficients(*each.varying(), *each.c[VARYING:])._replace(scale=self.scale) for each in self.groups()]
+        scales = zip(self.groups(), self.scales(), strict=True)
+        return [Coefficients(*each.varying(), *each.c[VARYING:])._replace(scale=scale) for each, scale in scales]
+
+    def scales(self) -> list[float]:
+        """What the gradients of every group are multiplied with."""
+        return [each.c.scale * self.shrink for each in self.groups()]
 
     def filled(self) -> tuple[Any, ...]:
         """What `refill` takes: the numbers of this step, which another step may fill in again."""
@@ -201,21 +207,23 @@ class Recipes:
     ----------
     hyper : Hyperparameters
     given : float, optional
-        A dynamic loss scale, with which steps are skipped that are not finite; the hyperparameters' own otherwise.
+        A loss scale in the place of the hyperparameters' own.
+    skips : bool
+        Whether steps that are not finite are skipped in any case.
     """
 
-    def __init__(self, hyper: Any, given: float | None = None) -> None:
+    def __init__(self, hyper: Any, given: float | None = None, skips: bool = False) -> None:
         self.token = hyper.token  # before any of the values, so that one that changes meanwhile is noticed
         self.hyper, self.given = hyper, given
         self.loss_scale: float = given or hyper.loss_scale_factor or 1.0
-        self.nonfinite: str = hyper.nonfinite if given is None else "skip"
+        self.nonfinite: str = "skip" if skips else hyper.nonfinite
         self.window: int = hyper.gradient_accumulation_steps or 1
         self.every: int = (hyper.ema_overwrite_frequency or 0) if hyper.use_ema else 0
         self.log_beta_1, self.log_beta_2 = log(hyper.beta_1), log(hyper.beta_2)
         # Where Keras's own conventions hold, and there is one group, two numbers vary, and this is quick.
         keras = not (hyper.nesterov or hyper.decouple_lr) and hyper.epsilon_mode == "hat"
-        self._is_plain = keras and not hyper.others
-        self.others = [(group.values(), group.started) for group in hyper.others]
+        self._is_plain = keras and not hyper.others and not hyper.counts_each
+        self.groups = [(group.values(), group) for group in hyper.groups]
         self._usual: Recipe | None = None  # of every step but the first, where all of them are of one kind
         self._made: dict[tuple[Any, ...], Recipe] = {}
 
@@ -236,9 +244,13 @@ class Recipes:
             recipe.alpha = step_size(updates, rate, self.log_beta_1, self.log_beta_2)
             recipe.decay = rate * weight_decay
             return recipe
-        recipe.fill(varying(self.hyper, updates, rate, weight_decay))
-        for each, (values, started), rates in zip(recipe.others, self.others, others, strict=True):
-            each.fill(varying(values, max(updates - started, 0), *rates))
+        if not others:  # most
+            values, group = self.groups[0]
+            recipe.fill(varying(values, max(updates - group.started, 0), rate, weight_decay))
+            return recipe
+        rates = [(rate, weight_decay), *others]
+        for each, (values, group), own in zip(recipe.groups(), self.groups, rates, strict=True):
+            each.fill(varying(values, max(updates - group.started, 0), *own))
         return recipe
 
     def _of(self, number: int, updates: int) -> Recipe:
@@ -246,22 +258,22 @@ class Recipes:
             raise ValueError(f"the iteration is {number}; expected a counter that can go on")
         is_update = (number + 1) % self.window == 0
         overwrite = bool(self.every) and is_update and (updates + 1) % self.every == 0
-        firsts = tuple(updates <= started for _, started in self.others)
-        kind = updates == 0, is_update, overwrite, firsts
+        firsts = tuple(updates <= group.started for _, group in self.groups)
+        kind = is_update, overwrite, firsts
         recipe = self._made.get(kind) or self._make(*kind)
-        if updates and self.window == 1 and not self.every and not any(started for _, started in self.others):
+        if not any(firsts) and self.window == 1 and not self.every:
             self._usual = recipe
         return recipe
 
-    def _make(self, is_first: bool, is_update: bool, overwrite: bool, firsts: tuple[bool, ...]) -> Recipe:
+    def _make(self, is_update: bool, overwrite: bool, firsts: tuple[bool, ...]) -> Recipe:
         hyper = self.hyper
-        accumulate = hyper.gradient_accumulation_steps is not None
-        clips = any(each.clipvalue is not None for each in (hyper, *(values for values, _ in self.others)))
-        variant = Variant(hyper.amsgrad, hyper.use_ema, accumulate, clips, hyper.nesterov)
-        recipe = Recipe(self._coefficients(hyper, is_first), variant, is_update, overwrite)
+        accumulate, all_values = hyper.gradient_accumulation_steps is not None, [values for values, _ in self.groups]
+        clips = any(values.clipvalue is not None for values in all_values)
+        variant = Variant(hyper.use_ema, accumulate, clips, hyper.nesterov)
+        c = [self._coefficients(*each) for each in zip(all_values, firsts, strict=True)]
+        recipe = Recipe(c[0], variant, is_update, overwrite)
         recipe.clipnorm = hyper.clipnorm
-        for (values, _), own in zip(self.others, firsts, strict=True):
-            recipe.others.append(Numbers(self._coefficients(values, own), values.clipnorm))
+        recipe.others = [Numbers(own, values.clipnorm) for own, values in zip(c[1:], all_values[1:], strict=True)]
         recipe.clips_each = any(each.clipnorm for each in recipe.groups())
         recipe.is_plain = self._is_plain
         recipe.factor = 1 / self.window if accumulate else 1 / self.loss_scale
@@ -270,7 +282,7 @@ class Recipes:
         recipe.nonfinite = self.nonfinite
         by_norm = is_update and (recipe.clips_each or bool(hyper.global_clipnorm))
         recipe.takes_norm = self.nonfinite != "propagate" or by_norm
-        self._made[is_first, is_update, overwrite, firsts] = recipe  # whole, or not at all
+        self._made[is_update, overwrite, firsts] = recipe  # whole, or not at all
         return recipe
 
     def _coefficients(self, values: Any, is_first: bool) -> Coefficients:
@@ -284,6 +296,6 @@ def adam_alone(hyper: Any, updates: int, learning_rate: float, groups: int) -> R
     """
     c = coefficients(hyper, updates, learning_rate, 0.0, 1.0, 1.0)
     c = c._replace(scale=-1.0 if hyper.maximize else 1.0, limit=math.inf)
-    recipe = Recipe(c, Variant(hyper.amsgrad, False, False, False, hyper.nesterov), True, False, alone=True)
+    recipe = Recipe(c, Variant(False, False, False, hyper.nesterov), True, False, alone=True)
     recipe.threads, recipe.others = hyper.threads, [Numbers(c, None)] * (groups - 1)
     return recipe

@@ -16,6 +16,7 @@ from .optimizer import AdamW
 from .saving.saveable import Saveable
 from .state import Place, State
 from .step import gradients as matching
+from .step import uncounted
 from .step.commit import Call
 
 _INNER_ONLY = {
@@ -214,7 +215,7 @@ class LossScaleOptimizer(Saveable):
         counter, scale, before = state[2:5] if xp else (int(state[2]), float(state[3]), int(state[4]))
         if isinstance(scale, float):
             hp.scale("dynamic_scale", scale)
-        variables, new = inner.engine.stateless(state[4:], grads, trainable_variables, scale, "skip")
+        variables, new = uncounted.stateless_apply(inner.engine, state[4:], grads, trainable_variables, scale, "skip")
         if new[0] is state[4]:  # no gradients at all
             return variables, state
         finite = new[0] != before if xp or lazy_namespace(new[:1]) else bool(int(new[0]) != before)

@@ -20,6 +20,7 @@ from .saving import overrides
 from .saving.manifest import DTYPES
 from .saving.saveable import Saveable
 from .step import gradients as matching
+from .step import uncounted
 from .step.engine import Engine
 from .step.record import LastStep
 
@@ -502,7 +503,7 @@ class AdamW(Saveable, Conventional):
             The variable must be one of those built.
         learning_rate : float
         """
-        self.engine.update_one(gradient, variable, learning_rate)
+        uncounted.update_one(self.engine, gradient, variable, learning_rate)
 
     def stateless_apply(
         self, optimizer_variables: Sequence[Array], grads: Container, trainable_variables: Container
@@ -534,7 +535,9 @@ class AdamW(Saveable, Conventional):
         alone. `set_weights` puts a state back into the optimizer.
         """
         factor = self.loss_scale_factor or 1.0
-        return self.engine.stateless(optimizer_variables, grads, trainable_variables, factor, self.nonfinite)
+        return uncounted.stateless_apply(
+            self.engine, optimizer_variables, grads, trainable_variables, factor, self.nonfinite
+        )
 
     def scale_loss(self, loss: Any) -> Any:
         """The loss times ``loss_scale_factor``, whose gradients `apply` divides by it again."""

@@ -45,7 +45,6 @@ VARYING = 4
 class Variant(NamedTuple):
     """Which of a kernel's options are compiled in. On a GPU a clip by value is a number, so `clip` is False there."""
 
-    amsgrad: bool
     average: bool
     accumulate: bool
     clip: bool
@@ -60,6 +59,7 @@ class Storage(NamedTuple):
     compute: str  # dtype of the arithmetic and of the slots
     strided: bool
     master: bool  # whether a 16-bit variable has a float32 master copy
+    amsgrad: bool = False  # whether there is the largest second moment so far
 
 
 def make_update(sqrt: Callable[..., Any], maximum: Callable[..., Any], minimum: Callable[..., Any]) -> Any:

@@ -90,7 +90,7 @@ def check_tensor(what: str, array: Array) -> None:
     try:
         held = array.untyped_storage().nbytes() - array.storage_offset() * array.element_size()
         low, high = extent(layout_of(array)._replace(address=0)) if array.device.type in ("cpu", "cuda") else (0, 0)
-        whole = low >= 0 and high <= held and (high == 0 or array.data_ptr() != 0)
+        whole = high == 0 or (low >= 0 and high <= held and array.data_ptr() != 0)
     except (RuntimeError, NotImplementedError, ValueError) as error:
         raise TypeError(
             f"{what} is a tensor whose elements are not at one place in memory ({brief(error)}); expected one that is"

@@ -323,8 +323,8 @@ def _square_share(address, part, parts, g_like, like, strided, accumulate, scale
 def update_kernel(storage: Storage, variant: Variant) -> Any:
     """The kernel that updates variables, and moves the averages of those that have no gradient."""
     p_like, g_like, like = LIKE[storage.p], LIKE[storage.g], LIKE[storage.compute]
-    strided, master = on(storage.strided), on(storage.master)
-    amsgrad, average, accumulate, clip, nesterov = map(on, variant)
+    strided, master, amsgrad = on(storage.strided), on(storage.master), on(storage.amsgrad)
+    average, accumulate, clip, nesterov = map(on, variant)
 
     @c_kernel
     def update_kernel(block, part, parts):
@@ -361,7 +361,7 @@ def square_kernel(storage: Storage, accumulate: bool) -> Any:
 
 def _of_gradients(storage):
     """A storage as kernels see it that do not touch the variables: one of them serves variables of any kind."""
-    return storage._replace(p=storage.g, master=False)
+    return storage._replace(p=storage.g, master=False, amsgrad=False)
 
 
 @cache

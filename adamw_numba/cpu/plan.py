@@ -1,5 +1,6 @@
 """Many arrays become one table of addresses and one work list: built once, refreshed at each step."""
 
+import itertools
 import math
 import struct
 import sys
@@ -122,7 +123,7 @@ class Plan:
         if recipe is not self._loaded:
             self._load(recipe)
         if recipe.takes_norm:
-            self.numbers[:, cpu.SCALE] = recipe.scale
+            self.numbers[:, cpu.SCALE] = recipe.scales()
             if recipe.clips is not None or self._clipped:
                 self._set_clips(recipe.clips)
         calls, helpers = self._loaded_calls
@@ -198,15 +199,17 @@ class Plan:
 
     def _arrange(self) -> None:
         self._made, self._loaded, self.groups = {}, None, []
+        has_maximum = np.array(["velocity_hat" in own for own in self.table.slots])
         for (p_type, g_type), runs in self.table.runs():
             sizes = [arrays.ITEMSIZE[p_type], arrays.ITEMSIZE[g_type], arrays.ITEMSIZE[arrays.COMPUTE[p_type]]]
-            dense = (runs[:, P_STEP:] == sizes).all(axis=1)
-            for strided, own in ((False, runs[dense]), (True, runs[~dense])):
+            strided, amsgrad = (runs[:, P_STEP:] != sizes).any(axis=1), has_maximum[runs[:, ARRAY]]
+            for is_strided, has_top in itertools.product((False, True), repeat=2):
+                own = runs[(strided == is_strided) & (amsgrad == has_top)]
                 if len(own):
-                    self.groups.append(self._group(p_type, g_type, strided, chunks_of(own)))
+                    self.groups.append(self._group(p_type, g_type, is_strided, has_top, chunks_of(own)))
         self._is_single = all(group.storage.compute == "float32" for group in self.groups)
 
-    def _group(self, p_type: str, g_type: str, strided: bool, work: Matrix) -> Group:
+    def _group(self, p_type: str, g_type: str, strided: bool, amsgrad: bool, work: Matrix) -> Group:
         ends = np.cumsum(work[:, COUNT])
         work[1:, START] = ends[:-1]
         partials, block = np.zeros(len(work)), np.zeros(cpu.BLOCK_WORDS, np.int64)
@@ -222,5 +225,6 @@ class Plan:
             block[entry] = array.ctypes.data
         block[cpu.CHUNKS], block[cpu.ARRAYS] = len(work), len(self.table.names)
         block[cpu.IS_FAR] = ends[-1] >= FAR
-        storage = Storage(p_type, g_type, arrays.COMPUTE[p_type], strided, "master" in self.table.slots[work[0, ARRAY]])
+        has_master = "master" in self.table.slots[work[0, ARRAY]]
+        storage = Storage(p_type, g_type, arrays.COMPUTE[p_type], strided, has_master, amsgrad)
         return Group(storage, work, partials, block, block.ctypes.data, int(ends[-1]))

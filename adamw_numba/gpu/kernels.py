@@ -182,7 +182,7 @@ def _mode_of(compute, has_average):
 
 def _addresses_of(storage, variant):
     """Where an element of a run lies in each array."""
-    wanted = {TOP: variant.amsgrad, AVERAGE: variant.average, TOTAL: variant.accumulate, MASTER: storage.master}
+    wanted = {TOP: storage.amsgrad, AVERAGE: variant.average, TOTAL: variant.accumulate, MASTER: storage.master}
     # A slot that does not exist is said to lie where the momentum does, so that it says nothing new about alignment.
     top, average, total, master = (row if exists else M for row, exists in wanted.items())
 
@@ -266,7 +266,7 @@ def _update_lanes(storage, variant, width):
     read_variable, write_variable = _variable(storage, width)
     load_g, _ = memory.elements(storage.g, width, False)
     load, store = memory.elements(storage.compute, width, True)
-    load_top, store_top, top_in, put_top = _slot(storage.compute, width, variant.amsgrad)
+    load_top, store_top, top_in, put_top = _slot(storage.compute, width, storage.amsgrad)
     load_average, store_average, average_in, put_average = _slot(storage.compute, width, variant.average)
     load_total, store_total, total_in, put_total = _slot(storage.compute, width, variant.accumulate)
     result = _average_or_own if variant.average else _own

@@ -233,6 +233,7 @@ class Plan:
         """The launches of a step that the GPU decides and counts by itself, and whether the host can count along."""
         if self.iteration != recipe.number:
             self.expect(recipe.number)
+        recipe.shrink = 1.0  # the host may have decided the last step
         is_capturing = self.streams.is_capturing
         if is_capturing or not self.rows.hold(*self.counter.next_steps(), key):
             self._send_ahead(recipe, recipes, rates_at, key)
@@ -392,5 +393,5 @@ def rows_of(recipes: Iterable[Recipe], limits: range = _ALL) -> Matrix:
 def _row(recipe: Recipe, group: Numbers, limits: range) -> list[float]:
     norms = [group.clipnorm or 0.0, recipe.global_clipnorm or 0.0]
     numbers = [*group.c, recipe.overwrite, recipe.is_update, recipe.factor]
-    numbers[SCALE] = recipe.scale
+    numbers[SCALE] *= recipe.shrink
     return numbers + [norm if k in limits else 0.0 for k, norm in enumerate(norms)]

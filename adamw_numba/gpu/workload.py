@@ -22,7 +22,7 @@ from .streams import wait_for_all
 _cuda: Any = cuda  # without stubs
 _SUMS = 24  # bytes of the three sums of a chunk
 
-Kind = tuple[str, str]  # the dtypes of a variable and its gradient
+Kind = tuple[str, str, bool]  # the dtypes of a variable and its gradient, and whether there is velocity_hat
 
 
 class Group(NamedTuple):
@@ -100,11 +100,11 @@ def chunk_of(elements: int, processors: int) -> int:
 
 
 def _group(kind: Kind, runs: Matrix, chunk: int, square_ends: Matrix, has_master: bool) -> Group:
-    p_type, g_type = kind
+    p_type, g_type, amsgrad = kind
     ends = _ends(runs, chunk)
     words = np.zeros(w.DESCRIPTOR_WORDS, np.int64)
     words[[w.CHUNK, w.RUN_COUNT, w.CHUNKS, w.SQUARE_CHUNKS]] = chunk, len(runs), _last(ends), _last(square_ends)
-    storage = Storage(p_type, g_type, arrays.COMPUTE[p_type], strided=False, master=has_master)
+    storage = Storage(p_type, g_type, arrays.COMPUTE[p_type], False, has_master, amsgrad)
     descriptor = cuda.to_device(words)
     lists = _on_device(runs), _on_device(ends), _on_device(square_ends)
     return Group(storage, _last(ends), _last(square_ends), lists, descriptor, gpu_arrays.address(descriptor), words)
@@ -112,8 +112,12 @@ def _group(kind: Kind, runs: Matrix, chunk: int, square_ends: Matrix, has_master
 
 def _runs_by_kind(table: AddressTable, which: Sequence[int]) -> dict[Kind, Matrix]:
     """The runs of all variables, by how they and their gradients are stored."""
-    kinds = {kind: _with_sets(runs, which) for kind, runs in table.runs()}
-    return kinds or {("float32", "float32"): np.zeros((0, w.RUN_COLUMNS), np.int64)}
+    kinds, has_maximum = {}, np.array(["velocity_hat" in own for own in table.slots])
+    for (p_type, g_type), runs in table.runs():
+        amsgrad = has_maximum[runs[:, ARRAY]]
+        for kind in dict.fromkeys(amsgrad.tolist()):
+            kinds[p_type, g_type, kind] = _with_sets(runs[amsgrad == kind], which)
+    return kinds or {("float32", "float32", False): np.zeros((0, w.RUN_COLUMNS), np.int64)}
 
 
 def _with_sets(runs: Matrix, which: Sequence[int]) -> Matrix:

@@ -71,7 +71,7 @@ class Conventional:
         _check_fixed("like_torch", kwargs, ("epsilon_mode", "decouple_lr"))
         for name in ("foreach", "capturable", "differentiable", "fused"):
             kwargs.pop(name, None)
-        beta_1, beta_2 = _pair("betas", betas)
+        beta_1, beta_2 = pair("betas", betas)
         return cls(
             lr, weight_decay, beta_1, beta_2, eps, amsgrad, maximize=maximize, epsilon_mode="corrected", **kwargs
         )
@@ -174,7 +174,7 @@ def _check_fixed(what: str, given: dict[str, Any], fixed: tuple[str, ...]) -> No
         raise TypeError(f"`{found[0]}` is what `{what}` decides; expected it without, or `AdamW(...)` itself")
 
 
-def _pair(name: str, value: Any) -> tuple[Any, Any]:
+def pair(name: str, value: Any) -> tuple[Any, Any]:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise TypeError(f"`{name}` is {brief(value)}; expected a pair of floats")
     return value[0], value[1]

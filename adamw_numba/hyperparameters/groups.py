@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..arrays import Array
 from ..arrays.brief import brief, brief_names
 from ..arrays.tree import flatten
@@ -14,7 +16,7 @@ Own = dict[str, Any]  # the hyperparameters that a group has for itself; a rate 
 
 CHECKS: dict[str, hp.Check] = {
     "learning_rate": hp.rate,
-    "learning_rate_multiplier": hp.real("a finite float >= 0", lambda value: 0 <= value < float("inf")),
+    "learning_rate_multiplier": hp.fixed_rate,
     "weight_decay": hp.rate,
     "beta_1": hp.beta,
     "beta_2": hp.beta,
@@ -171,14 +173,16 @@ class Group:
     clipvalue: Any = _Setting()
     trainable: Any = _Setting()
 
-    def __init__(self, engine: Any, names: Sequence[str], variables: Sequence[Array], own: Own | None) -> None:
+    def __init__(
+        self, engine: Any, names: Sequence[str], variables: Sequence[Array], own: Own | None, started: int = 0
+    ) -> None:
         vars(self).update(
             engine=engine,
             names=tuple(names),
             variables=list(variables),
             own=own,  # None of the common group
             changed={},  # what was set since `build`
-            started=0,  # updates before its moments were new
+            started=started,  # updates before its moments were new, or that it has missed since
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -246,6 +250,10 @@ class Group:
         own_names, own_variables = tuple(names[i] for i in indices), [variables[i] for i in indices]
         vars(self).update(engine=engine, names=own_names, variables=own_variables)
 
+    def twin(self) -> "Group":
+        """A group with the same hyperparameters and count, for some of its variables."""
+        return Group(self.engine, (), (), self.own or {}, self.started)
+
     def rates_at(self, number: Any, learning_rate: Any, weight_decay: Any) -> tuple[Any, Any]:
         """Its rates at a step, where the common ones are these."""
         own: Own = self.own or {}
@@ -263,6 +271,23 @@ class Group:
         own: Own = self.own or {}
         clips = {clip: self.read(clip) for clip in _CLIPS}
         return SimpleNamespace(**(vars(self.engine.hyper) | own | clips))
+
+
+def parted(
+    groups: Sequence[Group], which: Sequence[int], present: Sequence[bool]
+) -> tuple[list[Group], list[int], list[Group]]:
+    """The groups, and the group of each variable, so that all variables of a group have a gradient, or none has.
+
+    A group in which only some have one is parted: the others count their steps for themselves from now on. Thirdly, the
+    groups without any gradient.
+    """
+    parts, own, has = list(groups), np.array(which), np.array(present)
+    sizes, found = (np.bincount(own[chosen], minlength=len(groups)) for chosen in (slice(None), has))
+    for k in np.flatnonzero((found > 0) & (found < sizes)).tolist():
+        own[(own == k) & ~has] = len(parts)
+        parts.append(groups[k].twin())
+    idle = [groups[k] for k in np.flatnonzero((found == 0) & (sizes > 0)).tolist()]
+    return parts, own.tolist(), idle + parts[len(groups) :]
 
 
 def _merged(own: Own, later: Own) -> Own:

@@ -3,7 +3,7 @@
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -24,6 +24,8 @@ class Hyperparameters:
         Another one after every change: what was worked out from the values holds as long as the token.
     is_fixed : bool
         Whether the state has been allocated, on which some of them depend.
+    counts_each : bool
+        Whether a variable counts the steps for which it had a gradient, as in torch; in Keras all count every step.
     learning_rate_function, weight_decay_function : Rate or None
         What is called at each step; None where the rate is a number.
     overrides : list of groups.Override
@@ -34,7 +36,7 @@ class Hyperparameters:
 
     def __init__(self) -> None:
         self.token = object()
-        self.is_fixed = False
+        self.is_fixed = self.counts_each = False
         self.learning_rate_function: Rate | None = None
         self.weight_decay_function: Rate | None = None
         self.overrides: list[Any] = []
@@ -119,7 +121,13 @@ CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
 
 
 class Rate:
-    """A learning rate or weight decay that is called at each step: with the step, if it has a parameter for it."""
+    """A learning rate or weight decay that is called at each step: with the step, if it has a parameter for it.
+
+    Attributes
+    ----------
+    is_schedule : bool
+        Whether it follows from the step alone.
+    """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self.name = name
@@ -137,6 +145,40 @@ class Rate:
         if number is None or not 0 <= number < math.inf:
             raise ValueError(f"`{self.name}` returned {brief(value)} at step {step}; expected a finite float >= 0")
         return float(number)
+
+    def key(self) -> object:
+        """Equal as long as it gives the same rates for the same steps; None if nobody knows."""
+        return self.function if self.is_schedule else None
+
+
+class Live(Rate):
+    """A rate that is a number elsewhere, in a group of torch's for example, and is read at each step.
+
+    Parameters
+    ----------
+    name : str
+    own : dict
+        Where it is, by that name: a number, or an array of one element.
+    """
+
+    def __init__(self, name: str, own: Mapping[str, Any]) -> None:
+        self.name, self.own = name, own
+        self.function, self.is_schedule = self, False
+
+    def __repr__(self) -> str:
+        return brief(self.own[self.name])
+
+    def __call__(self, step: Any = None) -> float:
+        """The number as it is now, checked."""
+        value = self.own[self.name]
+        if type(value) is float and 0 <= value < math.inf:
+            return value
+        is_single = is_array(value) and math.prod(value.shape) == 1
+        return fixed_rate(self.name, value.item() if is_single else value)  # type: ignore[no-any-return]
+
+    def key(self) -> object:
+        """The number: a rate that is assigned holds until another one is."""
+        return self()
 
 
 def _is_schedule(function: Any) -> bool:
@@ -258,4 +300,5 @@ loss_scale = real(
     "a float from 2**-126 to 2**126, or None", lambda value: LEAST_SCALE <= value <= MOST_SCALE, optional=True
 )
 scale = real("a float from 2**-126 to 2**126", lambda value: LEAST_SCALE <= value <= MOST_SCALE)
+fixed_rate = real("a finite float >= 0", lambda value: 0 <= value < math.inf)
 fraction = real("in the range [0, 1]", lambda value: 0 <= value <= 1)

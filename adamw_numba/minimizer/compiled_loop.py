@@ -92,9 +92,9 @@ class Loop:
         self.limits = runs[0].limits
         self.clips = np.array([optimizer.clipnorm or 0.0, optimizer.global_clipnorm or 0.0])
         clips = bool(optimizer.clipvalue)
-        variant = Variant(optimizer.amsgrad, optimizer.use_ema, False, clips, optimizer.nesterov)
+        variant = Variant(optimizer.use_ema, False, clips, optimizer.nesterov)
         dtype = np.dtype(arrays.dtype_name(leaves[0]))
-        self.kernel = kernel.loop_kernel(dtype.name, variant).address
+        self.kernel = kernel.loop_kernel(dtype.name, optimizer.amsgrad, variant).address
         self.words = [words.copy() for _ in runs]
         self.parts = None if _is_one(leaves) else Parts(leaves)
         self._lay_out(sum(math.prod(leaf.shape) for leaf in leaves), dtype, evaluate.address)

@@ -307,9 +307,9 @@ def _advance_share(address, part, parts, like, top, average, limit, lead):
 
 
 @cache
-def loop_kernel(dtype: str, variant: Variant) -> Any:
+def loop_kernel(dtype: str, amsgrad: bool, variant: Variant) -> Any:
     """The kernel that advances runs whose arrays are of one dtype."""
-    like, top, average = cpu.LIKE[dtype], on(variant.amsgrad), on(variant.average)
+    like, top, average = cpu.LIKE[dtype], on(amsgrad), on(variant.average)
     limit, lead = on(variant.clip), on(variant.nesterov)
 
     @c_kernel

@@ -7,22 +7,19 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from itertools import starmap
 from operator import call, setitem
 from typing import Any, Self
 
 from .. import arrays
-from ..array_api import stateless
 from ..arrays import Array
 from ..arrays.brief import brief, brief_names
 from ..arrays.garbage import without_collections
 from ..arrays.torch_graphs import tell_torch
-from ..arrays.tree import Container, Form, flatten, form_of, materialized, order, rebuild
-from ..coefficients import MOST_STEPS, Recipe, Recipes, adam_alone
-from ..hyperparameters import table as hp
-from ..hyperparameters.groups import Group, make_groups
-from ..state import Place, State, new_slots
+from ..arrays.tree import Container, Form
+from ..coefficients import MOST_STEPS, Recipe, Recipes
+from ..hyperparameters.groups import Group, make_groups, parted
+from ..state import Place, Slots, State, new_slots
 from . import gradients as matching
 from . import workspace as building
 from .commit import Call, commit, exhaust
@@ -86,7 +83,7 @@ class Engine(Rates):
         arrays.check_variables(names, variables)
         hyper = self.hyper
         groups, which, unmatched = make_groups(self, hyper.overrides, names, variables)
-        slots = [self._new_slots(v) if groups[k].trainable else {} for v, k in zip(variables, which, strict=True)]
+        slots = [self.new_slots(v) if groups[k].trainable else {} for v, k in zip(variables, which, strict=True)]
         workspace = building.build(names, variables, slots, which, len(groups))
         for called, nothing in unmatched:
             warnings.warn(
@@ -98,11 +95,37 @@ class Engine(Rates):
             for group, started in zip(groups, self.loaded.started(groups), strict=True):
                 vars(group)["started"] = started
             self.loaded = None
-        self.state.names, self.state.slots = names, slots
         hyper.overrides = [override.by_names(names, variables) for override in hyper.overrides]
-        hyper.groups, hyper.others, hyper.is_fixed = groups, tuple(groups[1:]), True
-        self.workspace, self.alone = workspace, workspace.alone
+        self._take(workspace, groups)
         return workspace
+
+    def lay_out(
+        self, names: list[str], variables: list[Array], slots: list[Slots], which: list[int], groups: list[Group]
+    ) -> None:
+        """Go on with these variables, with that state, in those groups.
+
+        Raises
+        ------
+        RuntimeError
+            If a graph was captured, whose replays would go on as before.
+        """
+        if self.workspace and any(gpu.has_captures for gpu in self.workspace.gpus):
+            raise RuntimeError(
+                "which variables have a state, and what they count, cannot change once a graph was captured; expected "
+                "that before it"
+            )
+        with without_collections():
+            workspace = building.build(names, variables, slots, which, len(groups))
+        for k, group in enumerate(groups):
+            group.take(self, [i for i, own in enumerate(which) if own == k], names, variables)
+        self._take(workspace, groups)
+
+    def _take(self, workspace: Workspace, groups: list[Group]) -> None:
+        hyper, self.recipes = self.hyper, None
+        self.state.names, self.state.slots = workspace.names, workspace.slots
+        hyper.groups, hyper.others, hyper.is_fixed = groups, tuple(groups[1:]), True
+        hyper.token = object()
+        self.workspace, self.alone = workspace, workspace.alone
 
     def require_built(self, what: str) -> Workspace:
         """The workspace; an error that names what needs it, before `build`."""
@@ -126,8 +149,8 @@ class Engine(Rates):
     ) -> None:
         """Take one step: see `AdamW.apply`.
 
-        A dynamic loss scale gives its `loss_scale`, with which steps that are not finite are skipped, and `more`, which
-        makes calls of whether the step is applied: they are committed with it.
+        A loss scale may be given in the place of ``loss_scale_factor``. A dynamic one gives `more` besides, which makes
+        calls of whether the step is applied: they are committed with it, and steps that are not finite are skipped.
         """
         with self.lock:
             alone = self.alone if trainable_variables is None else None
@@ -135,7 +158,7 @@ class Engine(Rates):
                 gradients: Any = grads if self.form is None else self.form.flat(grads)
                 gradients = list(gradients) if type(gradients) is list else ()  # the caller's may change meanwhile
             else:
-                gradients = self.match(grads, trainable_variables)
+                gradients = matching.match(self, grads, trainable_variables)
                 if not gradients:
                     return
             workspace: Any = self.workspace
@@ -150,19 +173,24 @@ class Engine(Rates):
                 rate, weight_decay, others = self.rates_now()
             gradients = gradients if workspace.trainable is None else workspace.of_trainable(gradients)
             is_complete = alone is not None and alone.begins_as_before(gradients)
+            idle: list[Group] = []
             if not is_complete:
                 if alone is not None:
-                    gradients = self.match(grads, None)
+                    gradients = matching.match(self, grads, None)
                     if not gradients:
                         return
                     gradients = workspace.of_trainable(gradients)
+                if hyper.counts_each:
+                    idle = self._part(gradients)
+                    rate, weight_decay, others = self.rates_now()
+                    workspace, alone = self.workspace, self.alone
                 _check_counter(iteration)
                 workspace.begin(gradients)
             recipes = self.recipes
             if recipes is None or recipes.token is not hyper.token or recipes.given != loss_scale:
-                recipes = self.recipes = Recipes(hyper, loss_scale)
+                recipes = self.recipes = Recipes(hyper, loss_scale, skips=more is not None)
             recipe = recipes.at(iteration.item(), rate, weight_decay, others)
-            if workspace.resident is not None and more is None and recipe.nonfinite != "raise":
+            if workspace.resident is not None and more is None and not idle and recipe.nonfinite != "raise":
                 self._leave_to_gpu(recipe, recipes, gradients, (rate, others), is_complete)
                 return
             if recipe.takes_norm:
@@ -176,6 +204,8 @@ class Engine(Rates):
             # The counter first: where it has become read-only, nothing else has happened yet.
             told = setattr, self.record, "last", (norm, True, rate, others)
             calls = [(setitem, iteration, (), recipe.number + 1), *calls, told]
+            if idle and recipe.is_update:
+                calls += [(setitem, vars(group), "started", group.started + 1) for group in idle]
             if more is not None:
                 calls += more(True)
             if workspace.tensors:
@@ -187,7 +217,14 @@ class Engine(Rates):
                 _check_counter(iteration)
                 raise
 
-    def _skip(self, norm: float, rate: float, others: Any, more: Callable[[bool], list[Call]] | None) -> None:
+    def skip(self) -> None:
+        """Count a step that somebody else has found not to be finite."""
+        with self.lock:
+            self.catch_up()
+            rate, _, others = self.rates_now()
+            self._skip(None, rate, others, None)
+
+    def _skip(self, norm: float | None, rate: float, others: Any, more: Callable[[bool], list[Call]] | None) -> None:
         """Count a step that is left out, since a gradient is not finite."""
         record = self.record
         calls = [
@@ -231,89 +268,31 @@ class Engine(Rates):
             self.check_not_swapped()
             workspace = self.require_built("trainable")
             self.catch_up()
-            if any(gpu.has_captures for gpu in workspace.gpus):
-                raise RuntimeError("`trainable` cannot change once a graph was captured; expected it to be set before")
             slots, members = list(self.state.slots), set(group.names)
             for i, (name, variable) in enumerate(zip(workspace.names, workspace.variables, strict=True)):
                 if name in members:
-                    slots[i] = self._new_slots(variable) if trainable else {}
-            with without_collections():
-                built = building.build(
-                    workspace.names, workspace.variables, slots, workspace.which, len(self.hyper.groups)
-                )
+                    slots[i] = self.new_slots(variable) if trainable else {}
             started = self.updates() if trainable else 0
-            self.state.slots, self.workspace, self.alone, self.recipes = slots, built, built.alone, None
+            self.lay_out(workspace.names, workspace.variables, slots, workspace.which, self.hyper.groups)
             vars(group)["started"] = started
 
-    def _new_slots(self, variable: Array) -> dict[str, Array]:
+    def _part(self, gradients: Sequence[Array | None]) -> list[Group]:
+        """The groups without any gradient, once those in which some variables have one have been parted."""
+        workspace: Workspace = self.workspace  # type: ignore[assignment]
+        groups, which, idle = parted(self.hyper.groups, workspace.which, [g is not None for g in gradients])
+        if idle:
+            self.catch_up()
+        if len(groups) > len(self.hyper.groups):
+            self.lay_out(workspace.names, workspace.variables, workspace.slots, which, groups)
+        return idle
+
+    def new_slots(self, variable: Array, amsgrad: bool | None = None) -> Slots:
+        """The arrays of the state of one variable; where groups differ in it, with or without amsgrad."""
         hyper = self.hyper
         keys = ["momentum", "velocity"]
-        keys += ["velocity_hat"] * hyper.amsgrad + ["average"] * hyper.use_ema
+        keys += ["velocity_hat"] * (hyper.amsgrad if amsgrad is None else amsgrad) + ["average"] * hyper.use_ema
         keys += ["gradient_accumulator"] * (hyper.gradient_accumulation_steps is not None)
         return new_slots(variable, keys, hyper.master_weights)
-
-    def update_one(self, gradient: Array, variable: Array, learning_rate: float) -> None:
-        """Adam alone for one variable: see `AdamW.update_step`."""
-        with self.lock:
-            workspace = self.require_built("update_step")
-            self.check_not_swapped()
-            if gradient is None:
-                raise TypeError("`gradient` is None; expected an array of the variable's shape")
-            rate = hp.Rate("learning_rate", lambda: learning_rate)(0)
-            (index,) = matching.indices(workspace, [variable])
-            if not workspace.slots[index]:
-                raise ValueError(f"variable {brief(workspace.names[index])} is not trainable; expected one that is")
-            group = self.hyper.groups[workspace.which[index]]
-            updates = max(self.updates() - group.started, 0)
-            recipe = adam_alone(group.values(), updates, rate, len(self.hyper.groups))
-            gradients = [gradient if k == index else None for k in range(len(workspace.names))]
-            gradients = workspace.of_trainable(gradients)
-            workspace.begin(gradients)
-            arrays.note_writes(workspace.touched(gradients, recipe))
-            commit(*workspace.work(recipe, gradients))
-
-    def stateless(
-        self, state: Sequence[Array], grads: Container, variables: Container, loss_scale: Any, nonfinite: str
-    ) -> tuple[Container, list[Array]]:
-        """One step as a pure function: see `AdamW.stateless_apply`."""
-        built, container = self.require_built("stateless_apply"), materialized(variables, "trainable_variables")
-        names, leaves = flatten(container, "trainable_variables")
-        positions = order(container, names, built.names, "trainable_variables")
-        gradients = matching.gradients(built, grads, warn=False)
-        if not gradients:
-            return rebuild(container, leaves), list(state)
-        state_names = [name for name, _, _ in self.places()]
-        given = [leaves[i] for i in positions]
-        new, new_state = stateless.apply(self, built, state_names, state, gradients, given, loss_scale, nonfinite)
-        for i, leaf in zip(positions, new, strict=True):
-            leaves[i] = leaf
-        return rebuild(container, leaves), new_state
-
-    def match(self, grads: Container, variables: Container | None) -> Sequence[Array | None]:
-        """The gradients in the order of the variables, which are built if need be; an empty list if there are none."""
-        self.check_not_swapped()
-        if variables is not None:
-            names, given = flatten(variables)
-            grads = materialized(grads, "grads")
-            if not flatten(grads, "grads")[1]:
-                return []
-            workspace = self.workspace or self.build(names, given)
-            return matching.gradients_of(workspace, grads, names, given)
-        if self.workspace is None:
-            raise ValueError(
-                "When passing `grads` without `variables`, the optimizer must already be built on a list of variables. "
-                "Call `optimizer.build(trainable_variables)` first."
-            )
-        if self.form is not None:
-            grads = self.form.flat(grads)
-        flat = matching.as_flat(self.workspace, grads)
-        if flat is not None:
-            return flat
-        found = matching.gradients(self.workspace, grads)
-        if found:
-            with suppress(ValueError):  # of the trainable variables alone
-                self.form = form_of(grads, self.workspace.names) or self.form
-        return found
 
     # What a GPU has counted
 

@@ -2,14 +2,44 @@
 
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
 from ..arrays import Array, are_arrays
 from ..arrays.brief import brief, brief_names
-from ..arrays.tree import Container, flatten, matched, materialized, order
+from ..arrays.tree import Container, flatten, form_of, matched, materialized, order
 from .workspace import Workspace
+
+
+def match(engine: Any, grads: Container, variables: Container | None) -> Sequence[Array | None]:
+    """The gradients in the order of the variables, which are built if need be; an empty list if there are none."""
+    engine.check_not_swapped()
+    if variables is not None:
+        names, given = flatten(variables)
+        grads = materialized(grads, "grads")
+        if not flatten(grads, "grads")[1]:
+            return []
+        workspace = engine.workspace or engine.build(names, given)
+        return gradients_of(workspace, grads, names, given)
+    if engine.workspace is None:
+        raise ValueError(
+            "When passing `grads` without `variables`, the optimizer must already be built on a list of variables. "
+            "Call `optimizer.build(trainable_variables)` first."
+        )
+    if engine.hyper.counts_each:  # in order, or None
+        return list(grads)
+    if engine.form is not None:
+        grads = engine.form.flat(grads)
+    flat = as_flat(engine.workspace, grads)
+    if flat is not None:
+        return flat
+    found = gradients(engine.workspace, grads)
+    if found:
+        with suppress(ValueError):  # of the trainable variables alone
+            engine.form = form_of(grads, engine.workspace.names) or engine.form
+    return found
 
 
 def gradients(built: Workspace, grads: Container, warn: bool = True) -> Sequence[Array | None]:

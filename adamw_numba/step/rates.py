@@ -73,11 +73,12 @@ class Rates:
         """Equal for steps whose coefficients follow from the iteration alone, in the same way; None if they may not."""
         hyper = self.hyper
         rate, decay = hyper.learning_rate_function, hyper.weight_decay_function
-        if not ((rate is None or rate.is_schedule) and (decay is None or decay.is_schedule)):
+        functions = [called for called in (rate, decay) if called is not None]
+        keys = [called.key() for called in (*functions, *(own for group in hyper.others for own in group.functions()))]
+        if any(key is None for key in keys):
             return None
-        if not all(called.is_schedule for group in hyper.others for called in group.functions()):
-            return None
-        return self.state.scalars["learning_rate"].item() if rate is None else rate.function, hyper.token
+        counts = [group.started for group in hyper.groups] if hyper.counts_each else None
+        return self.state.scalars["learning_rate"].item() if rate is None else None, hyper.token, keys, counts
 
     def count(self) -> int:
         """Calls of `apply` so far: the step that schedules are asked for."""

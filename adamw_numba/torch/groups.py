@@ -1,0 +1,94 @@
+"""Torch's groups of parameters in our words, and ours in torch's."""
+
+from collections.abc import Mapping, Sequence
+from itertools import repeat
+from typing import Any
+
+import torch
+
+from ..hyperparameters import table as hp
+from ..hyperparameters.conventions import pair
+from ..hyperparameters.groups import Group, check_clips
+
+Own = dict[str, Any]
+
+OURS = (  # options of `adamw_numba.AdamW` that torch lacks
+    "clipnorm",
+    "clipvalue",
+    "ema_momentum",
+    "ema_overwrite_frequency",
+    "global_clipnorm",
+    "gradient_accumulation_steps",
+    "loss_scale_factor",
+    "master_weights",
+    "nesterov",
+    "nonfinite",
+    "threads",
+    "use_ema",
+)
+
+
+def checked(group: Mapping[str, Any], common: Any) -> Own:
+    """The hyperparameters of a group in the engine's words."""
+    betas = pair("betas", group["betas"])
+    rates = {"learning_rate": hp.Live("lr", group), "weight_decay": hp.Live("weight_decay", group)}
+    for rate in rates.values():
+        rate()
+    own = {
+        "beta_1": hp.beta("betas[0]", _number(betas[0])),
+        "beta_2": hp.beta("betas[1]", _number(betas[1])),
+        "epsilon": hp.fixed_rate("eps", _number(group["eps"])),
+        "amsgrad": bool(group["amsgrad"]),
+        "maximize": bool(group["maximize"]),
+        "clipnorm": hp.optional_positive("clipnorm", group.get("clipnorm")),
+        "clipvalue": hp.optional_positive("clipvalue", group.get("clipvalue")),
+    }
+    check_clips(own, common)
+    return rates | own
+
+
+def values(group: Own) -> tuple[Any, ...]:
+    """What the engine has to be told of when it changes: all but rates, which it reads at each step."""
+    return (
+        group["betas"],
+        group["eps"],
+        group["amsgrad"],
+        group["maximize"],
+        group.get("clipnorm"),
+        group.get("clipvalue"),
+    )
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+
+
+def listed(param_groups: Sequence[Own]) -> list[tuple[str, torch.Tensor, int]]:
+    """All parameters: name, tensor, and which group they are in."""
+    found = [
+        (name, param, k)
+        for k, group in enumerate(param_groups)
+        for name, param in zip(group.get("param_names") or repeat(None), group["params"], strict=False)
+    ]
+    return [(str(i) if name is None else name, param, k) for i, (name, param, k) in enumerate(found)]
+
+
+def described(group: Group, common: Any) -> Own:
+    """A group of ours as one of torch's."""
+    if not group.trainable:
+        raise ValueError(f"{group!r} is not trainable; expected `requires_grad_(False)`, or no such parameters")
+    if common.hyper.learning_rate_function or common.hyper.weight_decay_function or group.functions():
+        raise ValueError(
+            "a learning rate or weight decay is a schedule; expected numbers, and a scheduler of torch: "
+            "`torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step) / schedule(0))`"
+        )
+    clips = {key: getattr(group, key) for key in ("clipnorm", "clipvalue")}
+    return {
+        "lr": group.learning_rate * group.learning_rate_multiplier,
+        "betas": (group.beta_1, group.beta_2),
+        "eps": group.epsilon,
+        "weight_decay": group.weight_decay,
+        "amsgrad": common.amsgrad,
+        "maximize": common.maximize,
+        **{key: clip for key, clip in clips.items() if clip is not None},
+    }

@@ -1,0 +1,218 @@
+"""What `optimizer.state` and `state_dict` of the torch front show: the engine's own arrays, under torch's names.
+
+The counts of all parameters are one NumPy array, and each `step` is a view of its element: one assignment updates them
+all. Tensors in the state are the engine's arrays. So what is written into either counts at the next step; and since a
+user may also put other tensors there, both are compared with what they are known to be.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import starmap
+from operator import is_, setitem
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from .. import arrays
+from ..arrays.brief import brief
+from ..state import Slots
+from ..step.commit import exhaust
+
+Own = dict[str, Any]
+
+# Torch's names of the arrays of the state, then ours, and what the engine calls them.
+SLOTS = {
+    "exp_avg": "momentum",
+    "exp_avg_sq": "velocity",
+    "max_exp_avg_sq": "velocity_hat",
+    "average": "average",
+    "gradient_accumulator": "gradient_accumulator",
+    "master": "master",
+}
+
+
+class Started(NamedTuple):
+    """What the engine has of a parameter."""
+
+    slots: Slots
+    steps: int
+
+
+class Shown:
+    """The state of the parameters as the user sees it.
+
+    Parameters
+    ----------
+    engine : Engine
+    window : int
+        How many micro-steps an update takes.
+
+    Attributes
+    ----------
+    window : int
+    contents : dict
+        For each parameter that has had a gradient, a dict with ``step``, ``exp_avg`` and so on.
+    is_shown : bool
+        Whether anybody has seen the arrays.
+    is_lent : bool
+        Whether anybody has the dicts, and may put other tensors there.
+    """
+
+    def __init__(self, engine: Any, window: int) -> None:
+        self._engine, self.window = engine, window
+        self.contents: Any = defaultdict(dict)
+        self.is_shown = self.is_lent = False
+        self._dtype = np.float64 if torch.get_default_dtype() == torch.float64 else np.float32  # of torch's counts
+        self._places: dict[torch.Tensor, int] = {}  # of each parameter among the counts
+        self._own = np.zeros(0, np.intp)  # those of the parameters that the engine has, in its order
+        self._counts = self._told = np.zeros(0, self._dtype)  # what the user sees, and a copy
+        self._micro_steps = np.zeros((), self._dtype)
+        self._known: tuple[list[Any], list[Any]] = [], []
+
+    def show(self) -> Any:
+        """The contents as they are now, for somebody to look at."""
+        with self._engine.lock:
+            self.is_shown = True
+            self.sync()
+            if self._engine.workspace is not None:
+                self._engine.workspace.lend()
+            return self.contents
+
+    def replace(self, contents: Any) -> None:
+        """Take other contents, which `is_written` tells of."""
+        self.contents, self.is_shown, self.is_lent = contents, True, True
+
+    def sync(self) -> None:
+        """Have the counts be those of now, unless somebody has written them."""
+        if self._counts.tobytes() == self._told.tobytes():
+            self.tell()
+
+    def tell(self) -> None:
+        """Write the steps that were taken into the counts."""
+        workspace, groups = self._engine.workspace, self._engine.hyper.groups
+        if workspace is None:
+            return
+        self._engine.catch_up()
+        updates, micro_steps = divmod(self._engine.state.scalars["iteration"].item(), self.window)
+        counts: Any = updates - groups[0].started
+        if len(groups) > 1:
+            counts = updates - np.array([group.started for group in groups])[np.array(workspace.which)]
+        # All of it or nothing, since what differs from its copy was written by the user.
+        told = (self._counts, self._own, counts), (self._told, self._own, counts), (self._micro_steps, ..., micro_steps)
+        exhaust(starmap(setitem, told))
+
+    def is_written(self) -> bool:
+        """Whether the user has written counts, or put something else into the dicts, since the last step."""
+        if self._counts.tobytes() != self._told.tobytes():
+            return True
+        return self.is_lent and not all(map(are_same, self._now(), self._known))
+
+    def _now(self) -> tuple[list[Any], list[Any]]:
+        """The dicts, and all that they hold."""
+        dicts = [own for own in self.contents.values() if own and isinstance(own, dict)]
+        return dicts, [value for own in dicts for value in own.values()]
+
+    def put(self, params: Sequence[torch.Tensor], started: Sequence[Started]) -> None:
+        """Show the arrays of these parameters, which are what the engine has now."""
+        self._make_places(params)
+        self._counts[self._own] = self._told[self._own] = [each.steps for each in started]
+        counts, micro_steps = torch.from_numpy(self._counts), torch.from_numpy(self._micro_steps)
+        for place, param, each in zip(self._own.tolist(), params, started, strict=True):
+            own = self.contents.get(param)
+            if own is None:
+                own = self.contents[param] = {}
+            # A count that somebody holds stays the one that counts.
+            held = {"step": own["step"] if self._is_ours(own.get("step"), place) else counts[place]}
+            held |= {theirs: each.slots[ours] for theirs, ours in SLOTS.items() if ours in each.slots}
+            own.update(held | ({"micro_steps": micro_steps} if self.window > 1 else {}))
+        self._known = self._now()
+        if self.is_shown and self._engine.workspace is not None:
+            self._engine.workspace.lend()
+
+    def _is_ours(self, step: Any, place: int) -> bool:
+        at = self._counts.ctypes.data + place * self._counts.itemsize
+        return isinstance(step, torch.Tensor) and step.data_ptr() == at
+
+    def _make_places(self, params: Sequence[torch.Tensor]) -> None:
+        """Give a count to each parameter that has none; more room than needed, so that views seldom have to go."""
+        places = self._places
+        for param in params:
+            places.setdefault(param, len(places))
+        if len(places) > len(self._counts):
+            self._places = places = {param: i for i, param in enumerate(params)}
+            self._counts, self._told = np.zeros((2, max(64, 2 * len(params))), self._dtype)
+        self._own = np.array([places[param] for param in params], np.intp)
+
+
+def are_same(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Whether two lists hold the same objects."""
+    return len(some) == len(others) and all(map(is_, some, others))
+
+
+def restored(name: str, param: torch.Tensor, own: Own, slots: Slots, before: Slots) -> Started:
+    """The state of a parameter as somebody has given it, in new slots; arrays that the engine has already stay.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If something is missing, or of another shape.
+    """
+    what = f"the state of parameter {brief(name)}"
+    lacking = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in own]
+    if lacking:
+        raise ValueError(f"{what} lacks {lacking}; expected that of an AdamW")
+    for theirs, ours in SLOTS.items():
+        if ours not in slots:
+            continue
+        if theirs not in own:
+            if ours == "average":
+                arrays.write(slots[ours], param)
+        elif own[theirs] is before.get(ours) and tuple(own[theirs].shape) == tuple(param.shape):
+            slots[ours] = before[ours]
+        else:
+            try:
+                arrays.write(slots[ours], own[theirs])
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{what}: {theirs!r}: {error}") from None
+    count = float(own["step"])
+    if not 0 <= count < 2**62 or count != int(count):
+        raise ValueError(f"{what}: 'step' is {count}; expected an integer >= 0")
+    return Started(slots, int(count))
+
+
+# State dicts
+
+
+class _Held:
+    """Keeps a tensor as it is, which torch would cast to the dtype of its parameter."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def apart(optimizer: Any, state_dict: Own) -> None:
+    """Have a state dict have dicts of its own: what is put into them is not put into the optimizer."""
+    state_dict["state"] = {key: dict(own) if isinstance(own, dict) else own for key, own in state_dict["state"].items()}
+
+
+def hold(optimizer: Any, state_dict: Own) -> Own:
+    """A state dict whose tensors torch does not cast."""
+    held = {
+        key: {name: _Held(value) for name, value in own.items()} if isinstance(own, dict) else own
+        for key, own in state_dict["state"].items()
+    }
+    return {**state_dict, "state": held}
+
+
+def released(state: Mapping[Any, Any]) -> Any:
+    """A state with its tensors themselves, in dicts of its own."""
+    return defaultdict(
+        dict,
+        {
+            key: {name: value.value if isinstance(value, _Held) else value for name, value in own.items()}
+            if isinstance(own, dict)
+            else own
+            for key, own in state.items()
+        },
+    )
