@@ -52,32 +52,21 @@ def varying(
     *corrected* second moment, as by torch and optax, is one that grows by its correction. Nesterov's momentum is the
     one of the next step, with its correction, and the gradient the one of this step, as in optax.
     """
-    log_beta_1, log_beta_2 = log(hyper.beta_1), log(hyper.beta_2)
-    alpha, lead = step_size(updates, learning_rate, log_beta_1, log_beta_2, xp), 0.0
+    log_beta_1, log_beta_2, t = log(hyper.beta_1), log(hyper.beta_2), updates + 1
+    root = xp.sqrt(-xp.expm1(t * log_beta_2))
+    # As in `step_size`, with the same bits.
+    alpha, lead = learning_rate * root / -xp.expm1(t * log_beta_1), 0.0
     if hyper.nesterov:
         lead = alpha * (1 - hyper.beta_1)
-        alpha = step_size(updates, learning_rate, log_beta_1, log_beta_2, xp, ahead=1) * hyper.beta_1
+        alpha = learning_rate * root / -xp.expm1((t + 1) * log_beta_1) * hyper.beta_1
     decay = weight_decay if hyper.decouple_lr else learning_rate * weight_decay
-    return alpha, decay, hyper.epsilon * epsilon_factor(hyper, updates, xp), lead
+    return alpha, decay, hyper.epsilon * (1.0 if hyper.epsilon_mode == "hat" else root), lead
 
 
-def epsilon_factor(hyper: Any, updates: Any, xp: Any = math) -> Any:
-    """What `epsilon` is multiplied with at an update, to be added to the root of the raw second moment."""
-    if hyper.epsilon_mode == "hat":
-        return 1.0
-    return xp.sqrt(-xp.expm1((updates + 1) * log(hyper.beta_2)))
-
-
-def step_size(
-    updates: Any, learning_rate: Any, log_beta_1: float, log_beta_2: float, xp: Any = math, ahead: int = 0
-) -> Any:
-    """The learning rate, including both bias corrections (Kingma & Ba 2015, end of section 2).
-
-    The first moment's is that of `ahead` steps later.
-    """
+def step_size(updates: int, learning_rate: float, log_beta_1: float, log_beta_2: float) -> float:
+    """The learning rate, including both bias corrections (Kingma & Ba 2015, end of section 2)."""
     t = updates + 1
-    correction_1, correction_2 = -xp.expm1((t + ahead) * log_beta_1), -xp.expm1(t * log_beta_2)
-    return learning_rate * xp.sqrt(correction_2) / correction_1
+    return learning_rate * math.sqrt(-math.expm1(t * log_beta_2)) / -math.expm1(t * log_beta_1)
 
 
 def clip_factor(norm: Any, limit: float, maximum: Any = max) -> Any:

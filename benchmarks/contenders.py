@@ -79,6 +79,25 @@ def _ours(variables: list[Any], step: Step, convert: Callable[[Arrays], Any], lo
     return Contender(give, lambda: optimizer.apply(given), lambda: [look(v) for v in variables])
 
 
+def ours_for_torch(values: Arrays, step: Step) -> Contender:
+    """As a `torch.optim.Optimizer`: gradients are those of the parameters."""
+    torch = _library("torch")
+    from adamw_numba.torch import AdamW as TorchAdamW
+
+    dtype = torch.bfloat16 if step.bits == 16 else torch.float32
+    parameters = [torch.nn.Parameter(torch.tensor(v).to(dtype)) for v in values]
+    options: dict[str, Any] = {"global_clipnorm": step.clip, "amsgrad": step.full}
+    if step.full:
+        options |= {"use_ema": True, "ema_momentum": EMA_MOMENTUM, "loss_scale_factor": LOSS_SCALE}
+    optimizer = TorchAdamW(parameters, LEARNING_RATE, eps=EPSILON, weight_decay=WEIGHT_DECAY, **options)
+
+    def give(gradients: Arrays) -> None:
+        for parameter, g in zip(parameters, gradients, strict=True):
+            parameter.grad = torch.from_numpy(g).to(dtype)
+
+    return Contender(give, optimizer.step, lambda: [p.detach().float().numpy() for p in parameters])
+
+
 # What the machine can do
 
 
@@ -312,6 +331,7 @@ PROCESSES: dict[str, dict[str, Maker]] = {
         "limit": limit,
         "NumPy": plain_numpy,
         "ours on torch": ours_on_torch,
+        "ours, torch front": ours_for_torch,
         "torch fused": _torch("fused"),
         "torch foreach": _torch("foreach"),
         "torch for-loop": _torch("for-loop"),

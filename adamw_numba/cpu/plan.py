@@ -131,6 +131,9 @@ class Plan:
             call_helpers(*helpers)
         if recipe.is_plain:
             return (), [(_pack_rates, self._packed, 0, recipe.alpha, recipe.decay), *calls]
+        if not recipe.others:
+            varying = recipe.alpha, recipe.decay, recipe.epsilon, recipe.lead
+            return (), [(_pack_varying, self._packed, 0, *varying), *calls]
         rows = zip(self._rows, recipe.groups(), strict=True)
         return (), [*[(_pack_varying, self._packed, at, *each.varying()) for at, each in rows], *calls]
 

@@ -181,6 +181,8 @@ class Engine(Rates):
                         return
                     gradients = workspace.of_trainable(gradients)
                 if hyper.counts_each:
+                    if all(g is None for g in gradients):
+                        return
                     idle = self._part(gradients)
                     rate, weight_decay, others = self.rates_now()
                     workspace, alone = self.workspace, self.alone

@@ -12,6 +12,7 @@ from ..hyperparameters.groups import Group, check_clips
 
 Own = dict[str, Any]
 
+CLIPS = ("clipnorm", "clipvalue")
 OURS = (  # options of `adamw_numba.AdamW` that torch lacks
     "clipnorm",
     "clipvalue",
@@ -40,8 +41,7 @@ def checked(group: Mapping[str, Any], common: Any) -> Own:
         "epsilon": hp.fixed_rate("eps", _number(group["eps"])),
         "amsgrad": bool(group["amsgrad"]),
         "maximize": bool(group["maximize"]),
-        "clipnorm": hp.optional_positive("clipnorm", group.get("clipnorm")),
-        "clipvalue": hp.optional_positive("clipvalue", group.get("clipvalue")),
+        **{clip: hp.optional_positive(clip, group.get(clip)) for clip in CLIPS},
     }
     check_clips(own, common)
     return rates | own
@@ -82,7 +82,7 @@ def described(group: Group, common: Any) -> Own:
             "a learning rate or weight decay is a schedule; expected numbers, and a scheduler of torch: "
             "`torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step) / schedule(0))`"
         )
-    clips = {key: getattr(group, key) for key in ("clipnorm", "clipvalue")}
+    clips = {clip: getattr(group, clip) for clip in CLIPS}
     return {
         "lr": group.learning_rate * group.learning_rate_multiplier,
         "betas": (group.beta_1, group.beta_2),

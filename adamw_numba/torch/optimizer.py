@@ -19,7 +19,7 @@ from ..arrays.brief import brief, brief_names
 from ..arrays.torch_graphs import outside_graphs
 from ..hyperparameters.groups import Group, make_groups
 from ..step.record import LastStep
-from .groups import OURS, checked, described, listed, values
+from .groups import CLIPS, OURS, checked, described, listed, values
 from .state import Shown, Started, apart, are_same, hold, released, restored
 
 _IGNORED = {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
@@ -168,7 +168,7 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
 
     def _start(self, params: Any, defaults: Own) -> None:
         """Have torch read the parameters, with these hyperparameters for groups that have none of their own."""
-        clips = {key: getattr(self._adamw, key) for key in ("clipnorm", "clipvalue")}
+        clips = {key: getattr(self._adamw, key) for key in CLIPS}
         defaults |= {key: clip for key, clip in clips.items() if clip is not None} | {"decoupled_weight_decay": True}
         checked(defaults, self._engine.hyper)
         super().__init__(params, defaults)
@@ -184,6 +184,8 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
             If a parameter is there already, or a value is out of range: nothing is added.
         """
         if isinstance(param_group, dict):
+            if any(param_group.get(clip) is not None for clip in CLIPS):  # one of its own replaces the other kind
+                param_group |= {clip: param_group.get(clip) for clip in CLIPS}
             checked(self.defaults | param_group, self._engine.hyper)
         super().add_param_group(param_group)
         params = self.param_groups[-1]["params"]

@@ -17,10 +17,10 @@ kernel = update_kernel({storage!r}, {variant!r})
 print(kernel._library.get_asm_str())
 """
 
-PLAIN, FULL = Variant(False, False, False, False, False), Variant(True, True, True, True, True)
+PLAIN, FULL = Variant(False, False, False, False), Variant(True, True, True, True)
 KINDS = {
     "float32": (Storage("float32", "float32", "float32", False, False), PLAIN),
-    "float32, everything": (Storage("float32", "float32", "float32", False, False), FULL),
+    "float32, everything": (Storage("float32", "float32", "float32", False, False, True), FULL),
     "float64": (Storage("float64", "float64", "float64", False, False), PLAIN),
     "bfloat16": (Storage("bfloat16", "bfloat16", "float32", False, True), PLAIN),
     "float16": (Storage("float16", "float16", "float32", False, True), PLAIN),

@@ -26,9 +26,12 @@ STORAGES = [
         for master in NO_YES
     ),
 ]
-VARIANTS = [Variant(*options, clip=False, nesterov=False) for options in itertools.product(NO_YES, repeat=3)]
-VARIANTS += [Variant(True, True, True, clip=False, nesterov=True)]
-UPDATES = [("update", storage, variant) for storage in STORAGES for variant in VARIANTS]
+OPTIONS = [
+    (amsgrad, Variant(average, accumulate, clip=False, nesterov=False))
+    for amsgrad, average, accumulate in itertools.product(NO_YES, repeat=3)
+]
+OPTIONS += [(True, Variant(True, True, clip=False, nesterov=True))]
+UPDATES = [("update", storage._replace(amsgrad=own), variant) for storage in STORAGES for own, variant in OPTIONS]
 SQUARES = [
     ("square", g, "float64" if g == "float64" else "float32", accumulates)
     for g in ("float16", "bfloat16", "float32", "float64")
@@ -45,7 +48,11 @@ def name_of(kernel):
     if kernel[0] != "update":
         return "-".join(map(str, kernel))
     _, storage, variant = kernel
-    options = [name for name, wanted in {"master": storage.master, **variant._asdict()}.items() if wanted]
+    options = [
+        name
+        for name, wanted in {"master": storage.master, "amsgrad": storage.amsgrad, **variant._asdict()}.items()
+        if wanted
+    ]
     return "-".join(["update", storage.p, storage.g, *options])
 
 

@@ -5,6 +5,7 @@ import io
 import pickle
 from collections import defaultdict
 
+import pytest
 import torch
 
 from adamw_numba.torch import AdamW
@@ -165,3 +166,27 @@ class Twins:
                 assert_close(ours[name], value, allowed, f"{name} of parameter {index}")
             else:
                 assert_same_bits(ours[name], value)
+
+
+# Three small parameters
+
+SHAPES = [(4, 3), (5,), ()]
+both_kinds = pytest.mark.parametrize("kind", KINDS, ids=["ours", "theirs"])
+both_dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+
+
+def random(seed, dtype=torch.float64):
+    """Values, or gradients, of three small parameters."""
+    return tensors(seed, *SHAPES, dtype=dtype)
+
+
+def run(twins, steps=3, seed=100):
+    """Twins after some steps with such gradients."""
+    for k in range(steps):
+        twins.step(random(seed + k, twins.theirs[0].dtype))
+    return twins
+
+
+def two_groups(params):
+    """The parameters in two groups with hyperparameters of their own."""
+    return [{"params": params[:1]}, {"params": params[1:], "lr": 0.02, "betas": (0.8, 0.99)}]

@@ -10,31 +10,18 @@ from helpers.twins import (
     AdamW,
     Twins,
     assert_same_bits,
+    both_dtypes,
+    both_kinds,
     parameters,
+    random,
+    run,
     state_copy,
     tensors,
     through_pickle,
     train,
+    two_groups,
 )
 from torch.distributed.checkpoint import state_dict as distributed
-
-SHAPES = [(4, 3), (5,), ()]
-both_kinds = pytest.mark.parametrize("kind", KINDS, ids=["ours", "theirs"])
-both_dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-
-
-def random(seed, dtype=torch.float64):
-    return tensors(seed, *SHAPES, dtype=dtype)
-
-
-def run(twins, steps=3, seed=100):
-    for k in range(steps):
-        twins.step(random(seed + k, twins.theirs[0].dtype))
-    return twins
-
-
-def two_groups(params):
-    return [{"params": params[:1]}, {"params": params[1:], "lr": 0.02, "betas": (0.8, 0.99)}]
 
 
 def test_a_state_dict_is_torchs():
