@@ -62,9 +62,13 @@ class Rates:
 
     def rates_now(self) -> tuple[Any, Any, list[Pair]]:
         """Learning rates and weight decays at the present iteration."""
-        iteration = self.state.scalars["iteration"]
+        iteration, hyper = self.state.scalars["iteration"], self.hyper
         number = iteration.item()
-        rates = self.rates_at(number)
+        rate, decay = hyper.learning_rate_function, hyper.weight_decay_function
+        if rate is None or decay is None or hyper.others:
+            rates = self.rates_at(number)
+        else:
+            rates = rate(number), decay(number), []
         if iteration.item() != number:
             raise RuntimeError("a callable rate has itself taken a step; expected it to return a number only")
         return rates

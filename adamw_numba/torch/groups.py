@@ -47,9 +47,15 @@ def checked(group: Mapping[str, Any], common: Any) -> Own:
     return rates | own
 
 
+def layout(group: Own) -> tuple[int, bool]:
+    """What the arrays of the state depend on."""
+    return len(group["params"]), bool(group["amsgrad"])
+
+
 def values(group: Own) -> tuple[Any, ...]:
     """What the engine has to be told of when it changes: all but rates, which it reads at each step."""
     return (
+        len(group["params"]),
         group["betas"],
         group["eps"],
         group["amsgrad"],

@@ -19,7 +19,7 @@ from ..arrays.brief import brief, brief_names
 from ..arrays.torch_graphs import outside_graphs
 from ..hyperparameters.groups import Group, make_groups
 from ..step.record import LastStep
-from .groups import CLIPS, OURS, checked, described, listed, values
+from .groups import CLIPS, OURS, checked, described, layout, listed, values
 from .state import Shown, Started, apart, are_same, hold, released, restored
 
 _IGNORED = {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
@@ -162,6 +162,7 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
         self._engine.hyper.counts_each = True
         self._known: list[tuple[Own, tuple[Any, ...]]] = []  # torch's groups, and their values as the engine has them
         self._own: list[Own] = []  # those in the engine's words
+        self._layout: list[tuple[int, bool]] = []  # of each group, how many parameters there are, and whether amsgrad
         self._params: list[torch.Tensor] = []  # of all groups, in order
         self._new: list[int] = []  # which of them have no state
         self._shown = Shown(self._engine, self._adamw.gradient_accumulation_steps or 1)
@@ -197,7 +198,6 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
         """Tell the engine of the groups as they are now; whether the state has to be another one."""
         hyper = self._engine.hyper
         new_values = [checked(group, hyper) for group in self.param_groups]
-        before = [own["amsgrad"] for own in self._own]
         self._own = (self._own or [vars(hyper)])[: len(new_values)]
         self._own += [{} for _ in new_values[len(self._own) :]]
         for own, new in zip(self._own, new_values, strict=True):
@@ -206,7 +206,8 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
         vars(hyper).update(functions, token=object())
         self._engine.state.scalars.pop("learning_rate", None)
         self._known = [(group, values(group)) for group in self.param_groups]
-        return before != [own["amsgrad"] for own in self._own]
+        before, self._layout = self._layout, [layout(group) for group in self.param_groups]
+        return before != self._layout
 
     # Stepping
 
@@ -231,17 +232,13 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
         FloatingPointError
             With ``nonfinite="raise"``, if a gradient is not finite.
         """
-        if self._is_watched():
+        hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks or any(_HOOKS_OF_ALL)
+        if hooks or _is_profiled():
             return _watched_step(self, *(() if closure is None else (closure,)))
         return self._step(closure)
 
     # Torch would put its own code around the step, which takes as long as a small step does.
     step.hooked = True  # type: ignore[attr-defined]
-
-    def _is_watched(self) -> bool:
-        return bool(
-            self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks or any(_HOOKS_OF_ALL) or _is_profiled()
-        )
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -249,7 +246,7 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
             with torch.enable_grad():
                 loss = closure()
         with self._engine.lock:
-            found = getattr(self, "found_inf", None)
+            found = vars(self).get("found_inf")
             if found is not None and found.item():
                 self._engine.skip()
             elif gradients := self._gradients():
@@ -281,7 +278,7 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
         return len(self.param_groups) != len(self._known)
 
     def _apply(self, gradients: list[Any]) -> None:
-        scale = getattr(self, "grad_scale", None)
+        scale = vars(self).get("grad_scale")
         if scale is not None:
             scale = float(scale) * (self._adamw.loss_scale_factor or 1.0)
         self._engine.apply(gradients, None, scale)

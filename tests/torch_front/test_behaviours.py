@@ -128,6 +128,16 @@ def test_amsgrad_switched_on_too_late():
     run(twins, 3, seed=100)
 
 
+def test_a_parameter_moved_to_another_group():
+    """So that the parameters of all groups, in order, are the same as before."""
+    twins = run(Twins(random(1), groups_of({}, {"lr": 0.1, "amsgrad": True}, {}, {}), lr=0.02), 3)
+    for optimizer, params in twins.both:
+        optimizer.param_groups[0]["params"] = params[:2]
+        optimizer.param_groups[1]["params"] = []
+        optimizer.state[params[1]].setdefault("max_exp_avg_sq", torch.zeros_like(params[1]))
+    run(twins, 3, seed=200)
+
+
 def test_a_group_replaced_or_removed():
     twins = run(Twins(random(1), groups_of({}, {"lr": 0.1}, {}, {}), lr=0.02), 3)
     for optimizer, _ in twins.both:
