@@ -141,7 +141,7 @@ def check_that_main_loops_move_128_bits(ptx, storage, variant):
     size = {"float32": 4, "float64": 8}[storage.compute]
     per_slot = width * size // 16
     loads, stores = accesses(ptx, "ld"), accesses(ptx, "st")
-    slots = 2 + sum((variant.amsgrad, variant.average, variant.accumulate, storage.master))
+    slots = 2 + sum((storage.amsgrad, variant.average, variant.accumulate, storage.master))
     blends = (1 + storage.master) * per_slot if variant.average else 0
     sums = per_slot if variant.accumulate else 0
     streaming = f".cs.v{16 // size}.f{8 * size}"
