@@ -121,11 +121,13 @@ class Engine(Rates):
         self._take(workspace, groups)
 
     def _take(self, workspace: Workspace, groups: list[Group]) -> None:
-        hyper, self.recipes = self.hyper, None
-        self.state.names, self.state.slots = workspace.names, workspace.slots
-        hyper.groups, hyper.others, hyper.is_fixed = groups, tuple(groups[1:]), True
-        hyper.token = object()
-        self.workspace, self.alone = workspace, workspace.alone
+        changes = (
+            *((self.hyper, "groups", groups), (self.hyper, "others", tuple(groups[1:]))),
+            *((self.hyper, "is_fixed", True), (self.hyper, "token", object()), (self, "recipes", None)),
+            *((self.state, "names", workspace.names), (self.state, "slots", workspace.slots)),
+            *((self, "workspace", workspace), (self, "alone", workspace.alone)),
+        )
+        exhaust(starmap(setattr, changes))  # all or nothing, for an interrupt
 
     def require_built(self, what: str) -> Workspace:
         """The workspace; an error that names what needs it, before `build`."""

@@ -194,8 +194,8 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
             del self.param_groups[-1]
             raise ValueError(f"`params` has {len(params)} parameters, some of them twice; expected each of them once")
 
-    def _translate(self) -> bool:
-        """Tell the engine of the groups as they are now; whether the state has to be another one."""
+    def _translate(self) -> None:
+        """Tell the engine of the groups as they are now."""
         hyper = self._engine.hyper
         new_values = [checked(group, hyper) for group in self.param_groups]
         self._own = (self._own or [vars(hyper)])[: len(new_values)]
@@ -205,9 +205,10 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
         functions = {f"{key}_function": new_values[0][key] for key in ("learning_rate", "weight_decay")}
         vars(hyper).update(functions, token=object())
         self._engine.state.scalars.pop("learning_rate", None)
-        self._known = [(group, values(group)) for group in self.param_groups]
-        before, self._layout = self._layout, [layout(group) for group in self.param_groups]
-        return before != self._layout
+        now = [layout(group) for group in self.param_groups]
+        if now != self._layout:
+            self._params = []  # all is to be laid out again
+        self._layout, self._known = now, [(group, values(group)) for group in self.param_groups]
 
     # Stepping
 
@@ -257,9 +258,10 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
         """The gradients of the parameters that have a state, once the engine knows all that has changed."""
         groups = self.param_groups
         params = groups[0]["params"] if len(groups) == 1 else [param for group in groups for param in group["params"]]
-        is_other = self._has_other_groups() and self._translate()
+        if self._has_other_groups():
+            self._translate()
         shown = self._shown
-        if is_other or not are_same(params, self._params) or (shown.is_shown and shown.is_written()):
+        if not are_same(params, self._params) or (shown.is_shown and shown.is_written()):
             shown.sync()
             self._install()
         gradients = list(map(_gradient_of, params))
@@ -341,6 +343,8 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
 
     def _arrange(self, started: Mapping[torch.Tensor, Started], iteration: int) -> None:
         """Lay out the engine's work and the state for the parameters that have one."""
+        self._shown.sync()
+        self._params = []  # an interrupt from here on has the next step begin again, from what is shown
         engine, everything = self._engine, listed(self.param_groups)
         found = [each for each in everything if each[1] in started]
         names, params = [name for name, _, _ in found], [param for _, param, _ in found]
@@ -357,9 +361,9 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
         else:
             engine.workspace = engine.alone = None
         engine.state.scalars["iteration"][...] = iteration
-        self._params = [param for _, param, _ in everything]
         self._new = [i for i, (_, param, _) in enumerate(everything) if param not in started]
         self._shown.put(params, own)
+        self._params = [param for _, param, _ in everything]
 
     # Saving
 

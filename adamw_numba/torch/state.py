@@ -69,6 +69,7 @@ class Shown:
         self._counts = self._told = np.zeros(0, self._dtype)  # what the user sees, and a copy
         self._micro_steps = np.zeros((), self._dtype)
         self._known: tuple[list[Any], list[Any]] = [], []
+        self._variables: Any = None  # of the engine, when this was made for it
 
     def show(self) -> Any:
         """The contents as they are now, for somebody to look at."""
@@ -91,7 +92,7 @@ class Shown:
     def tell(self) -> None:
         """Write the steps that were taken into the counts."""
         workspace, groups = self._engine.workspace, self._engine.hyper.groups
-        if workspace is None:
+        if workspace is None or workspace.variables is not self._variables:
             return
         self._engine.catch_up()
         updates, micro_steps = divmod(self._engine.state.scalars["iteration"].item(), self.window)
@@ -115,20 +116,25 @@ class Shown:
 
     def put(self, params: Sequence[torch.Tensor], started: Sequence[Started]) -> None:
         """Show the arrays of these parameters, which are what the engine has now."""
+        self._variables = None
         self._make_places(params)
         self._counts[self._own] = self._told[self._own] = [each.steps for each in started]
         counts, micro_steps = torch.from_numpy(self._counts), torch.from_numpy(self._micro_steps)
         for place, param, each in zip(self._own.tolist(), params, started, strict=True):
-            own = self.contents.get(param)
-            if own is None:
-                own = self.contents[param] = {}
+            own = self.contents.get(param) or {}
             # A count that somebody holds stays the one that counts.
             held = {"step": own["step"] if self._is_ours(own.get("step"), place) else counts[place]}
             held |= {theirs: each.slots[ours] for theirs, ours in SLOTS.items() if ours in each.slots}
-            own.update(held | ({"micro_steps": micro_steps} if self.window > 1 else {}))
-        self._known = self._now()
-        if self.is_shown and self._engine.workspace is not None:
-            self._engine.workspace.lend()
+            held |= {"micro_steps": micro_steps} if self.window > 1 else {}
+            if param in self.contents:
+                self.contents[param].update(held)
+            else:
+                self.contents[param] = held
+        self._known, workspace = self._now(), self._engine.workspace
+        if workspace is not None:
+            self._variables = workspace.variables
+            if self.is_shown:
+                workspace.lend()
 
     def _is_ours(self, step: Any, place: int) -> bool:
         at = self._counts.ctypes.data + place * self._counts.itemsize
