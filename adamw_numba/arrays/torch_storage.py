@@ -9,7 +9,7 @@ object at the same address, all is known.
 
 import sys
 from collections.abc import Sequence
-from operator import attrgetter
+from operator import attrgetter, eq
 from typing import Any
 
 from . import Array
@@ -38,6 +38,11 @@ class Tensors:
         # dense and has more than one element, the strides tell.
         self._may_be_lazy = [v for v in variables if v.is_complex() or v.numel() < 2 or not v.is_contiguous()]
         self._known_gradients = [each and (*each[-1], *each[-3:-1]) for each in signatures]
+        # The same as columns, which are compared much faster.
+        is_whole = list(columns) == list(range(len(columns))) and all(self._known_gradients)
+        self._known_columns = (
+            [list(column) for column in zip(*self._known_gradients, strict=True)] if is_whole else None
+        )
         self._known = self._facts()
 
     def are_as_known(self, gradients: Sequence[Array | None], are_new: bool) -> bool:
@@ -57,14 +62,23 @@ class Tensors:
             return False
 
     def _are_gradients_as_known(self, gradients: Sequence[Array | None]) -> bool:
+        if self._known_columns is not None and len(gradients) == len(self._columns):  # all are here, and were seen
+            try:
+                found = self._facts_of(gradients)
+            except TypeError:  # one of them is None now
+                pass
+            else:
+                return all(map(eq, found, self._known_columns))
         pairs = zip((gradients[column] for column in self._columns), self._known_gradients, strict=True)
         there = [(gradient, known) for gradient, known in pairs if gradient is not None]
-        given = [gradient for gradient, _ in there]
+        found = self._facts_of([gradient for gradient, _ in there])
+        return list(zip(*found, strict=True)) == [known for _, known in there]
+
+    def _facts_of(self, gradients: Sequence[Any]) -> tuple[list[Any], ...]:
+        """The size of the storage of each, its offset there, and whether it is lazy."""
         torch = sys.modules["torch"]
-        sizes = map(torch.UntypedStorage.nbytes, map(torch.Tensor.untyped_storage, given))
-        offsets = map(torch.Tensor.storage_offset, given)
-        found = list(zip(sizes, offsets, *self._lazy(given), strict=True))
-        return found == [known for _, known in there]
+        sizes = list(map(torch.UntypedStorage.nbytes, map(torch.Tensor.untyped_storage, gradients)))
+        return sizes, list(map(torch.Tensor.storage_offset, gradients)), *self._lazy(gradients)
 
     def _facts(self) -> tuple[list[Any], ...]:
         return list(map(_IS_LEAF, self._may_be_results)), *self._lazy(self._may_be_lazy)

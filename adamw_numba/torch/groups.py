@@ -1,11 +1,12 @@
 """Torch's groups of parameters in our words, and ours in torch's."""
 
 from collections.abc import Mapping, Sequence
-from itertools import repeat
+from itertools import zip_longest
 from typing import Any
 
 import torch
 
+from ..arrays.brief import brief
 from ..hyperparameters import table as hp
 from ..hyperparameters.conventions import pair
 from ..hyperparameters.groups import Group, check_clips
@@ -47,6 +48,16 @@ def checked(group: Mapping[str, Any], common: Any) -> Own:
     return rates | own
 
 
+def check_common(group: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Refuse an option in a group that all groups share, unless it is the one that they share."""
+    for name in set(OURS) - {*CLIPS}:
+        if name in group and (name not in options or group[name] != options[name]):
+            raise ValueError(
+                f"`{name}` is {brief(group[name])} in a group; expected it as an argument of the optimizer, where it "
+                "holds for all groups"
+            )
+
+
 def layout(group: Own) -> tuple[int, bool]:
     """What the arrays of the state depend on."""
     return len(group["params"]), bool(group["amsgrad"])
@@ -74,7 +85,7 @@ def listed(param_groups: Sequence[Own]) -> list[tuple[str, torch.Tensor, int]]:
     found = [
         (name, param, k)
         for k, group in enumerate(param_groups)
-        for name, param in zip(group.get("param_names") or repeat(None), group["params"], strict=False)
+        for name, param in zip_longest(group.get("param_names", ())[: len(group["params"])], group["params"])
     ]
     return [(str(i) if name is None else name, param, k) for i, (name, param, k) in enumerate(found)]
 
@@ -85,8 +96,8 @@ def described(group: Group, common: Any) -> Own:
         raise ValueError(f"{group!r} is not trainable; expected `requires_grad_(False)`, or no such parameters")
     if common.hyper.learning_rate_function or common.hyper.weight_decay_function or group.functions():
         raise ValueError(
-            "a learning rate or weight decay is a schedule; expected numbers, and a scheduler of torch: "
-            "`torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step) / schedule(0))`"
+            "a learning rate or weight decay is a schedule; expected numbers, and a scheduler of torch. For a learning "
+            "rate that is 1.0 here: `torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)`"
         )
     clips = {clip: getattr(group, clip) for clip in CLIPS}
     return {

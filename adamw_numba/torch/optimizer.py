@@ -19,7 +19,7 @@ from ..arrays.brief import brief, brief_names
 from ..arrays.torch_graphs import outside_graphs
 from ..hyperparameters.groups import Group, make_groups
 from ..step.record import LastStep
-from .groups import CLIPS, OURS, checked, described, layout, listed, values
+from .groups import CLIPS, OURS, check_common, checked, described, layout, listed, values
 from .state import Shown, Started, apart, are_same, hold, released, restored
 
 _IGNORED = {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
@@ -187,6 +187,7 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
         if isinstance(param_group, dict):
             if any(param_group.get(clip) is not None for clip in CLIPS):  # one of its own replaces the other kind
                 param_group |= {clip: param_group.get(clip) for clip in CLIPS}
+            check_common(param_group, self._options)
             checked(self.defaults | param_group, self._engine.hyper)
         super().add_param_group(param_group)
         params = self.param_groups[-1]["params"]

@@ -91,6 +91,29 @@ def test_a_clip_of_a_group_beside_that_of_all():
         AdamW([{"params": params, "clipvalue": 0.1}], global_clipnorm=1.0)
 
 
+@pytest.mark.parametrize(
+    "option", [{"nonfinite": "raise"}, {"global_clipnorm": 1.0}, {"use_ema": True}, {"gradient_accumulation_steps": 2}]
+)
+def test_an_option_of_all_groups_in_one(option):
+    """Refused, rather than ignored; ZeRO puts the optimizer's own into every group."""
+    params = parameters(tensors(1, *SHAPES))
+    with pytest.raises(ValueError, match=f"`{next(iter(option))}` is .* in a group"):
+        AdamW([{"params": params, **option}])
+    optimizer = AdamW([{"params": params[:1], **option}], **option)
+    with pytest.raises(ValueError, match="in a group"):
+        optimizer.add_param_group({"params": params[1:], "threads": 1})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_parameters_appended_without_names():
+    params = parameters(tensors(1, *SHAPES))
+    optimizer = AdamW([("a", params[0]), ("b", params[1])])
+    optimizer.param_groups[0]["params"].append(params[2])
+    give(params, tensors(2, *SHAPES))
+    optimizer.step()
+    assert all(optimizer.state[param]["step"] == 1 for param in params)
+
+
 @pytest.mark.parametrize("momentum", [0.9, 0.0])
 def test_averages(momentum):
     params = parameters(tensors(1, *SHAPES))
