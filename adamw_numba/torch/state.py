@@ -174,17 +174,26 @@ def restored(name: str, param: torch.Tensor, own: Own, slots: Slots, before: Slo
         if theirs not in own:
             if ours == "average":
                 arrays.write(slots[ours], param)
-        elif own[theirs] is before.get(ours) and tuple(own[theirs].shape) == tuple(param.shape):
-            slots[ours] = before[ours]
         else:
             try:
-                arrays.write(slots[ours], own[theirs])
+                if isinstance(own[theirs], torch.Tensor):
+                    arrays.check_tensor("it", own[theirs])  # all of it is in its storage, whatever was done to that
+                if own[theirs] is before.get(ours) and _is_laid_out_like(own[theirs], slots[ours]):
+                    slots[ours] = before[ours]
+                else:
+                    arrays.write(slots[ours], own[theirs])
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{what}: {theirs!r}: {error}") from None
     count = float(own["step"])
     if not 0 <= count < 2**62 or count != int(count):
         raise ValueError(f"{what}: 'step' is {count}; expected an integer >= 0")
     return Started(slots, int(count))
+
+
+def _is_laid_out_like(some: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether kernels, which take all slots to lie as the momentum does, can go on with a tensor that they had."""
+    kinds = ((each.shape, each.stride(), each.dtype, each.device) for each in (some, other))
+    return next(kinds) == next(kinds)
 
 
 # State dicts

@@ -6,6 +6,7 @@ from collections import defaultdict
 import pytest
 import torch
 from helpers.twins import (
+    AdamW,
     Twins,
     assert_same_bits,
     both_dtypes,
@@ -262,3 +263,74 @@ def test_steps_follow_the_default_dtype(kind):
     train(optimizer, 2)
     assert all(optimizer.state[parameter]["step"] == 4 for parameter in params)
     assert {optimizer.state[parameter]["step"].dtype for parameter in params} == {torch.float64}
+
+
+# What is done to a tensor of the state, whose shape stays as it is
+SPOILED = {
+    "another stride": lambda slot: setattr(slot, "data", torch.zeros(64 * slot.numel(), dtype=slot.dtype)[::64]),
+    "another dtype": lambda slot: setattr(slot, "data", torch.zeros(slot.shape, dtype=torch.float16)),
+    "one element for all": lambda slot: setattr(slot, "data", torch.zeros(1, dtype=slot.dtype).expand(slot.shape)),
+}
+
+
+@pytest.mark.parametrize("again", ["a count written", "amsgrad"])
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("name", SPOILED)
+def test_a_state_that_lies_otherwise_is_copied(name, key, again):
+    """The kernels would write beyond its end, or read its elements in another order."""
+    params = parameters(tensors(1, (1000,)))
+    optimizer, gradient = AdamW(params, lr=0.1), tensors(2, (1000,))[0]
+    params[0].grad = gradient
+    optimizer.step()
+    SPOILED[name](optimizer.state[params[0]][key])
+    expected = params[0].detach().clone().requires_grad_()
+    expected.grad = gradient
+    reference = torch.optim.AdamW([expected], lr=0.1, amsgrad=again == "amsgrad")
+    loaded = copy.deepcopy(optimizer.state_dict()["state"][0])
+    loaded = {each: slot if each == "step" else slot.double().contiguous() for each, slot in loaded.items()}
+    reference.state[expected] = loaded | {"max_exp_avg_sq": torch.zeros(1000, dtype=torch.float64)}
+    if again == "amsgrad":
+        optimizer.param_groups[0]["amsgrad"] = True
+    else:
+        optimizer.state[params[0]]["step"].fill_(3)
+        reference.state[expected]["step"].fill_(3)
+    for _ in range(3):
+        optimizer.step()
+        reference.step()
+    torch.testing.assert_close(params[0], expected, rtol=1e-12, atol=1e-12)
+    for each in ("exp_avg", "exp_avg_sq"):
+        ours, theirs = optimizer.state[params[0]][each], reference.state[expected][each]
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_a_state_whose_storage_was_shrunk_is_refused():
+    params = parameters(tensors(1, (1000,)))
+    optimizer = AdamW(params, lr=0.1)
+    params[0].grad = tensors(2, (1000,))[0]
+    optimizer.step()
+    optimizer.state[params[0]]["exp_avg"].untyped_storage().resize_(400)
+    optimizer.state[params[0]]["step"].fill_(3)
+    values = params[0].detach().clone()
+    with pytest.raises(ValueError, match=r"'exp_avg'.*its storage holds 400 bytes"):
+        optimizer.step()
+    assert torch.equal(params[0], values)
+
+
+@pytest.mark.parametrize("again", ["replaced", "amsgrad"])
+def test_a_parameter_that_is_laid_out_anew_before_its_state(again):
+    """What the state keeps is laid out as the parameter was, and what is new as it is now."""
+    twins = run_square(Twins(tensors(1, (3, 3)), lr=0.1))
+    for optimizer, (param,) in twins.both:
+        param.data = param.data.mT.contiguous().mT
+        if again == "amsgrad":
+            optimizer.param_groups[0]["amsgrad"] = True
+            optimizer.state[param]["max_exp_avg_sq"] = torch.zeros_like(param)
+        else:
+            optimizer.state[param]["exp_avg"] = optimizer.state[param]["exp_avg"].clone()
+    run_square(twins, seed=200)
+
+
+def run_square(twins, seed=100):
+    for k in range(3):
+        twins.step(tensors(seed + k, (3, 3)))
+    return twins
