@@ -52,21 +52,25 @@ def varying(
     *corrected* second moment, as by torch and optax, is one that grows by its correction. Nesterov's momentum is the
     one of the next step, with its correction, and the gradient the one of this step, as in optax.
     """
-    log_beta_1, log_beta_2, t = log(hyper.beta_1), log(hyper.beta_2), updates + 1
-    root = xp.sqrt(-xp.expm1(t * log_beta_2))
-    # As in `step_size`, with the same bits.
-    alpha, lead = learning_rate * root / -xp.expm1(t * log_beta_1), 0.0
+    log_beta_1, lead = log(hyper.beta_1), 0.0
+    alpha, root = step_size(updates, learning_rate, log_beta_1, log(hyper.beta_2), xp)
     if hyper.nesterov:
         lead = alpha * (1 - hyper.beta_1)
-        alpha = learning_rate * root / -xp.expm1((t + 1) * log_beta_1) * hyper.beta_1
+        alpha = learning_rate * root / -xp.expm1((updates + 2) * log_beta_1) * hyper.beta_1
     decay = weight_decay if hyper.decouple_lr else learning_rate * weight_decay
     return alpha, decay, hyper.epsilon * (1.0 if hyper.epsilon_mode == "hat" else root), lead
 
 
-def step_size(updates: int, learning_rate: float, log_beta_1: float, log_beta_2: float) -> float:
-    """The learning rate, including both bias corrections (Kingma & Ba 2015, end of section 2)."""
+def step_size(
+    updates: Any, learning_rate: Any, log_beta_1: float, log_beta_2: float, xp: Any = math
+) -> tuple[Any, Any]:
+    """The learning rate, including both bias corrections (Kingma & Ba 2015, end of section 2).
+
+    Secondly, the root of the correction of the second moment.
+    """
     t = updates + 1
-    return learning_rate * math.sqrt(-math.expm1(t * log_beta_2)) / -math.expm1(t * log_beta_1)
+    root = xp.sqrt(-xp.expm1(t * log_beta_2))
+    return learning_rate * root / -xp.expm1(t * log_beta_1), root
 
 
 def clip_factor(norm: Any, limit: float, maximum: Any = max) -> Any:
@@ -230,7 +234,7 @@ class Recipes:
             recipe = self._of(number, updates)
         recipe.number = number
         if self._is_plain:
-            recipe.alpha = step_size(updates, rate, self.log_beta_1, self.log_beta_2)
+            recipe.alpha, _ = step_size(updates, rate, self.log_beta_1, self.log_beta_2)
             recipe.decay = rate * weight_decay
             return recipe
         if not others:  # most

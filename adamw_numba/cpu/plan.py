@@ -96,7 +96,7 @@ class Plan:
         self._lay_out()
 
     def _lay_out(self) -> None:
-        """Arrange the work anew, and have the table remember, if anything but addresses has changed."""
+        """Arrange the work again, and have the table remember, if anything but addresses has changed."""
         if self._laid_out is not self.table.arrangement:
             self._arrange()
             self._laid_out = self.table.arrangement

@@ -66,7 +66,7 @@ class Rows:
 
         A user's schedule may raise here, so everything is computed before anything is changed.
         """
-        # Where a rate is set anew at every step, as torch's schedulers do it, further rows would never be used.
+        # Where a rate is set again at every step, as torch's schedulers do it, further rows would never be used.
         is_fleeting = key is None or (key != self._key and bool(self._steps) and first <= self._steps.start + 1)
         steps = range(first, first + count + (0 if is_fleeting else AHEAD))
         rows = rows_of(steps)

@@ -175,6 +175,7 @@ def _check_fixed(what: str, given: dict[str, Any], fixed: tuple[str, ...]) -> No
 
 
 def pair(name: str, value: Any) -> tuple[Any, Any]:
+    """Check that there are two values; what they are is checked where they are used."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise TypeError(f"`{name}` is {brief(value)}; expected a pair of floats")
     return value[0], value[1]

@@ -62,13 +62,9 @@ class Rates:
 
     def rates_now(self) -> tuple[Any, Any, list[Pair]]:
         """Learning rates and weight decays at the present iteration."""
-        iteration, hyper = self.state.scalars["iteration"], self.hyper
+        iteration = self.state.scalars["iteration"]
         number = iteration.item()
-        rate, decay = hyper.learning_rate_function, hyper.weight_decay_function
-        if rate is None or decay is None or hyper.others:
-            rates = self.rates_at(number)
-        else:
-            rates = rate(number), decay(number), []
+        rates = self.rates_at(number)
         if iteration.item() != number:
             raise RuntimeError("a callable rate has itself taken a step; expected it to return a number only")
         return rates
