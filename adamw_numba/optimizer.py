@@ -21,6 +21,7 @@ from .saving.manifest import DTYPES
 from .saving.saveable import Saveable
 from .step import gradients as matching
 from .step import uncounted
+from .step.commit import commit
 from .step.engine import Engine
 from .step.record import LastStep
 
@@ -589,15 +590,15 @@ class AdamW(Saveable, Conventional):
             for name, variable in zip(built.names, built.variables, strict=True):
                 arrays.check_variable(name, variable)
             kept = [(variable, arrays.like(variable, variable)) for variable in built.variables]
+            # An interrupt has both made whole; where that cannot be, `swapped` stays, and the next step says so.
+            back = [(arrays.write_all, kept)]
+            ended = (setattr, engine, "alone", built.alone), (setattr, engine, "swapped", False)
             try:
                 engine.swapped, engine.alone = True, None
                 self.finalize_variable_values(built.variables)
                 yield
             finally:
-                try:
-                    arrays.write_all(kept)
-                finally:
-                    engine.swapped, engine.alone = False, built.alone
+                commit(back, ended)
 
     def finalize_variable_values(self, var_list: Container) -> None:
         """Put the averages into variables for good; without ``use_ema``, or before the first update, nothing happens.

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 
 import numpy as np
@@ -149,3 +150,37 @@ def test_signals_during_long_steps():
         for array in arrays:
             assert (array == -steps).all()
     assert interrupts > 10
+
+
+def test_averages_are_not_left_in_the_variables():
+    """At whatever line the end of the block is interrupted: they are what they were, or every step says why not."""
+    restored, refused, n = 0, 0, 0
+    while True:
+        n += 1
+        arrays = variables()
+        optimizer = AdamW(0.1, use_ema=True)
+        optimizer.build(arrays)
+        for k in range(2):
+            optimizer.apply(gradients(k))
+        before = [np.array(libraries.look(array)) for array in arrays]
+        block, injector, old = optimizer.averaged(), Injector(n), sys.gettrace()
+        block.__enter__()
+        sys.settrace(injector)
+        try:
+            block.__exit__(None, None, None)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(old)
+        now = [np.array(libraries.look(array)) for array in arrays]
+        if all(map(np.array_equal, now, before)):
+            restored += 1
+            optimizer.apply(gradients(2))
+        else:
+            refused += 1
+            with pytest.raises(RuntimeError, match="averages"):
+                optimizer.apply(gradients(2))
+        if injector.line is None:
+            break
+    assert n > 50
+    assert restored > 10 * refused
