@@ -161,3 +161,9 @@ def test_what_is_allowed(tmp_path):
     found = {rule: list(RULES[rule](package)) for rule in RULES}
     assert found.pop("no underscore of somebody else is reached") == ["optimizer.py:7: self.state._y"]
     assert not any(found.values()), found
+
+
+def test_no_two_test_files_share_a_name():
+    """pytest imports them by their bare names: the second one of a pair is an error, but only where both are collected."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert not {name for name in names if names.count(name) > 1}
