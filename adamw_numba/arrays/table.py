@@ -143,7 +143,7 @@ class AddressTable:
         """
         self._is_lent = True
         if self._reader is not None:
-            self._reader.watch(len(self._places))
+            self._watch(self._reader)
 
     def runs(self) -> Iterator[tuple[tuple[str, str], Matrix]]:
         """The elements of all variables as evenly spaced runs, by how a variable and its gradient are stored."""
@@ -333,15 +333,21 @@ class AddressTable:
         owned = [array for _, _, array in self._places]
         found = [seen.record for seen in self._gradients]
         known = reader.Reader(owned, self._cells, records, found, self._ranges, self.addresses, self._references)
-        if not self._is_lent:
-            known.watch(len(self.own))
         columns = [i for i in self.own if is_torch_array(self.variables[i])]
         if columns:
             known_of = [self._gradients[i] for i in columns]
             signatures = [None if seen is _UNSEEN else seen.signature for seen in known_of]
             self._tensors = Tensors([self.variables[i] for i in columns], columns, signatures)
+        self._watch(known)
         self._reader = known  # last: from here on `reads` trusts it
         return True
+
+    def _watch(self, known: reader.Reader) -> None:
+        """Look at what a step writes and others may have changed: the variables, and the slots once they are lent."""
+        watched = self._places if self._is_lent else self._places[: len(self.own)]
+        known.watch(len(watched))
+        if self._tensors is not None:
+            self._tensors.watch([array for _, _, array in watched if is_torch_array(array)])
 
 
 def _reference(variable: Array, gradient: Array | None) -> Any:

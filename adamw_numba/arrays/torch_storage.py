@@ -3,12 +3,12 @@
 A tensor keeps its shape when its storage is resized, and a kernel would then write beyond the end. `conj` and some
 views of complex numbers only set a bit, and the values in memory are not those of the tensor. DLPack tells neither. One
 fact is asked of all tensors at a time, since `map` over a function of C is the fastest loop there is; and nothing is
-asked again that does not change: a storage that is resized lies elsewhere afterwards, and of a tensor that is the same
-object at the same address, all is known.
+asked again that does not change: of a tensor that is the same object at the same address, all is known but how much its
+storage holds.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import attrgetter, eq
 from typing import Any
 
@@ -44,6 +44,16 @@ class Tensors:
             [list(column) for column in zip(*self._known_gradients, strict=True)] if is_whole else None
         )
         self._known = self._facts()
+        self._storages: list[Any] = []
+        self._sizes: list[int] = []
+
+    def watch(self, written: Sequence[Array]) -> None:
+        """Look at the storages of these as well, since a step writes there, and somebody may resize them.
+
+        A storage mostly lies elsewhere once it was resized, which is noticed in another way, but need not.
+        """
+        self._storages = [tensor.untyped_storage() for tensor in written]
+        self._sizes = _bytes_in(self._storages)
 
     def are_as_known(self, gradients: Sequence[Array | None], are_new: bool) -> bool:
         """Whether nothing has changed but values and addresses; False also where that cannot be told.
@@ -57,28 +67,30 @@ class Tensors:
         try:
             if (self._may_be_results or self._may_be_lazy) and self._facts() != self._known:
                 return False
-            return not are_new or self._are_gradients_as_known(gradients)
+            if _bytes_in(self._storages) != self._sizes:
+                return False
+            return self._are_gradients_as_known(gradients, are_new)
         except (RuntimeError, NotImplementedError):
             return False
 
-    def _are_gradients_as_known(self, gradients: Sequence[Array | None]) -> bool:
+    def _are_gradients_as_known(self, gradients: Sequence[Array | None], are_new: bool) -> bool:
         if self._known_columns is not None and len(gradients) == len(self._columns):  # all are here, and were seen
             try:
-                found = self._facts_of(gradients)
+                found = self._facts_of(gradients, are_new)
             except TypeError:  # one of them is None now
                 pass
             else:
                 return all(map(eq, found, self._known_columns))
         pairs = zip((gradients[column] for column in self._columns), self._known_gradients, strict=True)
         there = [(gradient, known) for gradient, known in pairs if gradient is not None]
-        found = self._facts_of([gradient for gradient, _ in there])
-        return list(zip(*found, strict=True)) == [known for _, known in there]
+        found = self._facts_of([gradient for gradient, _ in there], are_new)
+        return list(zip(*found, strict=True)) == [known and known[: len(found)] for _, known in there]
 
-    def _facts_of(self, gradients: Sequence[Any]) -> tuple[list[Any], ...]:
-        """The size of the storage of each, its offset there, and whether it is lazy."""
-        torch = sys.modules["torch"]
-        sizes = list(map(torch.UntypedStorage.nbytes, map(torch.Tensor.untyped_storage, gradients)))
-        return sizes, list(map(torch.Tensor.storage_offset, gradients)), *self._lazy(gradients)
+    def _facts_of(self, gradients: Sequence[Any], are_new: bool) -> tuple[list[Any], ...]:
+        """The size of the storage of each; where they are new, its offset there too, and whether it is lazy."""
+        kind = sys.modules["torch"].Tensor
+        sizes = _bytes_in(map(kind.untyped_storage, gradients))
+        return (sizes, list(map(kind.storage_offset, gradients)), *self._lazy(gradients)) if are_new else (sizes,)
 
     def _facts(self) -> tuple[list[Any], ...]:
         return list(map(_IS_LEAF, self._may_be_results)), *self._lazy(self._may_be_lazy)
@@ -88,3 +100,7 @@ class Tensors:
         kind = sys.modules["torch"].Tensor
         conjugate = list(map(kind.is_conj, tensors)) if self._is_complex else [False] * len(tensors)
         return conjugate, list(map(kind.is_neg, tensors))
+
+
+def _bytes_in(storages: Iterable[Any]) -> list[int]:
+    return list(map(sys.modules["torch"].UntypedStorage.nbytes, storages))
