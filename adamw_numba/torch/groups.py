@@ -12,6 +12,7 @@ from ..hyperparameters.conventions import pair
 from ..hyperparameters.groups import Group, check_clips
 
 Own = dict[str, Any]
+Noted = list[tuple[Own, tuple[Any, ...] | None]]
 
 CLIPS = ("clipnorm", "clipvalue")
 OURS = (  # options of `adamw_numba.AdamW` that torch lacks
@@ -63,8 +64,23 @@ def layout(group: Own) -> tuple[int, bool]:
     return len(group["params"]), bool(group["amsgrad"])
 
 
-def values(group: Own) -> tuple[Any, ...]:
-    """What the engine has to be told of when it changes: all but rates, which it reads at each step."""
+def noted(param_groups: Sequence[Own]) -> Noted:
+    """The groups, with all that the engine has to be told of when it changes: not rates, which it reads at each step.
+
+    None for a group that holds what can be changed in place, and may be another one at each step.
+    """
+    return [(group, _values(group) if _is_constant(group) else None) for group in param_groups]
+
+
+def are_as_noted(param_groups: Sequence[Own], known: Noted) -> bool:
+    """Whether the groups, and their values, are those that were noted."""
+    for group, (own, values) in zip(param_groups, known, strict=False):
+        if group is not own or _values(group) != values:
+            return False
+    return len(param_groups) == len(known)
+
+
+def _values(group: Own) -> tuple[Any, ...]:
     return (
         len(group["params"]),
         group["betas"],
@@ -74,6 +90,11 @@ def values(group: Own) -> tuple[Any, ...]:
         group.get("clipnorm"),
         group.get("clipvalue"),
     )
+
+
+def _is_constant(group: Own) -> bool:
+    betas, eps = group["betas"], group["eps"]
+    return isinstance(betas, tuple) and not any(isinstance(value, torch.Tensor) for value in (*betas, eps))
 
 
 def _number(value: Any) -> Any:

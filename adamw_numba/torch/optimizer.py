@@ -19,7 +19,7 @@ from ..arrays.brief import brief, brief_names
 from ..arrays.torch_graphs import outside_graphs
 from ..hyperparameters.groups import Group, make_groups
 from ..step.record import LastStep
-from .groups import CLIPS, OURS, check_common, checked, described, layout, listed, values
+from .groups import CLIPS, OURS, Noted, are_as_noted, check_common, checked, described, layout, listed, noted
 from .state import Shown, Started, apart, are_same, hold, released, restored
 
 _IGNORED = {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
@@ -160,7 +160,7 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
         self._adamw = surface.AdamW(**options)
         self._engine = self._adamw.engine
         self._engine.hyper.counts_each = True
-        self._known: list[tuple[Own, tuple[Any, ...]]] = []  # torch's groups, and their values as the engine has them
+        self._known: Noted = []  # torch's groups, and their values as the engine has them
         self._own: list[Own] = []  # those in the engine's words
         self._layout: list[tuple[int, bool]] = []  # of each group, how many parameters there are, and whether amsgrad
         self._params: list[torch.Tensor] = []  # of all groups, in order
@@ -203,13 +203,13 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
         self._own += [{} for _ in new_values[len(self._own) :]]
         for own, new in zip(self._own, new_values, strict=True):
             own.update(new)  # which all groups of the engine share that are of one of torch's
-        functions = {f"{key}_function": new_values[0][key] for key in ("learning_rate", "weight_decay")}
+        functions = {f"{key}_function": own[key] for own in new_values[:1] for key in ("learning_rate", "weight_decay")}
         vars(hyper).update(functions, token=object())
         self._engine.state.scalars.pop("learning_rate", None)
         now = [layout(group) for group in self.param_groups]
         if now != self._layout:
             self._params = []  # all is to be laid out again
-        self._layout, self._known = now, [(group, values(group)) for group in self.param_groups]
+        self._layout, self._known = now, noted(self.param_groups)
 
     # Stepping
 
@@ -257,15 +257,7 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
 
     def _gradients(self) -> list[Any]:
         """The gradients of the parameters that have a state, once the engine knows all that has changed."""
-        groups = self.param_groups
-        params = groups[0]["params"] if len(groups) == 1 else [param for group in groups for param in group["params"]]
-        if self._has_other_groups():
-            self._translate()
-        shown = self._shown
-        if not are_same(params, self._params) or (shown.is_shown and shown.is_written()):
-            shown.sync()
-            self._install()
-        gradients = list(map(_gradient_of, params))
+        gradients = list(map(_gradient_of, self._look()))
         if self._new:
             if any(gradients[i] is not None for i in self._new):
                 self._grow(gradients)
@@ -273,12 +265,18 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
                 del gradients[i]
         return gradients
 
-    def _has_other_groups(self) -> bool:
-        """Whether groups, or their values, are not as the engine has them."""
-        for group, (own, known) in zip(self.param_groups, self._known, strict=False):
-            if group is not own or values(group) != known:
-                return True
-        return len(self.param_groups) != len(self._known)
+    def _look(self) -> Sequence[torch.Tensor]:
+        """The parameters, once the engine knows all that has changed."""
+        groups = self.param_groups
+        params = groups[0]["params"] if len(groups) == 1 else [param for group in groups for param in group["params"]]
+        if not are_as_noted(self.param_groups, self._known):
+            self._translate()
+        shown = self._shown
+        if not are_same(params, self._params) or (shown.is_shown and shown.is_written()):
+            self._engine.check_not_swapped()
+            shown.sync()
+            self._install()
+        return params
 
     def _apply(self, gradients: list[Any]) -> None:
         scale = vars(self).get("grad_scale")
@@ -435,6 +433,8 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside the block the parameters hold their averages: see `adamw_numba.AdamW.averaged`."""
+        with self._engine.lock:
+            self._look()
         if self._engine.workspace is None and self._adamw.use_ema:
             yield  # nothing has an average yet
             return

@@ -152,6 +152,30 @@ def test_a_group_replaced_or_removed():
     run(twins, 3, seed=400)
 
 
+def test_without_groups_nothing_is_done():
+    twins = run(Twins(random(1), lr=0.02), 3)
+    for optimizer, _ in twins.both:
+        optimizer.param_groups = []
+    run(twins, 2, seed=200)
+
+
+@both_dtypes
+@pytest.mark.parametrize("kind", ["list", "tensors"])
+def test_betas_written_in_place(kind, dtype):
+    twins = run(Twins(random(1, dtype), lr=0.02, betas=(0.5, 0.99)), 3)
+    groups = [group for pair in twins.groups() for group in pair]
+    betas = [torch.tensor(beta, dtype=torch.float64) if kind == "tensors" else beta for beta in (0.5, 0.99)]
+    for group in groups:
+        group["betas"] = betas[:]
+    run(twins, 2, seed=200)
+    for group in groups:
+        if kind == "tensors":
+            betas[0].fill_(0.75)
+        else:
+            group["betas"][0] = 0.75
+    run(twins, 3, seed=300)
+
+
 def test_parameters_moved_between_groups_by_hand():
     twins = run(Twins(random(1), lambda p: [{"params": p[:2]}, {"params": p[2:], "lr": 0.1}], lr=0.02), 3)
     for optimizer, _ in twins.both:

@@ -133,6 +133,12 @@ def test_averages(momentum):
         with pytest.raises(RuntimeError, match="averaged"):
             optimizer.step()
     assert_same(params, now)
+    given = [torch.full_like(param, 5.0) for param in params]
+    for param, average in zip(params, given, strict=True):
+        optimizer.state[param]["average"] = average
+    with optimizer.averaged():
+        assert_same(params, given)
+    assert_same(params, now)
 
 
 @pytest.mark.parametrize("at", range(7))
