@@ -153,7 +153,7 @@ class LossScaleOptimizer(Saveable):
     def variables(self) -> list[Array]:
         """Four scalars (iteration and learning rate, unused; step counter; dynamic scale), then the inner state."""
         self.inner_optimizer.engine.lent_places()
-        return [own[key] for _, own, key in self.places()]
+        return uncounted.state_of(self.inner_optimizer.engine, self.places())
 
     @property
     def state(self) -> dict[str, Array]:
@@ -209,8 +209,8 @@ class LossScaleOptimizer(Saveable):
     ) -> tuple[Container, list[Array]]:
         """One step as a pure function, the scale included: see `AdamW.stateless_apply`."""
         inner, state = self.inner_optimizer, list(optimizer_variables)
-        if len(state) != len(self.variables):
-            raise ValueError(f"`optimizer_variables` holds {len(state)} arrays; expected {len(self.variables)}")
+        if len(state) != len(self.places()):
+            raise ValueError(f"`optimizer_variables` holds {len(state)} arrays; expected {len(self.places())}")
         xp = lazy_namespace(state)
         counter, scale, before = state[2:5] if xp else (int(state[2]), float(state[3]), int(state[4]))
         if isinstance(scale, float):

@@ -206,7 +206,7 @@ class AdamW(Saveable, Conventional):
     @property
     def variables(self) -> list[Array]:
         """The arrays of the state, live, in Keras's order; float32 masters of 16-bit variables follow it."""
-        return [own[key] for _, own, key in self.engine.lent_places()]
+        return uncounted.state_of(self.engine, self.engine.lent_places())
 
     @property
     def variable_names(self) -> list[str]:
@@ -262,7 +262,7 @@ class AdamW(Saveable, Conventional):
             If there are none, one is read-only, two share memory, two have one name, or other variables were built.
         """
         with self.engine.lock:
-            self.engine.build(*flatten(variables))
+            self.engine.build(*matching.variables_of(self.engine, variables))
 
     def exclude_from_weight_decay(
         self, var_list: Iterable[Array] | None = None, var_names: Iterable[str] | None = None

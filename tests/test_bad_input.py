@@ -39,7 +39,7 @@ HOLDS_ITSELF.append(HOLDS_ITSELF)
 VARIABLES = {
     "no array": ({"a": "text"}, TypeError, ["a", "text", "expected"]),
     "a number": ([1.5], TypeError, ["1.5", "expected"]),
-    "none": ([None], TypeError, ["variable '0'", "None"]),
+    "none": ([None], ValueError, ["empty"]),
     "nothing": ([], ValueError, ["empty"]),
     "integers": ({"w": np.ones(3, int)}, TypeError, ["'w'", "int64", "float32"]),
     "booleans": ([np.ones(3, bool)], TypeError, ["bool"]),

@@ -117,6 +117,23 @@ def _detached_alias(array: Any, other: Any) -> bool:
     return tensors and array.data_ptr() == other.data_ptr()
 
 
+def beside(array: Array, variables: Sequence[Array]) -> Array:
+    """A number of the state as a compiled step of JAX gives it back: the step is compiled again for any other.
+
+    It is on all devices of the variables if they are committed to some. All else is left as it is.
+    """
+    if not isinstance(array, np.ndarray) or not variables or not all(map(array_api_compat.is_jax_array, variables)):
+        return array
+    jax = sys.modules["jax"]
+    made = jax.numpy.asarray(array)
+    committed = [v.sharding for v in variables if not is_traced(v) and v.committed]
+    if not committed:
+        return made
+    mesh = getattr(committed[0], "mesh", None)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()) if mesh is not None else committed[0]
+    return jax.device_put(made, everywhere)
+
+
 def step(
     hyper: Any,
     iteration: Any,

@@ -23,6 +23,8 @@ def zeros_like(array: Array, dtype: str) -> Array:
     if family(array) == "cuda":
         return gpu.zeros_like(array, dtype)
     xp = namespace(array)
+    if array_api_compat.is_jax_array(array):  # committed to its devices only where the array is, and divided like it
+        return xp.zeros_like(array, dtype=dtype)
     if array_api_compat.is_dask_array(array):  # one chunk, unless told otherwise
         return xp.zeros(array.shape, dtype=getattr(xp, dtype), chunks=array.chunks)
     return xp.zeros(array.shape, dtype=getattr(xp, dtype), device=array_api_compat.device(array))

@@ -1,10 +1,19 @@
-"""Nested dicts and lists of arrays, and lists of ``(name, array)`` pairs, as one flat list of paths and arrays."""
+"""Nested containers of arrays as one flat list of names and arrays, and back.
 
-from collections import Counter, OrderedDict
+Dicts, lists, tuples and named tuples are known here, lists of ``(name, array)`` pairs, and other mappings; what JAX has
+been told of, as equinox's modules and flax's states, is taken apart and put together by JAX, where that is loaded.
+"""
+
+import copy
+import sys
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
+
+from array_api_compat import is_jax_array
 
 from . import are_arrays, is_array
 from .advice import advice
@@ -15,7 +24,62 @@ Path = tuple[str, ...]
 _BY_KEY, _BY_POSITION = (dict, OrderedDict), (list, tuple)
 
 
-def flatten(container: Container, what: str = "variables") -> tuple[list[str], list[Any]]:
+class Node(NamedTuple):
+    """One level of a container."""
+
+    keys: Sequence[Any]
+    children: Sequence[Any]
+    make: Callable[[Iterable[Any]], Container]  # of other children, a container of the same type
+
+
+def node_of(value: Container) -> Node | None:
+    """A container taken apart, by one level; None for what is none, or cannot be walked in a certain order."""
+    kind: Any = type(value)
+    if kind in _BY_KEY:
+        return Node(list(value), list(value.values()), lambda children: kind(zip(value, children, strict=True)))
+    if kind in _BY_POSITION and not _are_pairs(value):
+        return Node(range(len(value)), value, kind)
+    if isinstance(value, tuple) and hasattr(kind, "_fields"):
+        return Node(kind._fields, value, kind._make)
+    if kind not in (list, tuple, defaultdict) and (registered := _registered(value)):
+        return registered
+    if isinstance(value, Mapping):
+        return Node(list(value), list(value.values()), partial(_mapping, value))
+    if _is_refused(value):
+        return None
+    items = list(value)
+    kind = tuple if kind is tuple else list
+    if _are_pairs(items):
+        keys = [key for key, _ in items]
+        return Node(keys, [child for _, child in items], lambda children: kind(zip(keys, children, strict=True)))
+    return Node(range(len(items)), items, kind)
+
+
+def _mapping(value: Mapping[Any, Any], children: Iterable[Any]) -> Mapping[Any, Any]:
+    """A mapping of the same type, or a dict where that cannot be made from it."""
+    items = dict(zip(value, children, strict=True))
+    if isinstance(value, dict):  # a copy of another mapping may share with it what it is written into
+        with suppress(Exception):
+            new: Any = copy.copy(value)
+            new.update(items)
+            if type(new) is type(value) and list(new) == list(items) and all(new[key] is items[key] for key in items):
+                return new
+    return items
+
+
+def _registered(value: Any) -> Node | None:
+    """What JAX has been told how to take apart; None for anything else, and where JAX is not loaded."""
+    tree_util = getattr(sys.modules.get("jax"), "tree_util", None)
+    if tree_util is None or isinstance(value, Iterator):  # which JAX has said it will refuse
+        return None
+    children, structure = tree_util.tree_flatten_with_path(value, is_leaf=lambda part: part is not value)
+    if tree_util.treedef_is_leaf(structure):
+        return None
+    keys = [tree_util.keystr(path, simple=True, separator="/") for path, _ in children]
+    return Node(keys, [child for _, child in children], partial(tree_util.tree_unflatten, structure))
+
+
+def flatten(container: Container, what: str = "variables", absent: bool = False) -> tuple[list[str], list[Any]]:
     """The names and the leaves of a container, in order: the keys that lead to a leaf, joined by ``/``.
 
     A list's entries have the keys ``0``, ``1``, ... A key may hold ``/`` itself, as the names of Keras and Haiku do.
@@ -23,9 +87,10 @@ def flatten(container: Container, what: str = "variables") -> tuple[list[str], l
     Parameters
     ----------
     container : array, dict, list, tuple, iterable of ``(str, array)`` pairs, or a nesting of these
-        ``None`` counts as a leaf: a gradient that does not exist.
     what : str
         What errors call the container.
+    absent : bool
+        Whether ``None`` counts as a leaf: a gradient that does not exist. Otherwise it is skipped.
 
     Raises
     ------
@@ -34,7 +99,7 @@ def flatten(container: Container, what: str = "variables") -> tuple[list[str], l
     ValueError
         If a key is empty, two leaves have the same name, or a container holds itself.
     """
-    paths, leaves = paths_of(container, what)
+    paths, leaves = _paths_of(container, what, absent)
     names = ["/".join(path) or "0" for path in paths]
     if len(set(names)) < len(names):
         (twice, _), *_ = Counter(names).most_common(1)
@@ -42,13 +107,25 @@ def flatten(container: Container, what: str = "variables") -> tuple[list[str], l
     return names, leaves
 
 
-def paths_of(container: Container, what: str) -> tuple[list[Path], list[Any]]:
+def _paths_of(container: Container, what: str, absent: bool) -> tuple[list[Path], list[Any]]:
     """For each leaf of a container, in order, the keys that lead to it, and the leaf itself."""
-    paths: list[Path] = []
-    leaves: list[Any] = []
+    found: list[tuple[Path, Any]] = []
     with _not_too_deep(what):
-        _collect(container, (), what, paths, leaves)
-    return paths, leaves
+        _collect(container, (), what, found)
+    found = found if absent else [pair for pair in found if pair[1] is not None]
+    return [path for path, _ in found], [leaf for _, leaf in found]
+
+
+def in_jax_order(container: Container, names: list[str], leaves: list[Any]) -> tuple[list[str], list[Any]]:
+    """Names and leaves of a container in the order that JAX gives them: under a trace a dict comes with sorted keys.
+
+    Those of other libraries stay in the order of the container.
+    """
+    if not any(map(is_jax_array, leaves)):
+        return names, leaves
+    order = sys.modules["jax"].tree.leaves(rebuild(container, range(len(leaves))))
+    order = [position for position in order if isinstance(position, int)]  # not the names of pairs
+    return [names[position] for position in order], [leaves[position] for position in order]
 
 
 class Form:
@@ -94,7 +171,7 @@ def _tree(value: Container) -> tuple[Any, ...] | None:
     kind = type(value)
     if kind in _BY_KEY and all(type(key) is str for key in value):
         keys = tuple(value)
-    elif kind in _BY_POSITION and not _are_pairs(value):
+    elif (kind in _BY_POSITION and not _are_pairs(value)) or (issubclass(kind, tuple) and hasattr(kind, "_fields")):
         keys = tuple(range(len(value)))
     else:
         return None
@@ -121,14 +198,17 @@ def _take(tree: tuple[Any, ...], value: Container, leaves: list[Any]) -> bool:
 
 
 def rebuild(container: Container, leaves: Iterable[Any]) -> Container:
-    """A container of the same shape with other leaves: dicts stay dicts, pairs stay pairs, the rest become lists."""
+    """A container of the same types and shape with other leaves; None stays where it was."""
     if type(container) is dict and are_arrays(container.values()):  # many
         return dict(zip(container, leaves, strict=True))
     return _rebuild(container, iter(leaves).__next__)
 
 
 def materialized(container: Container, what: str) -> Container:
-    """A container of the same leaves that can be walked twice: dicts, tuples, and lists of what any others yield."""
+    """A container of the same leaves that can be walked twice, and that nobody else changes meanwhile.
+
+    What is only walked, as a generator is, becomes a list.
+    """
     with _not_too_deep(what):
         return _materialized(container)
 
@@ -136,21 +216,28 @@ def materialized(container: Container, what: str) -> Container:
 def matched(container: Container, expected: list[str], what: str, may_be_empty: bool = False) -> list[Any]:
     """The leaves of a container in the order of the expected names; or none at all, where that is fine.
 
+    None is a leaf where a name is expected, and is skipped elsewhere.
+
     Raises
     ------
     ValueError
         If a count or a name differs.
     """
     container = materialized(container, what)
-    names, leaves = flatten(container, what)
+    names, leaves = flatten(container, what, absent=True)
     if may_be_empty and not leaves:
         return []
+    if len(names) > len(expected):
+        known = set(expected)
+        kept = [pair for pair in zip(names, leaves, strict=True) if pair[1] is not None or pair[0] in known]
+        names, leaves = [name for name, _ in kept], [leaf for _, leaf in kept]
     return [leaves[i] for i in order(container, names, expected, what)]
 
 
 def order(container: Container, names: list[str], expected: list[str], what: str) -> list[int]:
     """Where each expected name's leaf is among those of a container: by position in a flat list, else by name."""
-    positional = names == list(map(str, range(len(names)))) and not _has_keys(container)
+    fields = getattr(container, "_fields", None)
+    positional = names == list(map(str, fields or range(len(names)))) and not _has_keys(container)
     if names == expected or (positional and len(names) == len(expected)):
         return list(range(len(names)))
     if sorted(names) == sorted(expected):
@@ -194,12 +281,10 @@ def _not_too_deep(what: str) -> Iterator[None]:
 
 
 def _materialized(value: Container) -> Container:
-    if _is_leaf(value) or _is_refused(value):
+    if _is_leaf(value):
         return value
-    if isinstance(value, Mapping):
-        return {key: _materialized(child) for key, child in value.items()}
-    children = [_materialized(child) for child in value]
-    return tuple(children) if isinstance(value, tuple) else children
+    node = node_of(value)
+    return value if node is None else node.make([_materialized(child) for child in node.children])
 
 
 def _is_refused(value: object) -> bool:
@@ -211,39 +296,26 @@ def _is_refused(value: object) -> bool:
     return not isinstance(value, Mapping) and (hasattr(value, "keys") or hasattr(value, "to_numpy"))
 
 
-def _collect(value: Container, path: Path, what: str, paths: list[Path], leaves: list[Any]) -> None:
+def _collect(value: Container, path: Path, what: str, found: list[tuple[Path, Any]]) -> None:
     if _is_leaf(value):
-        paths.append(path)
-        leaves.append(value)
+        found.append((path, value))
         return
-    for key, child in _children(value, path, what):
-        if not key:
-            raise ValueError(f"{what} has an empty key; expected a name")
-        if not key.isascii() and any("\ud800" <= character <= "\udfff" for character in key):
-            raise ValueError(f"{what} has the key {brief(key)}, which holds a lone surrogate; expected text")
-        _collect(child, (*path, key), what, paths, leaves)
-
-
-def _children(value: Container, path: Path, what: str) -> list[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        return [(str(key), child) for key, child in value.items()]
-    if _is_refused(value):
+    node = node_of(value)
+    if node is None:
         where = f"{what} at {brief('/'.join(path))}" if path else what
         if isinstance(value, Set):
             raise TypeError(f"{where} is a {type(value).__name__}, which has no order; expected a dict or a list")
         raise TypeError(f"{where} is {brief(value)} of type {type(value).__name__}; {advice(value)}")
-    items = list(value)
-    if _are_pairs(items):
-        return items
-    return [(str(index), child) for index, child in enumerate(items)]
+    for key, child in zip(map(str, node.keys), node.children, strict=True):
+        if not key:
+            raise ValueError(f"{what} has an empty key; expected a name")
+        if not key.isascii() and any("\ud800" <= character <= "\udfff" for character in key):
+            raise ValueError(f"{what} has the key {brief(key)}, which holds a lone surrogate; expected text")
+        _collect(child, (*path, key), what, found)
 
 
 def _rebuild(value: Container, take: Callable[[], Any]) -> Container:
-    if _is_leaf(value):
-        return take()
-    if isinstance(value, Mapping):
-        return {key: _rebuild(child, take) for key, child in value.items()}
-    items = list(value)
-    if _are_pairs(items):
-        return [(name, _rebuild(child, take)) for name, child in items]
-    return [_rebuild(child, take) for child in items]
+    if value is None:
+        return None
+    node = None if is_array(value) else node_of(value)
+    return take() if node is None else node.make([_rebuild(child, take) for child in node.children])

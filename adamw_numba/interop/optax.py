@@ -1,6 +1,6 @@
 """optax: the state of `optax.adamw`, alone or inside a chain."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,7 @@ import numpy as np
 from .. import arrays
 from ..arrays import Array
 from ..arrays.brief import brief, brief_names
-from ..arrays.tree import Container, flatten
+from ..arrays.tree import Container, flatten, rebuild
 from ..optimizer import AdamW
 from .exact import check_squares, checked_count, exact
 from .moments import assembled, exportable
@@ -115,7 +115,7 @@ def to_optax(optimizer: AdamW, state: Any, leave_out: Iterable[str] = ()) -> Any
     def filled(tree: Any, slot: str) -> Any:
         leaves = flatten(tree, slot)[1]
         new = [_alike(leaf, by_name[n][slot], f"{slot} of {brief(n)}") for n, leaf in zip(names, leaves, strict=True)]
-        return _rebuilt(tree, iter(new))
+        return rebuild(tree, new)
 
     new = adam._replace(
         count=_counted(adam.count, optimizer.iterations),
@@ -193,13 +193,3 @@ def _alike(leaf: Array, value: Array, what: str) -> Array:
     if tuple(leaf.shape) != tuple(value.shape):
         raise ValueError(f"`state`: {what} has shape {tuple(leaf.shape)}; expected {tuple(value.shape)}")
     return arrays.like(leaf, exact(value, leaf, what))
-
-
-def _rebuilt(tree: Any, leaves: Any) -> Any:
-    """A tree with other leaves: unlike `arrays.tree.rebuild`, of the same types, which optax compares."""
-    if arrays.is_array(tree):
-        return next(leaves)
-    if isinstance(tree, Mapping):
-        return type(tree)({key: _rebuilt(child, leaves) for key, child in tree.items()})  # type: ignore[call-arg]
-    children = [_rebuilt(child, leaves) for child in tree]
-    return type(tree)(*children) if hasattr(tree, "_fields") else type(tree)(children)

@@ -9,7 +9,7 @@ import numpy as np
 from .. import arrays
 from ..arrays import Array
 from ..arrays.brief import brief, brief_names
-from ..arrays.tree import Container, rebuild
+from ..arrays.tree import Container, node_of, rebuild
 
 Matrix = np.ndarray[Any, Any]
 Bounds = list[tuple[Array, Array]]  # lower and upper ones of each array
@@ -27,7 +27,7 @@ def read_bounds(bounds: Any, container: Container, names: Sequence[str], leaves:
     """
     if bounds is None:
         return None
-    nested = isinstance(container, (dict, list, tuple))
+    nested = not arrays.is_array(container)
     each = _of_each(bounds, container, len(names)) if nested else [bounds]
     pairs = []
     for own, name, leaf in zip(each, names, leaves, strict=True):
@@ -59,7 +59,9 @@ def _walk(bounds: Any, positions: Any, found: list[Any]) -> None:
     children = {str(key): child for key, child in _items(positions).items()}
     if bounds is None or _is_bounds(bounds) or _is_pair(bounds):
         bounds = dict.fromkeys(children, bounds)  # one for all that is below
-    elif not isinstance(bounds, (Mapping, list, tuple)):
+    elif type(bounds) in (list, tuple) and hasattr(positions, "_fields") and len(bounds) == len(children):
+        bounds = dict(zip(children, bounds, strict=True))
+    elif node_of(bounds) is None:
         raise TypeError(
             f"`bounds` holds {brief(bounds)} for {brief_names(children)}; expected `Bounds`, pairs, or a dict or list "
             "of them like x0"
@@ -71,16 +73,14 @@ def _walk(bounds: Any, positions: Any, found: list[Any]) -> None:
             f"`bounds` holds {brief_names(unknown)}, which x0 does not; expected bounds of {brief_names(children)}"
         )
     for key, own in items.items():
-        _walk(own, children[str(key)], found)
+        if children[str(key)] is not None:
+            _walk(own, children[str(key)], found)
 
 
 def _items(container: Any) -> dict[Any, Any]:
-    """What a dict, a list of (name, value) pairs or another list holds, by key, name or position."""
-    if isinstance(container, Mapping):
-        return dict(container)
-    if container and all(isinstance(item, tuple) and len(item) == 2 and type(item[0]) is str for item in container):
-        return dict(container)
-    return dict(enumerate(container))
+    """What a container holds, by key, name or position."""
+    node = node_of(container)
+    return {} if node is None else dict(zip(node.keys, node.children, strict=True))
 
 
 def _is_bounds(bounds: Any) -> bool:

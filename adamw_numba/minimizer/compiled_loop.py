@@ -273,7 +273,7 @@ def compiled_loop(runs: Sequence[Any]) -> Loop | None:
     x = leaves[0]
     if type(x) is not np.ndarray or x.dtype.name not in ("float32", "float64") or not x.size:
         return None
-    if isinstance(objective.problem.container, (dict, list, tuple)) or not _in_advance(optimizer):
+    if not arrays.is_array(objective.problem.container) or not _in_advance(optimizer):
         return None
     described = argument_words(objective.args)
     if described is None:

@@ -56,7 +56,7 @@ def gradients_of(gradient: Container, container: Container, names: list[str], le
     TypeError, ValueError
         If one is of another shape, library or kind than its variable, or is missing.
     """
-    if len(leaves) == 1 and not isinstance(container, (dict, list, tuple)):
+    if len(leaves) == 1 and arrays.is_array(container):
         return [gradient_of("", gradient, leaves[0])]
     is_flat = type(gradient) is list and len(gradient) == len(names) and arrays.are_arrays(gradient)
     ordered = gradient if is_flat else matched(gradient, names, "the gradient")

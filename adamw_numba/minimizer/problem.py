@@ -35,13 +35,15 @@ def read_problem(x0: Any, bounds: Any, x_scale: Any, wants_units: bool) -> Probl
     ValueError
         If `x0` is empty, a number is not finite, or the bounds or units do not fit.
     """
+    if x0 is None:
+        raise TypeError("`x0` is None; expected an array, or a container of arrays")
     if _is_numbers(x0):
         x0 = np.atleast_1d(np.asarray(x0))
     if hasattr(x0, "__array__") and not arrays.is_array(x0):  # a Series of pandas, say
         x0 = np.asarray(x0)
     container = materialized(x0, "x0")
     names, leaves = flatten(container, "x0")
-    names = names if isinstance(container, (dict, list, tuple)) else ["x0"]  # as it is called in messages
+    names = ["x0"] if arrays.is_array(container) else names  # as it is called in messages
     if not leaves:
         raise ValueError("`x0` is empty; expected at least one array")
     copies = [_checked_copy(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
@@ -62,8 +64,6 @@ def _is_numbers(x0: Any) -> bool:
 
 def _checked_copy(name: str, leaf: Any) -> Array:
     what = "`x0`" if name == "x0" else f"`x0` at {brief(name)}"
-    if leaf is None:
-        raise TypeError(f"{what} is None; expected an array")
     leaf = _of_floats(what, leaf)
     if arrays.is_complex(leaf):
         dtype = arrays.dtype_name(leaf)

@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import arrays
 from ..arrays import Array
-from ..arrays.tree import Container, rebuild
+from ..arrays.tree import Container, flatten, rebuild
 from ..optimizer import AdamW
 from . import stopping
 from .automatic import Stages
@@ -68,7 +68,7 @@ class Run:
         self.is_scaled = problem.scale is not None
         # What the optimizer moves: x, in its units where it has some.
         self._variables = problem.leaves if problem.scale is None else divided(problem.leaves, problem.scale)
-        optimizer.build(rebuild(problem.container, self._variables))
+        optimizer.engine.build(flatten(problem.container)[0], self._variables)
         self.mutable = all(map(arrays.is_mutable, self._variables))
         self._own: list[str] = []  # the names of what is no array of AdamW's
         self._add_numbers(capacity)

@@ -1,7 +1,7 @@
 """Units of x: with `x_scale`, the optimizer moves ``x / x_scale``; everything else sees x."""
 
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from .. import arrays
 from ..arrays import Array
 from ..arrays.brief import brief
-from ..arrays.tree import Container, matched
+from ..arrays.tree import Container, matched, node_of
 from .bounds import Bounds
 
 Scale = list[Array]  # the unit of each element of each array
@@ -29,7 +29,7 @@ def read_scale(
         if x_scale != "bounds":
             raise ValueError(f"`x_scale` is {brief(x_scale)}; expected 'bounds', a number, or arrays like x0")
         return _widths(bounds)
-    if isinstance(container, (dict, list, tuple)) and not np.isscalar(x_scale):
+    if not arrays.is_array(container) and not np.isscalar(x_scale):
         each = matched(_as_arrays(x_scale), list(names), "`x_scale`")
     else:
         each = [x_scale] * len(leaves)
@@ -40,9 +40,8 @@ def _as_arrays(x_scale: Any) -> Any:
     """A nesting of numbers as one of arrays."""
     if isinstance(x_scale, numbers.Real):
         return np.asarray(x_scale)
-    if isinstance(x_scale, Mapping):
-        return {key: _as_arrays(child) for key, child in x_scale.items()}
-    return type(x_scale)(map(_as_arrays, x_scale)) if type(x_scale) in (list, tuple) else x_scale
+    node = None if x_scale is None or arrays.is_array(x_scale) else node_of(x_scale)
+    return x_scale if node is None else node.make(map(_as_arrays, node.children))
 
 
 def _widths(bounds: Bounds | None) -> Scale:

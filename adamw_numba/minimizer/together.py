@@ -34,7 +34,7 @@ class Together:
                 f"`vectorized` is True and `jac` is {brief(objective.jac)}; expected True, a function, 'torch' or 'jax'"
             )
         kinds = {(len(run.names), run.problem.leaves[0].shape, str(run.problem.leaves[0].dtype)) for run in runs}
-        if len(kinds) > 1 or len(runs[0].names) > 1 or isinstance(runs[0].problem.container, (dict, list, tuple)):
+        if len(kinds) > 1 or len(runs[0].names) > 1 or not arrays.is_array(runs[0].problem.container):
             raise ValueError(
                 "`vectorized` is True and the starts differ in kind; expected arrays of one shape and dtype"
             )

@@ -12,6 +12,7 @@ from operator import call, setitem
 from typing import Any, Self
 
 from .. import arrays
+from ..array_api.stateless import is_traced
 from ..arrays import Array
 from ..arrays.brief import brief, brief_names
 from ..arrays.garbage import without_collections
@@ -71,7 +72,8 @@ class Engine(Rates):
 
     def build(self, names: list[str], variables: list[Array]) -> Workspace:
         """Allocate the state and lay out the work; the same variables again change nothing."""
-        if self.workspace is not None:
+        # What was built under a trace of JAX has ended with it: a function may be traced more than once.
+        if self.workspace is not None and not any(map(is_traced, self.workspace.variables[:1])):
             matching.check_same(self.workspace, variables)
             return self.workspace
         if not variables:

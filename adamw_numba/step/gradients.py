@@ -1,4 +1,4 @@
-"""Which gradient belongs to which variable."""
+"""Which variables there are, and which gradient belongs to which of them."""
 
 import warnings
 from collections.abc import Iterable, Sequence
@@ -9,8 +9,19 @@ import numpy as np
 
 from ..arrays import Array, are_arrays
 from ..arrays.brief import brief, brief_names
-from ..arrays.tree import Container, flatten, form_of, matched, materialized, order
+from ..arrays.tree import Container, flatten, form_of, in_jax_order, matched, materialized, order
 from .workspace import Workspace
+
+
+def variables_of(engine: Any, variables: Container) -> tuple[list[str], list[Array]]:
+    """The names and the arrays to build on, in an order that does not depend on whether JAX traces them."""
+    container = materialized(variables, "variables")
+    names, leaves = flatten(container)
+    # What another library has saved, or says of some, goes by the order that the user has given.
+    by_position = engine.loaded is not None and engine.loaded.positional
+    if by_position or any(override.positions for override in engine.hyper.overrides):
+        return names, leaves
+    return in_jax_order(container, names, leaves)
 
 
 def match(engine: Any, grads: Container, variables: Container | None) -> Sequence[Array | None]:
@@ -19,7 +30,7 @@ def match(engine: Any, grads: Container, variables: Container | None) -> Sequenc
     if variables is not None:
         names, given = flatten(variables)
         grads = materialized(grads, "grads")
-        if not flatten(grads, "grads")[1]:
+        if not flatten(grads, "grads", absent=True)[1]:
             return []
         workspace = engine.workspace or engine.build(names, given)
         return gradients_of(workspace, grads, names, given)
@@ -61,7 +72,7 @@ def gradients(built: Workspace, grads: Container, warn: bool = True) -> Sequence
 def _of_trainable(built: Workspace, trainable: Sequence[int], grads: Container) -> list[Array | None] | None:
     """Gradients of the trainable variables alone, with None for the others; None if there are others, or fewer."""
     container = materialized(grads, "grads")
-    names, leaves = flatten(container, "grads")
+    names, leaves = flatten(container, "grads", absent=True)
     wanted = [built.names[i] for i in trainable]
     if len(names) != len(wanted) or len(wanted) == len(built.names):
         return None

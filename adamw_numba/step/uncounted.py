@@ -10,6 +10,7 @@ from ..arrays.brief import brief
 from ..arrays.tree import Container, flatten, materialized, order, rebuild
 from ..coefficients import adam_alone
 from ..hyperparameters import table as hp
+from ..state import Place
 from . import gradients as matching
 from .commit import commit
 from .engine import Engine
@@ -34,6 +35,12 @@ def update_one(engine: Engine, gradient: Array, variable: Array, learning_rate: 
         workspace.begin(gradients)
         arrays.note_writes(workspace.touched(gradients, recipe))
         commit(*workspace.work(recipe, gradients))
+
+
+def state_of(engine: Engine, places: Sequence[Place]) -> list[Array]:
+    """The arrays of the state at these places, for the user: see `AdamW.variables`."""
+    variables = engine.workspace.variables if engine.workspace else []
+    return [stateless.beside(own[key], variables) for _, own, key in places]
 
 
 def stateless_apply(

@@ -28,7 +28,7 @@ OPTIONAL = {
 COMPILERS = {"llvmlite", "numba"}
 COMPILED = ("arrays.compiled", "arrays.reader", "cpu.", "gpu.", "minimizer.loop_kernel", "minimizer.objective_kernel")
 ON_GPUS = "gpu."  # only these may import numba.cuda when they are loaded
-PUBLIC = {"_replace", "_fields", "_asdict"}  # of named tuples, whose fields have no underscore
+PUBLIC = {"_replace", "_fields", "_asdict", "_make"}  # of named tuples, whose fields have no underscore
 SIMULATOR = {"_ary"}  # where Numba's simulator keeps a "device" array: it has no public name
 READERS = {"attrgetter", "delattr", "getattr", "hasattr", "setattr"}
 
