@@ -8,7 +8,7 @@ storage holds.
 """
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from operator import attrgetter, eq
 from typing import Any
 
@@ -30,6 +30,8 @@ class Tensors:
     """
 
     def __init__(self, variables: Sequence[Array], columns: Sequence[int], signatures: Sequence[Any]) -> None:
+        torch = sys.modules["torch"]
+        self._storage_of, self._bytes_in = torch.Tensor.untyped_storage, torch.UntypedStorage.nbytes
         self._variables, self._columns = variables, columns
         self._is_complex = any(variable.is_complex() for variable in variables)
         # A tensor that requires a gradient stays a leaf as long as it does: torch refuses what would make it a result.
@@ -53,7 +55,7 @@ class Tensors:
         A storage mostly lies elsewhere once it was resized, which is noticed in another way, but need not.
         """
         self._storages = [tensor.untyped_storage() for tensor in written]
-        self._sizes = _bytes_in(self._storages)
+        self._sizes = list(map(self._bytes_in, self._storages))
 
     def are_as_known(self, gradients: Sequence[Array | None], are_new: bool) -> bool:
         """Whether nothing has changed but values and addresses; False also where that cannot be told.
@@ -67,30 +69,30 @@ class Tensors:
         try:
             if (self._may_be_results or self._may_be_lazy) and self._facts() != self._known:
                 return False
-            if _bytes_in(self._storages) != self._sizes:
+            if list(map(self._bytes_in, self._storages)) != self._sizes:
                 return False
             return self._are_gradients_as_known(gradients, are_new)
         except (RuntimeError, NotImplementedError):
             return False
 
     def _are_gradients_as_known(self, gradients: Sequence[Array | None], are_new: bool) -> bool:
-        if self._known_columns is not None and len(gradients) == len(self._columns):  # all are here, and were seen
+        known = self._known_columns
+        if known is not None and len(gradients) == len(self._columns):  # all are here, and were seen
             try:
-                found = self._facts_of(gradients, are_new)
+                if not are_new:  # most
+                    return list(map(self._bytes_in, map(self._storage_of, gradients))) == known[0]
+                return all(map(eq, self._facts_of(gradients), known))
             except TypeError:  # one of them is None now
                 pass
-            else:
-                return all(map(eq, found, self._known_columns))
         pairs = zip((gradients[column] for column in self._columns), self._known_gradients, strict=True)
         there = [(gradient, known) for gradient, known in pairs if gradient is not None]
-        found = self._facts_of([gradient for gradient, _ in there], are_new)
-        return list(zip(*found, strict=True)) == [known and known[: len(found)] for _, known in there]
+        found = self._facts_of([gradient for gradient, _ in there])
+        return list(zip(*found, strict=True)) == [known for _, known in there]
 
-    def _facts_of(self, gradients: Sequence[Any], are_new: bool) -> tuple[list[Any], ...]:
-        """The size of the storage of each; where they are new, its offset there too, and whether it is lazy."""
-        kind = sys.modules["torch"].Tensor
-        sizes = _bytes_in(map(kind.untyped_storage, gradients))
-        return (sizes, list(map(kind.storage_offset, gradients)), *self._lazy(gradients)) if are_new else (sizes,)
+    def _facts_of(self, gradients: Sequence[Any]) -> tuple[list[Any], ...]:
+        """The size of the storage of each, its offset there, and whether it is lazy."""
+        sizes = list(map(self._bytes_in, map(self._storage_of, gradients)))
+        return sizes, list(map(sys.modules["torch"].Tensor.storage_offset, gradients)), *self._lazy(gradients)
 
     def _facts(self) -> tuple[list[Any], ...]:
         return list(map(_IS_LEAF, self._may_be_results)), *self._lazy(self._may_be_lazy)
@@ -100,7 +102,3 @@ class Tensors:
         kind = sys.modules["torch"].Tensor
         conjugate = list(map(kind.is_conj, tensors)) if self._is_complex else [False] * len(tensors)
         return conjugate, list(map(kind.is_neg, tensors))
-
-
-def _bytes_in(storages: Iterable[Any]) -> list[int]:
-    return list(map(sys.modules["torch"].UntypedStorage.nbytes, storages))
