@@ -1,7 +1,7 @@
 """The target for every other array library: `update` bound by whole-array functions of the Array API, in new arrays."""
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,13 @@ _ORDER = ("momentum", "velocity", "velocity_hat", "average", "gradient_accumulat
 
 # NumPy-backed libraries warn of infinities and NaN, which here are for `nonfinite` to deal with.
 _quiet = np.errstate(all="ignore")
+
+
+class Corrected(NamedTuple):
+    """What optax does with the second moment once it is corrected, which the formula's own is not."""
+
+    correction: Any  # 1 - beta_2^t
+    eps_root: Any  # added under the root
 
 
 @cache
@@ -32,18 +39,86 @@ def updated(
     """
     xp = namespace(p)
     value = _value(xp, p, slots.get("master"))
-    arguments = [value, _cast(xp, g, p), *(slots.get(name) for name in _ORDER)]
+    new, state = _one_update(xp, value, _cast(xp, g, p), slots, c, clipvalue, nesterov, None)
+    return _stored(xp, p, new, state, overwrite)
+
+
+@_quiet
+def change(
+    p: Array,
+    g: Array,
+    slots: Slots,
+    c: Coefficients,
+    clipvalue: float | None,
+    nesterov: bool,
+    overwrite: Any,
+    corrected: Corrected,
+) -> tuple[Array, Slots]:
+    """What one update adds to a variable, which has no master copy, and the new slots; by the conventions of optax.
+
+    It is not ``new - old``, which beside a large variable has lost most of a small step: the formula at 0 is the step
+    of Adam, and the decay is a term of its own.
+    """
+    xp = namespace(p)
+    value = _cast(xp, p, p)
+    others = {name: array for name, array in slots.items() if name != "average"}
+    moved, state = _one_update(xp, 0.0, _cast(xp, g, p), others, c, clipvalue, nesterov, corrected)
+    own = _coefficients(xp, c, xp.real(value) if is_complex(p) else value)
+    moved = moved - value * own.decay
+    if "average" in slots:
+        state["average"] = blend(slots["average"], value + moved, own)
+        moved = select(overwrite, state["average"] - value, moved)
+    return moved, state
+
+
+def _one_update(
+    xp: Any,
+    p: Array | float,
+    g: Array,
+    slots: Slots,
+    c: Coefficients,
+    clipvalue: float | None,
+    nesterov: bool,
+    corrected: Corrected | None,
+) -> tuple[Array, Slots]:
+    """The formula, for real and imaginary parts by themselves: the new variable, and all slots."""
+    arguments = [p, g, *(slots.get(name) for name in _ORDER)]
     results = []
-    for part in (xp.real, xp.imag) if is_complex(p) else (None,):
-        parts = [x if part is None or x is None else part(x) for x in arguments]
-        limit = None if clipvalue is None else xp.full_like(parts[0], clipvalue)
-        own = _coefficients(xp, c, parts[0])
-        results.append(_update_of(xp)(*parts, limit, own.lead if nesterov else None, own))
-    new = [_join(xp, parts, value) for parts in zip(*results, strict=True)]
+    for part in (xp.real, xp.imag) if is_complex(g) else (None,):
+        parts = [x if part is None or isinstance(x, float | None) else part(x) for x in arguments]
+        limit = None if clipvalue is None else xp.full_like(parts[1], clipvalue)
+        own = _coefficients(xp, c, parts[1])
+        lead = own.lead if nesterov else None
+        if corrected is None:
+            results.append(_update_of(xp)(*parts, limit, lead, own))
+        else:
+            results.append(_corrected_update(xp, parts, limit, lead, own, corrected))
+    new = [_join(xp, parts, g) for parts in zip(*results, strict=True)]
     state = {name: array for name, array in zip(_ORDER, new[1:], strict=False) if array is not None}
     if "gradient_accumulator" in slots:
         state["gradient_accumulator"] = xp.zeros_like(slots["gradient_accumulator"])
-    return _stored(xp, p, new[0], slots | state, overwrite)
+    return new[0], slots | state
+
+
+def _corrected_update(
+    xp: Any, parts: list[Any], limit: Array | None, lead: Any, c: Coefficients, corrected: Corrected
+) -> tuple[Any, ...]:
+    """The formula where a constant lies under the root, and AMSGrad keeps the maximum of corrected second moments."""
+    p, g, m, v, top, *rest = parts
+    correction, eps_root = (k if isinstance(k, float) else xp.astype(k, g.dtype) for k in corrected)
+    update = _update_of(xp)
+    if not isinstance(eps_root, float) or eps_root:
+        update = make_update(lambda second: xp.sqrt(second + eps_root * correction), xp.maximum, xp.minimum)
+    highest = None if top is None else top * correction
+    new_p, m, v, highest, average = update(p, g, m, v, highest, *rest, limit, lead, c)
+    # Not `highest / correction`: a maximum that stays must not drift by roundings.
+    return new_p, m, v, None if top is None else xp.maximum(top, v / correction), average
+
+
+def no_change(p: Array) -> Array:
+    """The change of a variable that stays as it is."""
+    xp = namespace(p)
+    return xp.zeros_like(_cast(xp, p, p))
 
 
 @_quiet
