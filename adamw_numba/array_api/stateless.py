@@ -230,17 +230,18 @@ def _norms(
 ) -> list[Any] | None:
     """The norm of every mean unscaled gradient; None where no option needs it."""
     micro_steps = groups[0].gradient_accumulation_steps
-    clips = groups[0].global_clipnorm is not None or any(own.clipnorm is not None for own in groups)
-    if nonfinite == "propagate" and not (is_update is not False and clips):
+    limits = [groups[0].global_clipnorm, *(own.clipnorm for own in groups)] if is_update is not False else []
+    limits = [limit for limit in limits if limit is not None]
+    if nonfinite == "propagate" and not limits:
         return None
-    norms = []
-    for g, own in zip(gradients, slots, strict=True):
-        if g is None:
-            norms.append(0.0)
-        elif micro_steps:
-            norms.append(array_api.norm(g, own["gradient_accumulator"], c) / micro_steps)
-        else:
-            norms.append(array_api.norm(g, None, c) * unscale)
+    pairs = [(g, own) for g, own in zip(gradients, slots, strict=True) if g is not None]
+    if micro_steps:
+        whole = [array_api.accumulated(own["gradient_accumulator"], g, c) for g, own in pairs]
+    else:
+        whole = [g for g, _ in pairs]
+    found = array_api.norms(whole, limits) if whole else []
+    mean = iter([norm / micro_steps if micro_steps else norm * unscale for norm in found])
+    norms = [0.0 if g is None else next(mean) for g in gradients]
     return [float(norm) for norm in norms] if xp is math else norms
 
 
