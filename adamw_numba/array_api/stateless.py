@@ -147,7 +147,7 @@ def step(
     unscale = 1 / loss_scale
     groups = [hyper, *(group.values() for group in hyper.others)]
     started = [0, *(group.started for group in hyper.others)]
-    own_rates = [rates[:2], *rates[2]]
+    own_rates = [(_precise(xp, rate), _precise(xp, decay)) for rate, decay in (rates[:2], *rates[2])]
     c = [
         coefficients(own, _since(xp, count, first), *pair, unscale, 1.0, xp)
         for own, first, pair in zip(groups, started, own_rates, strict=True)
@@ -169,6 +169,11 @@ def step(
         new = _variable(p, stays, g, own, own_c, groups[which[k]], is_update, overwrite, corrected)
         results.append((select(finite, new[0], stays), {name: select(finite, new[1][name], own[name]) for name in own}))
     return finite, [r[0] for r in results], [r[1] for r in results]
+
+
+def _precise(xp: Any, rate: Any) -> Any:
+    """A rate in the precision of the coefficients: a schedule of integers in JAX may return float32 under x64."""
+    return rate if xp is math or isinstance(rate, (int, float)) else xp.astype(xp.asarray(rate), _real(xp))
 
 
 def _since(xp: Any, count: Any, first: int) -> Any:
