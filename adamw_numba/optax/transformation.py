@@ -195,10 +195,19 @@ def _hyperparameters(theirs: dict[str, tuple[str, Any]], ours: dict[str, Any]) -
                 "`static_args` of optax.inject_hyperparams"
             )
         hyper.set(name, value, _scalar if is_array else vars(AdamW)[name].check)
-    # Its decay is 0 whatever the learning rate is: 0.0 times a traced number is none that a compiler may leave out.
-    undecayed = SimpleNamespace(**vars(hyper) | {"decouple_lr": True})
-    hyper.others = [SimpleNamespace(values=lambda: undecayed, started=0)]
+    hyper.others = [_Undecayed(SimpleNamespace(**vars(hyper) | {"decouple_lr": True}))]
     return hyper
+
+
+class _Undecayed(NamedTuple):
+    """The group of what is not decayed. Its decay is 0.0 itself: times a traced learning rate, that would be traced."""
+
+    own: Any
+    started: int = 0
+
+    def values(self) -> Any:
+        """Its hyperparameters."""
+        return self.own
 
 
 def _is_array(value: Any) -> bool:

@@ -34,9 +34,11 @@ def mesh(kind=jax.sharding.AxisType.Auto):
 
 
 def sharded(kind=jax.sharding.AxisType.Auto):
-    """With every axis named, as JAX itself has it after a step."""
-    place = mesh(kind)
-    return jax.tree.map(lambda p: jax.device_put(p, NamedSharding(place, P("d", *[None] * (p.ndim - 1)))), params_of())
+    """By their first axis, in the words in which JAX itself has it after a step: of an explicit mesh, of every axis."""
+    place, is_explicit = mesh(kind), kind == jax.sharding.AxisType.Explicit
+    others = [[None] * (p.ndim - 1) * is_explicit for p in params_of().values()]
+    places = [NamedSharding(place, P("d", *other)) for other in others]
+    return dict(zip(params_of(), jax.device_put([*params_of().values()], places), strict=True))
 
 
 def lies_as(state, params):

@@ -12,7 +12,7 @@ from helpers.jax_runs import STEPS, assert_same, gradients_at, one_step, params_
 from adamw_numba import schedules
 from adamw_numba.optax import AdamWState, adamw
 
-DTYPES = ["float32", "float64"]
+DTYPES = ["float64", pytest.param("float32", marks=pytest.mark.slow)]
 BIASES = {"layer": {"w": True, "b": False}, "scale": False}
 
 
