@@ -243,7 +243,8 @@ def test_mu_dtype():
     params = params_of("float32")
     ours, state = trained(adamw(0.1, mu_dtype="bfloat16"), params)
     theirs, (adam, *_) = trained(optax.adamw(0.1, mu_dtype="bfloat16"), params)
-    assert jax.tree.map(jnp.dtype, state.mu) == jax.tree.map(jnp.dtype, adam.mu)
+    dtypes = [jax.tree.map(lambda leaf: leaf.dtype, tree) for tree in (state.mu, adam.mu)]
+    assert dtypes[0] == dtypes[1]
     for one, other in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=STEPS * 0.1 * 2.0**-8)
 
