@@ -1,5 +1,6 @@
-"""What pytest leaves out where a library is missing: the front that is loaded by those who have it."""
+"""What pytest leaves out where a library is missing: the fronts that are loaded by those who have it."""
 
 import importlib.util
 
-collect_ignore_glob = [] if importlib.util.find_spec("torch") else ["adamw_numba/torch/*"]
+FRONTS = ("torch", "optax")
+collect_ignore_glob = [f"adamw_numba/{name}/*" for name in FRONTS if not importlib.util.find_spec(name)]

@@ -38,7 +38,7 @@ def coefficients(
         beta_2c=1 - hyper.beta_2,
         unscale=unscale,
         scale=-scale if hyper.maximize else scale,
-        limit=hyper.clipvalue or math.inf,
+        limit=math.inf if hyper.clipvalue is None else hyper.clipvalue,
         average_c=(1.0 if updates == 0 else rate) if xp is math else xp.where(updates == 0, 1.0, rate),
     )
 
@@ -52,8 +52,8 @@ def varying(
     *corrected* second moment, as by torch and optax, is one that grows by its correction. Nesterov's momentum is the
     one of the next step, with its correction, and the gradient the one of this step, as in optax.
     """
-    log_beta_1, lead = log(hyper.beta_1), 0.0
-    alpha, root = step_size(updates, learning_rate, log_beta_1, log(hyper.beta_2), xp)
+    log_beta_1, lead = log(hyper.beta_1, xp), 0.0
+    alpha, root = step_size(updates, learning_rate, log_beta_1, log(hyper.beta_2, xp), xp)
     if hyper.nesterov:
         lead = alpha * (1 - hyper.beta_1)
         alpha = learning_rate * root / -xp.expm1((updates + 2) * log_beta_1) * hyper.beta_1
@@ -61,16 +61,18 @@ def varying(
     return alpha, decay, hyper.epsilon * (1.0 if hyper.epsilon_mode == "hat" else root), lead
 
 
-def step_size(
-    updates: Any, learning_rate: Any, log_beta_1: float, log_beta_2: float, xp: Any = math
-) -> tuple[Any, Any]:
+def step_size(updates: Any, learning_rate: Any, log_beta_1: Any, log_beta_2: Any, xp: Any = math) -> tuple[Any, Any]:
     """The learning rate, including both bias corrections (Kingma & Ba 2015, end of section 2).
 
     Secondly, the root of the correction of the second moment.
     """
-    t = updates + 1
-    root = xp.sqrt(-xp.expm1(t * log_beta_2))
-    return learning_rate * root / -xp.expm1(t * log_beta_1), root
+    root = xp.sqrt(correction(updates, log_beta_2, xp))
+    return learning_rate * root / correction(updates, log_beta_1, xp), root
+
+
+def correction(updates: Any, log_beta: Any, xp: Any = math) -> Any:
+    """What a moment that began with zeros is divided by: ``1 - beta^t``."""
+    return -xp.expm1((updates + 1) * log_beta)
 
 
 def clip_factor(norm: Any, limit: float, maximum: Any = max) -> Any:
@@ -84,8 +86,10 @@ def whole_norm(norms: np.ndarray[Any, Any]) -> float:
     return peak * float(np.linalg.norm(norms / peak)) if 0 < peak < math.inf else peak
 
 
-def log(beta: float) -> float:
-    """The logarithm of a decay rate, which may be 0."""
+def log(beta: Any, xp: Any = math) -> Any:
+    """The logarithm of a decay rate, which may be 0, or a traced number."""
+    if not isinstance(beta, (int, float)):
+        return xp.log(beta)
     return math.log(beta) if beta else -math.inf
 
 

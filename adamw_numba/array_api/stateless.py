@@ -21,7 +21,7 @@ from ..arrays import (
     namespace,
 )
 from ..arrays.brief import brief_names
-from ..coefficients import clip_factor, coefficients, whole_norm
+from ..coefficients import clip_factor, coefficients, correction, log, whole_norm
 from ..update import Coefficients
 from . import functions as array_api
 from .functions import select
@@ -70,9 +70,12 @@ def apply(
     iteration: Any = int(named["iteration"]) if xp is None else xp.asarray(named["iteration"])
     rate = named.get("learning_rate")
     rates = engine.rates_at(iteration, float(rate) if xp is None and rate is not None else rate)
-    new_iteration, new_variables, new_slots = step(
-        engine.hyper, iteration, rates, variables, gradients, slots, built.which, loss_scale, nonfinite
+    micro_steps = engine.hyper.gradient_accumulation_steps
+    position = iteration // (micro_steps or 1), not micro_steps or (iteration + 1) % micro_steps == 0
+    finite, new_variables, new_slots = step(
+        engine.hyper, position, rates, variables, gradients, slots, built.which, loss_scale, nonfinite
     )
+    new_iteration = select_number(finite, iteration + 1, iteration)
     if xp is None:
         new_iteration = np.asarray(new_iteration, np.int64)
     named["iteration"] = new_iteration
@@ -136,7 +139,7 @@ def beside(array: Array, variables: Sequence[Array]) -> Array:
 
 def step(
     hyper: Any,
-    iteration: Any,
+    position: tuple[Any, Any],
     rates: tuple[Any, Any, Sequence[tuple[Any, Any]]],
     variables: Sequence[Array],
     gradients: Sequence[Array | None],
@@ -144,17 +147,24 @@ def step(
     which: Sequence[int],
     loss_scale: Any,
     nonfinite: str,
+    eps_root: Any = None,
 ) -> tuple[Any, list[Array], list[Slots]]:
-    """The next iteration, variables and slots; no traced value becomes a number."""
-    xp = math if isinstance(iteration, int) else namespace(iteration)
-    micro_steps = hyper.gradient_accumulation_steps
-    is_update = not micro_steps or (iteration + 1) % micro_steps == 0
-    updates = iteration // (micro_steps or 1)
+    """Whether the step was taken, the next variables and the next slots; no traced value becomes a number.
+
+    Parameters
+    ----------
+    position : pair
+        How many updates there were, and whether this step is one, or accumulates gradients.
+    eps_root : float or scalar array, optional
+        With it, the step is one of optax's, and changes are returned in the place of variables: see `functions.change`.
+    """
+    updates, is_update = position
+    xp = math if isinstance(updates, int) else namespace(updates)
     count = updates if xp is math else xp.astype(updates, _real(xp))
     unscale = 1 / loss_scale
     groups = [hyper, *(group.values() for group in hyper.others)]
     started = [0, *(group.started for group in hyper.others)]
-    own_rates = [rates[:2], *rates[2]]
+    own_rates = [(_precise(xp, rate), _precise(xp, decay)) for rate, decay in (rates[:2], *rates[2])]
     c = [
         coefficients(own, _since(xp, count, first), *pair, unscale, 1.0, xp)
         for own, first, pair in zip(groups, started, own_rates, strict=True)
@@ -165,13 +175,22 @@ def step(
     if overwrite:
         overwrite = (updates + 1) % hyper.ema_overwrite_frequency == 0
     clips = _clips(groups, which, xp, norms) if norms else [1.0] * len(variables)
+    corrected = None
+    if eps_root is not None:
+        corrected = array_api.Corrected(correction(count, log(hyper.beta_2, xp), xp), eps_root)
     results = []
     for k, (p, g, own) in enumerate(zip(variables, gradients, slots, strict=True)):
         own_c = c[which[k]]
         own_c = own_c._replace(scale=own_c.scale * clips[k])
-        new = _variable(p, g, own, own_c, groups[which[k]], is_update, overwrite)
-        results.append((select(finite, new[0], p), {name: select(finite, new[1][name], own[name]) for name in own}))
-    return select_number(finite, iteration + 1, iteration), [r[0] for r in results], [r[1] for r in results]
+        stays = p if corrected is None else array_api.no_change(p)
+        new = _variable(p, stays, g, own, own_c, groups[which[k]], is_update, overwrite, corrected)
+        results.append((select(finite, new[0], stays), {name: select(finite, new[1][name], own[name]) for name in own}))
+    return finite, [r[0] for r in results], [r[1] for r in results]
+
+
+def _precise(xp: Any, rate: Any) -> Any:
+    """A rate in the precision of the coefficients: a schedule of integers in JAX may return float32 under x64."""
+    return rate if xp is math or isinstance(rate, (int, float)) else xp.astype(xp.asarray(rate), _real(xp))
 
 
 def _since(xp: Any, count: Any, first: int) -> Any:
@@ -193,20 +212,32 @@ def lazy_namespace(leaves: Sequence[Any]) -> Any:
 
 
 def _variable(
-    p: Array, g: Array | None, own: Slots, c: Coefficients, hyper: Any, is_update: Any, overwrite: Any
+    p: Array,
+    stays: Array,
+    g: Array | None,
+    own: Slots,
+    c: Coefficients,
+    hyper: Any,
+    is_update: Any,
+    overwrite: Any,
+    corrected: array_api.Corrected | None,
 ) -> tuple[Array, Slots]:
+    """The new variable or its change, which is `stays` where nothing is updated, and the new slots."""
     if is_update is False or not own:
-        new_p, new = p, own
+        new_p, new = stays, own
     elif g is None:
         new_p, new = array_api.blended(p, own, c, overwrite)
-    else:
+        new_p = new_p if corrected is None else new_p - p
+    elif corrected is None:
         new_p, new = array_api.updated(p, g, own, c, hyper.clipvalue, hyper.nesterov, overwrite)
+    else:
+        new_p, new = array_api.change(p, g, own, c, hyper.clipvalue, hyper.nesterov, overwrite, corrected)
     if is_update is True or not own:
         return new_p, new
     other = own
     if g is not None:
         other = own | {"gradient_accumulator": array_api.accumulated(own["gradient_accumulator"], g, c)}
-    return select(is_update, new_p, p), {name: select(is_update, new[name], other[name]) for name in own}
+    return select(is_update, new_p, stays), {name: select(is_update, new[name], other[name]) for name in own}
 
 
 def _norms(
@@ -221,17 +252,18 @@ def _norms(
 ) -> list[Any] | None:
     """The norm of every mean unscaled gradient; None where no option needs it."""
     micro_steps = groups[0].gradient_accumulation_steps
-    clips = groups[0].global_clipnorm or any(own.clipnorm for own in groups)
-    if nonfinite == "propagate" and not (is_update is not False and clips):
+    limits = [groups[0].global_clipnorm, *(own.clipnorm for own in groups)] if is_update is not False else []
+    limits = [limit for limit in limits if limit is not None]
+    if nonfinite == "propagate" and not limits:
         return None
-    norms = []
-    for g, own in zip(gradients, slots, strict=True):
-        if g is None:
-            norms.append(0.0)
-        elif micro_steps:
-            norms.append(array_api.norm(g, own["gradient_accumulator"], c) / micro_steps)
-        else:
-            norms.append(array_api.norm(g, None, c) * unscale)
+    pairs = [(g, own) for g, own in zip(gradients, slots, strict=True) if g is not None]
+    if micro_steps:
+        whole = [array_api.accumulated(own["gradient_accumulator"], g, c) for g, own in pairs]
+    else:
+        whole = [g for g, _ in pairs]
+    found = array_api.norms(whole, limits) if whole else []
+    mean = iter([norm / micro_steps if micro_steps else norm * unscale for norm in found])
+    norms = [0.0 if g is None else next(mean) for g in gradients]
     return [float(norm) for norm in norms] if xp is math else norms
 
 
@@ -255,9 +287,9 @@ def _finite(xp: Any, norms: list[Any] | None, nonfinite: str) -> Any:
 
 def _clips(groups: Sequence[Any], which: Sequence[int], xp: Any, norms: list[Any]) -> list[Any]:
     hyper, limits = groups[0], [own.clipnorm for own in groups]
-    if not hyper.global_clipnorm:
+    if hyper.global_clipnorm is None:
         pairs = zip(norms, (limits[k] for k in which), strict=True)
-        return [_limited(xp, norm, limit) if limit else 1.0 for norm, limit in pairs]
+        return [1.0 if limit is None else _limited(xp, norm, limit) for norm, limit in pairs]
     if xp is math:
         return [clip_factor(whole_norm(np.array(norms)), hyper.global_clipnorm)] * len(norms)
     peak = max(norms, key=lambda norm: isinstance(norm, float))
