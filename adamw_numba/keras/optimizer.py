@@ -25,7 +25,7 @@ from ..hyperparameters import table as hp
 from ..hyperparameters.groups import CHECKS, read_override
 from ..saving import overrides
 from ..step.record import LastStep
-from .state import WithState
+from .state import WithState, checked_variables
 from .trained import Trained, Variable, are_same, is_torch, names_of, seen_by_numpy, tensor
 
 _BACKENDS = ("torch", "jax")
@@ -221,7 +221,7 @@ class AdamW(WithState):
         """
         if self.built:
             return
-        variables = _checked(variables, "variables")
+        variables = checked_variables(variables, "variables")
         if not variables:
             raise ValueError("`variables` is empty; expected at least one keras.Variable")
         if len({id(variable) for variable in variables}) < len(variables):
@@ -301,7 +301,7 @@ class AdamW(WithState):
     def _read(self, called: str, var_list: Any, var_names: Any, own: Mapping[str, Any]) -> Any:
         if self.built:
             raise ValueError(f"`{called}()` can only be called before the optimizer is built.")
-        listed = _checked(var_list or (), "var_list")
+        listed = checked_variables(var_list or (), "var_list")
         return read_override(None, var_names, own, self._adamw)._replace(listed=listed)
 
     # Stepping
@@ -364,7 +364,7 @@ class AdamW(WithState):
 
     def _in_order(self, grads: list[Any], given: list[Variable]) -> tuple[list[Any], list[Variable]]:
         """Gradients in the order of the variables, with None for those that have none; and the variables that have."""
-        self._check_variables_are_known(given)
+        self._check_known(given)
         if len({id(variable) for variable in given}) < len(given):
             raise ValueError("`trainable_variables` holds a variable more than once; expected every one once")
         grads, given = self._filter_empty_gradients(grads, given)
@@ -430,17 +430,3 @@ def _checked_rate(value: Any) -> Any:
             "keras.optimizers.schedules.LearningRateSchedule, or a callable of nothing"
         )
     return value
-
-
-def _checked(variables: Any, what: str) -> list[Variable]:
-    """A list of Keras's variables."""
-    if not isinstance(variables, Iterable) or isinstance(variables, keras.Variable):
-        raise TypeError(f"`{what}` is {brief(variables)}; expected a list of keras.Variable")
-    found = list(variables)
-    for k, variable in enumerate(found):
-        if not isinstance(variable, keras.Variable):
-            raise TypeError(
-                f"`{what}` holds {brief(variable)} of type {type(variable).__name__} at {k}; expected a "
-                "keras.Variable. Arrays and tensors are trained by adamw_numba.AdamW"
-            )
-    return found

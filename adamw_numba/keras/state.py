@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from .. import arrays
+from ..arrays.brief import brief
 from .trained import Variable
 
 Slots = dict[str, Variable]
@@ -66,6 +67,14 @@ class WithState(keras.optimizers.AdamW):  # type: ignore[misc]  # which has no t
         )
         return super().add_variable_from_reference(like, name, initializer)
 
+    def _check_known(self, variables: Iterable[Variable]) -> None:
+        for variable in variables:
+            if self._var_key(variable) not in self._trainable_variables_indices:
+                raise ValueError(
+                    f"unknown variable {brief(getattr(variable, 'path', variable))}; expected those that the optimizer "
+                    "was built with. For other variables, make another optimizer"
+                )
+
     def finalize_variable_values(self, var_list: Iterable[Variable]) -> None:
         """Put the averages into variables for good; without ``use_ema``, or before the first update, nothing happens.
 
@@ -77,7 +86,7 @@ class WithState(keras.optimizers.AdamW):  # type: ignore[misc]  # which has no t
         if not self.use_ema or not self.built or not int(keras.ops.convert_to_numpy(self.iterations)):
             return
         variables = list(var_list)
-        self._check_variables_are_known(variables)
+        self._check_known(variables)
         for variable in variables:
             average = self._model_variables_moving_average[self._get_variable_index(variable)]
             if average is not None:
@@ -128,3 +137,17 @@ class WithState(keras.optimizers.AdamW):  # type: ignore[misc]  # which has no t
         elif self._loaded:
             for variable, value in zip(self.variables[before:], self._loaded[before:], strict=True):
                 variable.assign(value)
+
+
+def checked_variables(variables: Any, what: str) -> list[Variable]:
+    """A list of Keras's variables."""
+    if not isinstance(variables, Iterable) or isinstance(variables, keras.Variable):
+        raise TypeError(f"`{what}` is {brief(variables)}; expected a list of keras.Variable")
+    found = list(variables)
+    for k, variable in enumerate(found):
+        if not isinstance(variable, keras.Variable):
+            raise TypeError(
+                f"`{what}` holds {brief(variable)} of type {type(variable).__name__} at {k}; expected a "
+                "keras.Variable. Arrays and tensors are trained by adamw_numba.AdamW"
+            )
+    return found
