@@ -88,8 +88,12 @@ def digits():
 def model_of(optimizer, policy="float32", **compiling):
     """A classifier of the digits, always with the same weights."""
     keras.utils.set_random_seed(1)
-    layers = [keras.layers.Dense(width, "relu", dtype=policy, name=f"hidden_{width}") for width in (64, 32)]
-    model = keras.Sequential([keras.Input((64,)), *layers, keras.layers.Dense(10, dtype=policy, name="out")], name="net")
+    keras.config.set_dtype_policy(policy)
+    try:
+        layers = [keras.layers.Dense(width, "tanh", name=f"hidden_{width}") for width in (64, 32)]
+        model = keras.Sequential([keras.Input((64,)), *layers, keras.layers.Dense(10, name="out")], name="net")
+    finally:
+        keras.config.set_dtype_policy("float32")
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=optimizer, loss=loss, **compiling)
     return model

@@ -7,7 +7,7 @@ from helpers.keras_runs import BOTH, IS_TORCH, digits, fit, look, looked, model_
 
 from adamw_numba.keras import AdamW
 
-CLOSE = {"rtol": 2e-4}  # of losses: float32 rounding at every step, which the model amplifies
+CLOSE = {"rtol": 2e-5}  # of losses: Keras computes its scalars in float32
 OPTIONS = {
     "plain": {},
     "all": {"amsgrad": True, "global_clipnorm": 1.0, "use_ema": True, "weight_decay": 0.1, "loss_scale_factor": 4.0},
@@ -28,7 +28,7 @@ def test_losses_of_keras(case):
     np.testing.assert_allclose(ours, theirs, **CLOSE)
     assert ours[-1] < 0.5 * ours[0]
     for one, other in zip(models[0].get_weights(), models[1].get_weights(), strict=True):
-        np.testing.assert_allclose(one, other, atol=2e-4)
+        np.testing.assert_allclose(one, other, atol=2e-5)
 
 
 def test_jit_compile_and_run_eagerly():
@@ -88,8 +88,8 @@ def test_a_loss_scale_that_overflows():
     """Keras leaves out the steps, and halves the scale: as often as with its own."""
     found = []
     for cls in BOTH:
-        scaled = keras.optimizers.LossScaleOptimizer(optimizer_of(cls), initial_scale=2.0**127)
-        model = model_of(scaled)
+        scaled = keras.optimizers.LossScaleOptimizer(optimizer_of(cls), initial_scale=2.0**24)
+        model = model_of(scaled, "mixed_float16")
         fit(model, 1)
         found.append((int(scaled.inner_optimizer.iterations), float(look(scaled.dynamic_scale))))
     assert found[0] == found[1]
@@ -159,7 +159,7 @@ def test_a_loop_of_ones_own():
             loss = loss_of(y, model(x))
             loss.backward()
             optimizer.apply([v.value.grad for v in model.trainable_weights], model.trainable_weights)
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
     else:
         import jax
 
