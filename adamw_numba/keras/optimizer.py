@@ -228,7 +228,8 @@ class AdamW(WithState):
             raise ValueError("`variables` holds a keras.Variable more than once; expected every one once")
         if is_torch():
             arrays.check_variables(names_of(variables), [tensor(variable) for variable in variables])
-        before = len(self.variables)
+        hyper, before = self._adamw.hyper, len(self.variables)
+        asked = hyper.overrides
         try:
             super().build(variables)
             trained = Trained(self._adamw.engine, *self._make_slots(variables))
@@ -239,7 +240,7 @@ class AdamW(WithState):
             for variable in self.variables[before:]:
                 self._untrack_variable(variable)
             self.built = False
-            vars(self._adamw.hyper).update(groups=[], others=(), is_fixed=False, token=object())
+            vars(hyper).update(overrides=asked, groups=[], others=(), is_fixed=False, token=object())
             raise
         self.__dict__.update(_trained=trained, _loaded=[])
         for called, nothing in trained.unmatched:

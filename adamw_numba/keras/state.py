@@ -18,7 +18,20 @@ Slots = dict[str, Variable]
 class WithState(keras.optimizers.AdamW):  # type: ignore[misc]  # which has no types here
     """Keras's AdamW with float32 state for 16-bit variables, and a state that a later `build` can take."""
 
+    _adamw: Any
     _loaded: list[Any] = []  # noqa: RUF012  # what was loaded before `build`; replaced, never changed
+
+    @property
+    def variables(self) -> list[Variable]:
+        """The variables of the state, in Keras's order; the masters of 16-bit variables follow them."""
+        self._adamw.engine.catch_up()  # with a GPU that counts by itself
+        return list(super().variables)
+
+    @property
+    def iterations(self) -> Any:
+        """Updates so far: calls of `apply`, divided by ``gradient_accumulation_steps``."""
+        self._adamw.engine.catch_up()
+        return super().iterations
 
     def _make_slots(self, variables: Sequence[Variable]) -> tuple[list[Variable], list[Slots]]:
         """The variables that are trained, and the state of each by our names, once Keras has made its own."""
