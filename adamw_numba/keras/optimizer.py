@@ -226,8 +226,8 @@ class AdamW(WithState):
             raise ValueError("`variables` is empty; expected at least one keras.Variable")
         if len({id(variable) for variable in variables}) < len(variables):
             raise ValueError("`variables` holds a keras.Variable more than once; expected every one once")
-        if is_torch():
-            arrays.check_variables(names_of(variables), [tensor(variable) for variable in variables])
+        held = [tensor(variable) if is_torch() else variable.value for variable in variables]
+        arrays.check_variables(names_of(variables), held)
         hyper, before = self._adamw.hyper, len(self.variables)
         asked = hyper.overrides
         try:

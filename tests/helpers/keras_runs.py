@@ -4,6 +4,7 @@ They run on the backend that Keras has: torch, and in a process of its own JAX (
 """
 
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import keras
@@ -85,15 +86,22 @@ def digits():
     return training.images, training.labels
 
 
+@contextmanager
+def under(policy):
+    """A policy of Keras for all layers and models made inside, and for those loaded from files."""
+    keras.config.set_dtype_policy(policy)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
 def model_of(optimizer, policy="float32", **compiling):
     """A classifier of the digits, always with the same weights."""
     keras.utils.set_random_seed(1)
-    keras.config.set_dtype_policy(policy)
-    try:
+    with under(policy):
         layers = [keras.layers.Dense(width, "tanh", name=f"hidden_{width}") for width in (64, 32)]
         model = keras.Sequential([keras.Input((64,)), *layers, keras.layers.Dense(10, name="out")], name="net")
-    finally:
-        keras.config.set_dtype_policy("float32")
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=optimizer, loss=loss, **compiling)
     return model

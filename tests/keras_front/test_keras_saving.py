@@ -8,7 +8,19 @@ import pickle
 import keras
 import numpy as np
 import pytest
-from helpers.keras_runs import BOTH, Journey, fit, gradients_of, look, looked, model_of, same, variables_of
+from helpers.keras_runs import (
+    BOTH,
+    IS_TORCH,
+    Journey,
+    fit,
+    gradients_of,
+    look,
+    looked,
+    model_of,
+    same,
+    under,
+    variables_of,
+)
 
 import adamw_numba
 from adamw_numba.keras import AdamW
@@ -72,7 +84,8 @@ def test_files(policy, custom_objects, tmp_path):
     model = model_of(AdamW(0.01, amsgrad=True, nonfinite="skip"), policy)
     fit(model, 1)
     model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras", custom_objects=custom_objects)
+    with under(policy):  # which no file of Keras's says of the model itself
+        loaded = keras.saving.load_model(tmp_path / "model.keras", custom_objects=custom_objects)
     same(loaded.optimizer.variables, model.optimizer.variables)
     assert fit(loaded, 1) == fit(model, 1)
     same(loaded.optimizer.variables, model.optimizer.variables)
@@ -106,7 +119,7 @@ def test_files_of_the_one_go_on_with_the_other(ours_first, tmp_path):
     stepped(other, others, 3, 4)
     journey.go(others)
     journey.assert_close(variables, others)
-    if not ours_first:
+    if IS_TORCH and not ours_first:  # on JAX, Keras looks for what is its own among its own classes alone
         model = model_of(keras.optimizers.AdamW(0.01))
         fit(model, 1)
         model.save(tmp_path / "theirs.keras")
