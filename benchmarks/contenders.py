@@ -303,30 +303,47 @@ def ours_for_optax(values: Arrays, step: Step) -> Contender:
     return _jitted(jax, update, [p, transform.init(p), []])
 
 
-def _keras(step: Step, values: Arrays) -> tuple[Any, Any, list[Any]]:
+def _keras(step: Step, values: Arrays, kind: Any = None) -> tuple[Any, Any, list[Any]]:
     keras = _library("keras")
-    if step.bits == 16:
+    if step.bits == 16 and kind is None:
         raise Unable("Keras has no master copy")
-    variables = [keras.Variable(v, dtype="float32") for v in values]
-    optimizer = keras.optimizers.AdamW(**_options(step))
+    dtype = "bfloat16" if step.bits == 16 else "float32"
+    variables = [keras.Variable(v, dtype=dtype) for v in values]
+    optimizer = (kind or keras.optimizers.AdamW)(**_options(step))
     optimizer.build(variables)
     return keras, optimizer, variables
 
 
 def keras_eager(values: Arrays, step: Step) -> Contender:
     """Keras's own AdamW on this process's backend."""
-    keras, optimizer, variables = _keras(step, values)
-    wait = _library("jax").block_until_ready if keras.backend.backend() == "jax" else lambda _: None
+    return _keras_contender(*_keras(step, values))
+
+
+def ours_for_keras(values: Arrays, step: Step) -> Contender:
+    """As a `keras.optimizers.Optimizer`, given gradients and variables as Keras's trainer gives them."""
+    _library("keras")
+    from adamw_numba.keras import AdamW as KerasAdamW
+
+    return _keras_contender(*_keras(step, values, KerasAdamW))
+
+
+def _keras_contender(keras: Any, optimizer: Any, variables: list[Any]) -> Contender:
+    is_jax = keras.backend.backend() == "jax"  # whose steps return before they are complete
     given: list[Any] = []
 
     def give(gradients: Arrays) -> None:
-        given[:] = [keras.ops.convert_to_tensor(g.copy()) for g in gradients]
+        given[:] = [keras.ops.convert_to_tensor(g.copy(), variables[0].dtype) for g in gradients]
 
     def take() -> None:
-        optimizer.apply(given)
-        wait([v.value for v in variables])
+        optimizer.apply(given, variables[:])  # as its trainer does
+        if is_jax:
+            _library("jax").block_until_ready([v.value for v in variables])
 
-    return Contender(give, take, lambda: [np.array(keras.ops.convert_to_numpy(v)) for v in variables])
+    return Contender(give, take, lambda: [_look_at(keras, v) for v in variables])
+
+
+def _look_at(keras: Any, variable: Any) -> np.ndarray[Any, Any]:
+    return np.array(keras.ops.convert_to_numpy(keras.ops.cast(variable, "float32")))
 
 
 def keras_stateless(values: Arrays, step: Step) -> Contender:
@@ -351,6 +368,7 @@ PROCESSES: dict[str, dict[str, Maker]] = {
         "NumPy": plain_numpy,
         "ours on torch": ours_on_torch,
         "ours, torch front": ours_for_torch,
+        "ours, Keras front": ours_for_keras,
         "torch fused": _torch("fused"),
         "torch foreach": _torch("foreach"),
         "torch for-loop": _torch("for-loop"),

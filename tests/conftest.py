@@ -19,7 +19,7 @@ _cache = Path(tempfile.gettempdir()) / f"adamw_numba-{os.getuid()}" / hashlib.sh
 _cache.mkdir(parents=True, exist_ok=True, mode=0o700)
 os.environ["NUMBA_CACHE_DIR"] = str(_cache)
 os.environ["NUMBA_NUM_THREADS"] = "5"  # also where there are fewer cores
-os.environ["KERAS_BACKEND"] = "torch"
+os.environ["KERAS_BACKEND"] = os.environ.get("ADAMW_NUMBA_TESTS_KERAS", "torch")  # see test_keras_on_jax.py
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"  # for JAX: devices that arrays are divided over
 
 from hypothesis import settings  # noqa: E402

@@ -11,10 +11,11 @@ from ..hyperparameters.groups import CHECKS, Group, Override, check_clips, check
 _WHO = ("var_names", "names", "beneath")  # whom an entry is for
 
 
-def config_of(hyper: Any) -> list[dict[str, Any]]:
+def config_of(hyper: Any, exclusions: bool = False) -> list[dict[str, Any]]:
     """The overrides of an optimizer, and what was set in its groups since; empty where none but exclusions are.
 
-    Exclusions from weight decay alone are no part of a config, which Keras is to understand.
+    Exclusions from weight decay alone are no part of a config that Keras's own AdamW is to understand; with
+    `exclusions` they are.
 
     Raises
     ------
@@ -29,7 +30,7 @@ def config_of(hyper: Any) -> list[dict[str, Any]]:
     entries = [entry for override in hyper.overrides if (entry := _entry(override))]
     changed = [{"names": list(group.names), **_plain(group.changed)} for group in hyper.others if group.changed]
     only_exclusions = not changed and all(override.is_exclusion for override in hyper.overrides)
-    return [] if only_exclusions else entries + changed
+    return [] if only_exclusions and not exclusions else entries + changed
 
 
 def _entry(override: Override) -> dict[str, Any]:

@@ -51,6 +51,8 @@ class Engine(Rates):
         A saved state for variables that are yet to be built: it has ``variables``, ``started`` and ``fill``.
     extra : object
         What was saved beside the state that was loaded or restored last.
+    warns : bool
+        Whether a step says which variables have no gradient.
     """
 
     def __init__(self, hyper: Any) -> None:
@@ -63,6 +65,7 @@ class Engine(Rates):
         self.swapped = False
         self.loaded: Any = None
         self.extra: Any = None
+        self.warns = True
         self.recipes: Recipes | None = None  # of the hyperparameters as they were at the last step
         self.form: Form | None = None  # of the gradients last given in a container other than a list
         _ENGINES.add(self)

@@ -46,7 +46,7 @@ def match(engine: Any, grads: Container, variables: Container | None) -> Sequenc
     flat = as_flat(engine.workspace, grads)
     if flat is not None:
         return flat
-    found = gradients(engine.workspace, grads)
+    found = gradients(engine.workspace, grads, engine.warns)
     if found:
         with suppress(ValueError):  # of the trainable variables alone
             engine.form = form_of(grads, engine.workspace.names) or engine.form
