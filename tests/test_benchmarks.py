@@ -9,7 +9,8 @@ from adamw_numba import AdamW
 from benchmarks import compare, contenders, model, report, workloads
 
 SHAPES = [(40, 3), (7,), (1,)]
-HERE = contenders.PROCESSES["torch"] | {"optax": contenders.optax}  # the tests have Keras on torch
+ON_JAX = {name: contenders.PROCESSES["jax"][name] for name in ("optax", "ours, optax front")}
+HERE = contenders.PROCESSES["torch"] | ON_JAX  # the tests have Keras on torch
 
 
 @pytest.mark.parametrize("option", workloads.OPTIONS)

@@ -129,10 +129,13 @@ def _adam_of(state: Any) -> Any:
     found = list(_adams(state))
     if len(found) != 1:
         raise ValueError(f"`state` holds {len(found)} states of Adam; expected one, of `optax.adamw`")
-    if hasattr(found[0], "nu_max"):
+    if getattr(found[0], "nu_max", None) is not None:
         raise ValueError(
             "`state` is of AMSGrad, whose maximum optax takes after the bias correction; no exact conversion"
         )
+    more = [name for name in ("average", "accumulator") if getattr(found[0], name, None) is not None]
+    if more:
+        raise ValueError(f"`state` has {more}, of adamw_numba.optax; expected `count`, `mu` and `nu` alone")
     return found[0]
 
 
@@ -176,7 +179,7 @@ def _is_counter(state: Any, key: str) -> bool:
 
 def _check_window(state: Any) -> None:
     """Refuse a state inside a window of optax.MultiSteps, whose gradients have nowhere to go."""
-    if hasattr(state, "mini_step") and int(state.mini_step):
+    if getattr(state, "mini_step", None) is not None and int(state.mini_step):
         raise ValueError(
             f"`state` is at mini_step {int(state.mini_step)} of optax.MultiSteps; expected 0: after a whole window"
         )

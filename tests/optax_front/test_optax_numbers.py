@@ -9,7 +9,7 @@ import optax
 import pytest
 from helpers.jax_runs import STEPS, assert_same, gradients_at, one_step, params_of, trained
 
-from adamw_numba import schedules
+from adamw_numba import interop, schedules
 from adamw_numba.optax import AdamWState, adamw
 
 DTYPES = ["float64", pytest.param("float32", marks=pytest.mark.slow)]
@@ -354,3 +354,15 @@ def test_a_state_of_optax_goes_on():
     expected, _ = theirs.update(gradients_at(params, 1.0), (adam, optax.EmptyState(), optax.EmptyState()), params)
     updates, _ = ours.update(gradients_at(params, 1.0), state, params)
     assert_same(updates, expected, jax.tree.map(jnp.zeros_like, params))
+
+
+def test_a_state_is_exchanged():
+    """`interop` takes and gives a state of the front as one of optax; what it would lose, it refuses."""
+    params = params_of("float32")
+    transformation = adamw(0.1)
+    _, state = trained(transformation, params)
+    optimizer = interop.from_optax(state, jax.tree.map(np.array, params), learning_rate=0.1)
+    back = interop.to_optax(optimizer, transformation.init(params))
+    jax.tree.map(np.testing.assert_array_equal, back, state)
+    with pytest.raises(ValueError, match="average"):
+        interop.from_optax(adamw(0.1, use_ema=True).init(params), learning_rate=0.1)
