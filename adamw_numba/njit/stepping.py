@@ -126,7 +126,7 @@ def _overload_coefficients(
     decouple_lr=False,
     scale=1.0,
 ):
-    is_corrected, clips = _literal_mode(epsilon_mode), not is_none(clipvalue)
+    is_corrected, clips = literal_mode(epsilon_mode), not is_none(clipvalue)
 
     def compiled(
         number,
@@ -184,7 +184,7 @@ def flag(name, kind):
     return on(value)
 
 
-def _literal_mode(kind):
+def literal_mode(kind):
     value = literal("epsilon_mode", kind, "'hat' or 'corrected'")
     if value not in MODES:
         raise TypingError(f"`epsilon_mode` is {value!r}; expected 'hat' or 'corrected'")
@@ -283,7 +283,7 @@ def _overload_step(
 ):
     check_arrays(p, g, m, v, velocity_hat)
     lead, limit = flag("nesterov", nesterov), on(not is_none(clipvalue))
-    is_corrected = _literal_mode(epsilon_mode)
+    is_corrected = literal_mode(epsilon_mode)
 
     def compiled(
         p,
