@@ -292,17 +292,23 @@ def _bring_home(homes, run, size, like):
 
 
 @jit
-def advance_share(address, part, parts, like, top, average, limit, lead):
+def advance(block, run, like, top, average, limit, lead):
+    """Advance one run, and put the best point where it belongs."""
+    _advance(block, run, like, top, average, limit, lead)
+    if run[IS_BEST] != 0:
+        _keep_best(run, 0, block[PADDED], like)
+        run[IS_BEST] = 0
+
+
+@jit
+def _advance_share(address, part, parts, like, top, average, limit, lead):
     word = np.int64(0)
     block = pointer(address, word)
     for r in range(block[COUNT] * part // parts, block[COUNT] * (part + 1) // parts):
         run = pointer(block[RUNS] + 8 * RUN_ENTRIES * r, word)
         homes = pointer(block[HOMES] + 8 * ARRAYS * r, word)
         _bring_in(homes, run, block[SIZE], like)
-        _advance(block, run, like, top, average, limit, lead)
-        if run[IS_BEST] != 0:
-            _keep_best(run, 0, block[PADDED], like)
-            run[IS_BEST] = 0
+        advance(block, run, like, top, average, limit, lead)
         _bring_home(homes, run, block[SIZE], like)
 
 
@@ -340,6 +346,6 @@ def loop_kernel(dtype: str, amsgrad: bool, variant: Variant) -> Any:
 
     @c_kernel
     def loop_kernel(block, part, parts):
-        advance_share(block, part, parts, like, top, average, limit, lead)
+        _advance_share(block, part, parts, like, top, average, limit, lead)
 
     return loop_kernel

@@ -56,9 +56,7 @@ def run(x, lower, upper, ways, numbers, limits, first_stage, automatic, amsgrad,
     bounds = 0 if lower is None else 2
     count = 8 + bounds + (0 if amsgrad is None else 1) + (0 if automatic is None else 1 + bounds)
     places = _aligned_zeros(count * width, x)
-    integers = np.zeros(
-        kernel.BLOCK_ENTRIES + kernel.RUN_ENTRIES + kernel.ARRAYS + stopping.HOW_MANY_COUNTS + 1, np.int64
-    )
+    integers = np.zeros(kernel.BLOCK_ENTRIES + kernel.RUN_ENTRIES + stopping.HOW_MANY_COUNTS + 1, np.int64)
     floats = np.zeros(stopping.HOW_MANY_VALUES + 2 + LANES + MOST_ROWS * (kernel.ROW_ENTRIES + kernel.RECORD))
     # In a function of its own: what it is given lives until it returns, although it is only known by its address.
     return _run(
@@ -104,9 +102,9 @@ def _run(
     floats,
 ):
     like = x.dtype.type(0)
-    block, integers = integers[: kernel.BLOCK_ENTRIES], integers[kernel.BLOCK_ENTRIES :]
-    table, integers = integers[: kernel.RUN_ENTRIES], integers[kernel.RUN_ENTRIES :]
-    homes, integers = integers[: kernel.ARRAYS], integers[kernel.ARRAYS :]
+    word = np.int64(0)
+    block, integers = pointer(integers.ctypes.data, word), integers[kernel.BLOCK_ENTRIES :]
+    table, integers = pointer(integers.ctypes.data, word), integers[kernel.RUN_ENTRIES :]
     counts, iteration = integers[: stopping.HOW_MANY_COUNTS], integers[stopping.HOW_MANY_COUNTS :]
     values, floats = floats[: stopping.HOW_MANY_VALUES], floats[stopping.HOW_MANY_VALUES :]
     clips, sums, floats = floats[:2], floats[2 : 2 + LANES], floats[2 + LANES :]
@@ -116,7 +114,6 @@ def _run(
     table[kernel.VALUES], table[kernel.COUNTS] = values.ctypes.data, counts.ctypes.data
     table[kernel.ITERATION], table[kernel.RECORDS] = iteration.ctypes.data, records.ctypes.data
     table[kernel.SUMS] = sums.ctypes.data
-    block[kernel.RUNS], block[kernel.HOMES], block[kernel.COUNT] = table.ctypes.data, homes.ctypes.data, 1
     block[kernel.SIZE], block[kernel.PADDED], block[kernel.ITEMSIZE] = x.size, places.shape[1], x.itemsize
     block[kernel.ROWS], block[kernel.LIMITS], block[kernel.CLIPS] = (
         rows.ctypes.data,
@@ -149,7 +146,7 @@ def _run(
             break
         block[kernel.FIRST], block[kernel.LAST] = first, first + left
         table[kernel.LEFT] = kernel.HERE
-        kernel.advance_share(block.ctypes.data, 0, 1, like, amsgrad, None, limit, lead)
+        kernel.advance(block, table, like, amsgrad, None, limit, lead)
         if table[kernel.LEFT] != kernel.HERE:
             end = FUN_RAISED
             break
