@@ -1,6 +1,7 @@
 """AdamW inside users' own compiled code: functions that can be called in `numba.njit`."""
 
 from ..update import Coefficients
-from .stepping import coefficients, step, update
+from .minimizing import Result, minimize
+from .stepping import coefficients, step, update, update_amsgrad
 
-__all__ = ["Coefficients", "coefficients", "step", "update"]
+__all__ = ["Coefficients", "Result", "coefficients", "minimize", "step", "update", "update_amsgrad"]

@@ -205,7 +205,13 @@ def _is_true(kind):
 
 def unliteral(kind):
     """The type of an argument, or the value that it has by default."""
-    return kind.value if isinstance(kind, types.Omitted) else types.unliteral(kind) if isinstance(kind, types.Type) else kind
+    return (
+        kind.value
+        if isinstance(kind, types.Omitted)
+        else types.unliteral(kind)
+        if isinstance(kind, types.Type)
+        else kind
+    )
 
 
 @_exact
@@ -222,7 +228,9 @@ def _alone(args):
 
 
 def _check_start(x0):
-    known = isinstance(x0, types.Array) and (x0.dtype in (types.float32, types.float64) or isinstance(x0.dtype, types.Integer))
+    known = isinstance(x0, types.Array) and (
+        x0.dtype in (types.float32, types.float64) or isinstance(x0.dtype, types.Integer)
+    )
     if not known or x0.ndim == 0:
         raise TypingError(f"`x0` is {x0}; expected an array of float32 or float64 with at least one dimension")
 
@@ -466,9 +474,7 @@ def _overload_minimize(
             bool(decouple_lr),
         )
         ways = Ways(evaluate, words, rate, rate_words)
-        end, value, nit, step, status = run(
-            x, least, most, ways, numbers, limits, stage, automatic, top, limit, lead
-        )
+        end, value, nit, step, status = run(x, least, most, ways, numbers, limits, stage, automatic, top, limit, lead)
         if end == FUN_RAISED:
             raise_again(x, data)
         if end == RATE_RAISED:

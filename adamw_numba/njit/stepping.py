@@ -52,14 +52,14 @@ def checked_coefficients(
         raise ValueError("`beta_2` must be a float in [0, 1). Received:", beta_2)
     if not 0 < epsilon < math.inf:
         raise ValueError("`epsilon` must be a finite float > 0. Received:", epsilon)
+    if not 0 < abs(scale) < math.inf:
+        raise ValueError("`scale` must be a finite float other than 0. Received:", scale)
     if not limit > 0:
         raise ValueError("`clipvalue` must be a finite float > 0, or None. Received:", limit)
     alpha, decay, added, lead = _varying_of(
         beta_1, beta_2, epsilon, is_corrected, nesterov, decouple_lr, number, learning_rate, weight_decay, math
     )
-    return Coefficients(
-        alpha, decay, added, lead, beta_1, 1 - beta_1, beta_2, 1 - beta_2, 1.0, scale, limit, 1.0
-    )
+    return Coefficients(alpha, decay, added, lead, beta_1, 1 - beta_1, beta_2, 1 - beta_2, 1.0, scale, limit, 1.0)
 
 
 def coefficients(
@@ -237,10 +237,11 @@ def step(
     Raises
     ------
     ValueError
-        If the shapes differ or a number is out of its range; nothing is written then.
-    TypeError
-        In Python and when a function is compiled (Numba's ``TypingError``): if something is no array, has another dtype,
-        or is read-only.
+        If the shapes differ or a number is out of its range; nothing is written then. (From the body of a parallel
+        loop, Numba raises a SystemError that comes from it.)
+    numba.core.errors.TypingError
+        When a function is compiled, and in Python: if something is no array, has another dtype or is read-only, or an
+        option has to be a literal.
 
     Examples
     --------
@@ -419,22 +420,58 @@ def _update_rows(p, g, m, v, top, like, limit, lead, c):
 
 
 @jit_for_python
-def _update_with_top(p, g, m, v, c, top):
-    c = cast_coefficients(c, 1.0, p)
-    # Not 0 times the gradient where there is no lead: it would make -0.0 of some zeros.
-    if c.lead == 0:
-        p, m, v, top, _ = update_element(p, g, m, v, top, None, None, c.limit, None, c)
-    else:
-        p, m, v, top, _ = update_element(p, g, m, v, top, None, None, c.limit, c.lead, c)
-    return p, m, v, top
-
-
-@jit_for_python
 def update(p, g, m, v, c):
-    """One element..."""
+    """One step of one element: values in, values out.
+
+    It can be called in functions of `numba.njit` and, as a device function, of `numba.cuda.jit`. Unlike `AdamW` and
+    `step`, it leaves subnormal numbers as they are, which only tiny gradients in float32 make.
+
+    Parameters
+    ----------
+    p, g, m, v : float32 or float64
+        The element of the variable, of its gradient, momentum and velocity, of one type.
+    c : Coefficients
+        The numbers of this step, of `coefficients`.
+
+    Returns
+    -------
+    p, m, v : float
+        The new values. In Python they are floats.
+
+    Examples
+    --------
+    >>> p, m, v = update(1.0, 0.5, 0.0, 0.0, coefficients(0, 0.1, weight_decay=0))
+    >>> round(p, 3)
+    0.9
+    """
     c = cast_coefficients(c, 1.0, p)
+    # Where there is no lead, not 0 times the gradient: that would make another zero of some zeros.
     if c.lead == 0:
         p, m, v, _, _ = update_element(p, g, m, v, None, None, None, c.limit, None, c)
     else:
         p, m, v, _, _ = update_element(p, g, m, v, None, None, None, c.limit, c.lead, c)
     return p, m, v
+
+
+@jit_for_python
+def update_amsgrad(p, g, m, v, velocity_hat, c):
+    """One step of AMSGrad of one element, as `update`.
+
+    Parameters
+    ----------
+    p, g, m, v, c
+        As of `update`.
+    velocity_hat : float32 or float64
+        The largest velocity so far.
+
+    Returns
+    -------
+    p, m, v, velocity_hat : float
+        The new values.
+    """
+    cast, c = type(p), cast_coefficients(c, 1.0, p)
+    if c.lead == 0:
+        p, m, v, highest, _ = update_element(p, g, m, v, velocity_hat, None, None, c.limit, None, c)
+    else:
+        p, m, v, highest, _ = update_element(p, g, m, v, velocity_hat, None, None, c.limit, c.lead, c)
+    return p, m, v, highest * cast(1)  # which Numba takes for a number that may be None
