@@ -1,4 +1,4 @@
-"""`step`, `coefficients` and `update`: the formula of update.py for users' own compiled code.
+"""`step` and `coefficients`: the formula of update.py for users' own compiled code.
 
 A flag (``nesterov``, or whether there is a clip) is part of what is compiled, so it has to be a literal there: `on`.
 """
@@ -16,7 +16,6 @@ from ..arrays.brief import brief
 from ..arrays.compiled import jit, jit_for_python, pointer
 from ..cpu.intrinsics import exchange_mode, mode_for
 from ..cpu.kernels import LIKE, cast_coefficients, on, update_chunk
-from ..cpu.kernels import update as update_element
 from ..update import Coefficients
 from .calls import call_apart
 
@@ -165,6 +164,17 @@ def _overload_coefficients(
 def is_none(kind):
     """Whether an argument is None, given or by default."""
     return kind is None or isinstance(kind, types.NoneType) or getattr(kind, "value", kind) is None
+
+
+def unliteral(kind):
+    """The type of an argument, or the value that it has by default."""
+    return (
+        kind.value
+        if isinstance(kind, types.Omitted)
+        else types.unliteral(kind)
+        if isinstance(kind, types.Type)
+        else kind
+    )
 
 
 def literal(name, kind, expected):
@@ -414,64 +424,3 @@ def _update_rows(p, g, m, v, top, like, limit, lead, c):
         tops = None if top is None else top[i]
         _update_chunk(p.shape[-1], p[i], g[i], m[i], v[i], tops, limit, lead, c)
     exchange_mode(mode)
-
-
-# One element
-
-
-@jit_for_python
-def update(p, g, m, v, c):
-    """One step of one element: values in, values out.
-
-    It can be called in functions of `numba.njit` and, as a device function, of `numba.cuda.jit`. Unlike `AdamW` and
-    `step`, it leaves subnormal numbers as they are, which only tiny gradients in float32 make.
-
-    Parameters
-    ----------
-    p, g, m, v : float32 or float64
-        The element of the variable, of its gradient, momentum and velocity, of one type.
-    c : Coefficients
-        The numbers of this step, of `coefficients`.
-
-    Returns
-    -------
-    p, m, v : float
-        The new values. In Python they are floats.
-
-    Examples
-    --------
-    >>> p, m, v = update(1.0, 0.5, 0.0, 0.0, coefficients(0, 0.1, weight_decay=0))
-    >>> round(p, 3)
-    0.9
-    """
-    c = cast_coefficients(c, 1.0, p)
-    # Where there is no lead, not 0 times the gradient: that would make another zero of some zeros.
-    if c.lead == 0:
-        p, m, v, _, _ = update_element(p, g, m, v, None, None, None, c.limit, None, c)
-    else:
-        p, m, v, _, _ = update_element(p, g, m, v, None, None, None, c.limit, c.lead, c)
-    return p, m, v
-
-
-@jit_for_python
-def update_amsgrad(p, g, m, v, velocity_hat, c):
-    """One step of AMSGrad of one element, as `update`.
-
-    Parameters
-    ----------
-    p, g, m, v, c
-        As of `update`.
-    velocity_hat : float32 or float64
-        The largest velocity so far.
-
-    Returns
-    -------
-    p, m, v, velocity_hat : float
-        The new values.
-    """
-    cast, c = type(p), cast_coefficients(c, 1.0, p)
-    if c.lead == 0:
-        p, m, v, highest, _ = update_element(p, g, m, v, velocity_hat, None, None, c.limit, None, c)
-    else:
-        p, m, v, highest, _ = update_element(p, g, m, v, velocity_hat, None, None, c.limit, c.lead, c)
-    return p, m, v, highest * cast(1)  # which Numba takes for a number that may be None

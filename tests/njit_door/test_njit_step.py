@@ -323,5 +323,7 @@ def test_flags_that_are_variables():
 
 
 def test_python_checks_the_mode():
-    with pytest.raises(ValueError, match=r"`epsilon_mode` must be 'hat' or 'corrected'. Received: epsilon_mode='torch'"):
+    with pytest.raises(
+        ValueError, match=r"`epsilon_mode` must be 'hat' or 'corrected'. Received: epsilon_mode='torch'"
+    ):
         step(np.ones(3), np.ones(3), np.ones(3), np.ones(3), 0, 0.1, epsilon_mode="torch")
