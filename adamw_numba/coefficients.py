@@ -52,13 +52,31 @@ def varying(
     *corrected* second moment, as by torch and optax, is one that grows by its correction. Nesterov's momentum is the
     one of the next step, with its correction, and the gradient the one of this step, as in optax.
     """
-    log_beta_1, lead = log(hyper.beta_1, xp), 0.0
-    alpha, root = step_size(updates, learning_rate, log_beta_1, log(hyper.beta_2, xp), xp)
-    if hyper.nesterov:
-        lead = alpha * (1 - hyper.beta_1)
-        alpha = learning_rate * root / -xp.expm1((updates + 2) * log_beta_1) * hyper.beta_1
-    decay = weight_decay if hyper.decouple_lr else learning_rate * weight_decay
-    return alpha, decay, hyper.epsilon * (1.0 if hyper.epsilon_mode == "hat" else root), lead
+    mode, flags = hyper.epsilon_mode, (hyper.nesterov, hyper.decouple_lr)
+    betas = hyper.beta_1, hyper.beta_2
+    return varying_of(*betas, hyper.epsilon, mode != "hat", *flags, updates, learning_rate, weight_decay, xp)
+
+
+def varying_of(
+    beta_1: Any,
+    beta_2: Any,
+    epsilon: Any,
+    is_corrected: bool,
+    nesterov: bool,
+    decouple_lr: bool,
+    updates: Any,
+    learning_rate: Any,
+    weight_decay: Any,
+    xp: Any,
+) -> tuple[Any, Any, Any, Any]:
+    """The same of plain numbers, which compiled code can call too (see njit/)."""
+    log_beta_1, lead = log(beta_1, xp), 0.0
+    alpha, root = step_size(updates, learning_rate, log_beta_1, log(beta_2, xp), xp)
+    if nesterov:
+        lead = alpha * (1 - beta_1)
+        alpha = learning_rate * root / -xp.expm1((updates + 2) * log_beta_1) * beta_1
+    decay = weight_decay if decouple_lr else learning_rate * weight_decay
+    return alpha, decay, epsilon * (root if is_corrected else 1.0), lead
 
 
 def step_size(updates: Any, learning_rate: Any, log_beta_1: Any, log_beta_2: Any, xp: Any = math) -> tuple[Any, Any]:

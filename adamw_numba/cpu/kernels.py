@@ -63,7 +63,7 @@ def on(flag):
 
 
 c_kernel = cached(cfunc, types.void(types.intp, types.intp, types.intp))
-_update = jit(make_update(math.sqrt, np.maximum, np.minimum))
+update = jit(make_update(math.sqrt, np.maximum, np.minimum))
 _accumulate = jit(accumulate)
 _blend = jit(blend)
 
@@ -108,7 +108,7 @@ def _slot(exists, address, count, step, like, strided):
 def update_chunk(count, p, g, m, v, top, average, total, master, limit, lead, c):
     """Update the elements of one dense or strided run: arrays, or pointers."""
     for i in range(count):
-        value, mi, vi, highest, mean = _update(
+        value, mi, vi, highest, mean = update(
             _value(p, master, i), widen(g[i]), m[i], v[i], _at(top, i), _at(average, i), _at(total, i), limit, lead, c
         )
         p[i] = narrow(value, p[i])

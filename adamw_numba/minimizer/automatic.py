@@ -3,11 +3,11 @@
 import math
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ..schedules import InverseTimeDecay, LearningRateSchedule, PolynomialDecay, Schedule
 
-_FIRST, _GENTLE = 0.3, 0.03  # the first rate, and that of noisy functions
+FIRST_RATE, _GENTLE = 0.3, 0.03  # and that of noisy functions
 _FEW = 3000  # iterations up to which one stage finds as much as several
 _LONGEST = 1112  # iterations of the first of several stages: as many as it has where 10,000 are allowed in all
 
@@ -39,6 +39,7 @@ class Stages(Schedule):
     """
 
     positive = ("first_stage",)
+    base: ClassVar[float] = 10.0
 
     first_stage: "float"
     start: "float" = 0.0
@@ -51,7 +52,7 @@ class Stages(Schedule):
         begin = xp.where(step < first, 0.0, first * 3.0**number)
         end = xp.where(step < first, first, first * 3.0 ** (number + 1))
         passed = (step - begin) / (end - begin)
-        return _FIRST * 10.0 ** -(3 * passed + 6 * passed**4)
+        return FIRST_RATE * self.base ** -(3 * passed + 6 * passed**4)
 
     def left(self, iteration: int) -> int:
         """Iterations until the next stage begins."""
@@ -70,12 +71,20 @@ def schedule_for(most: float, start: int, noisy: bool) -> LearningRateSchedule:
 
     Not where batches make the function noisy, so that no point is known to be the best.
     """
-    first_rate = _GENTLE if noisy else _FIRST
-    if noisy or most <= _FEW:
-        if most == math.inf:
-            return InverseTimeDecay(first_rate, 1000, 1.0)
-        return Decay(first_rate, max(int(min(most, sys.maxsize)), 1), end_learning_rate=0.0, power=2.0, start=start)
+    first_rate = _GENTLE if noisy else FIRST_RATE
+    first_stage = 0 if noisy else first_stage_of(most)
+    if first_stage:
+        return Stages(first_stage, start)
+    if most == math.inf:
+        return InverseTimeDecay(first_rate, 1000, 1.0)
+    return Decay(first_rate, max(int(min(most, sys.maxsize)), 1), end_learning_rate=0.0, power=2.0, start=start)
+
+
+def first_stage_of(most: float) -> int:
+    """Iterations of the first of several stages of a run of at most so many; 0 where there is only one stage."""
+    if most <= _FEW:
+        return 0
     first = _LONGEST if most == math.inf else -(-min(most, sys.maxsize) // 9)
     while first > _LONGEST:  # so that a later stage ends with the run
         first = -(-first // 3)
-    return Stages(int(first), start)
+    return int(first)

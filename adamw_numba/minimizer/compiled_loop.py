@@ -101,7 +101,7 @@ class Loop:
 
     def _lay_out(self, size: int, dtype: np.dtype[Any], evaluate: int) -> None:
         """Write the table of addresses; small arrays get places of their own, padded to whole vectors."""
-        self.size, self.padded = size, _padded(size, dtype.itemsize)
+        self.size, self.padded = size, kernel.padded(size, dtype.itemsize)
         is_moved = self.padded > size or self.parts is not None
         self.copies = _aligned_zeros((len(self.runs), self.padded), dtype)
         self.inside = _aligned_zeros((len(self.runs), kernel.ARRAYS, self.padded * is_moved), dtype)
@@ -255,12 +255,6 @@ def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[A
     memory = np.zeros(size + _CACHE_LINE, np.uint8)
     start = -memory.ctypes.data % _CACHE_LINE
     return memory[start : start + size].view(dtype).reshape(shape)
-
-
-def _padded(size: int, itemsize: int) -> int:
-    """How many elements to work on, so that small arrays are whole vectors."""
-    vector = kernel.PADDING // itemsize
-    return math.ceil(size / vector) * vector if size * itemsize <= kernel.MOST_PADDED else size
 
 
 def compiled_loop(runs: Sequence[Any]) -> Loop | None:

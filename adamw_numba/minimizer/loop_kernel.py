@@ -42,12 +42,12 @@ RAISED, PAUSED = 1, 2  # what an objective leaves in its first word: it has rais
 PADDING, MOST_PADDED = 32, 2**12  # bytes: a vector; and an array that is small
 PIECE = 1024  # elements of an array that are moved and measured together, while they are in the fastest cache
 
-_note, _verdict = jit(stopping.note), jit(stopping.verdict)
+_note, verdict = jit(stopping.note), jit(stopping.verdict)
 _clip_factor = njit(**OPTIONS)(clip_factor)  # not cached: the type of `max` cannot be pickled
 
 
 @intrinsic
-def _call_objective(typingctx, address, x, g, words):
+def call_objective(typingctx, address, x, g, words):
     def codegen(context, builder, signature, args):
         kind = ir.FunctionType(ir.DoubleType(), [ir.IntType(64)] * 3)
         return builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
@@ -101,7 +101,7 @@ def _clip(run, clips, size, chunk, like):
 
 
 @jit
-def _largest(count, x):
+def largest(count, x):
     """The largest magnitude, by its bits: they are in the same order, NaN above all, and as integers make vectors."""
     result = _bits(abs(x[0]))
     for i in range(1, count):
@@ -118,7 +118,7 @@ def _largest_difference(count, x, before):
 
 
 @jit
-def _largest_inward(count, x, g, lower, upper, zero):
+def largest_inward(count, x, g, lower, upper, zero):
     """The largest magnitude of those that do not push out of the bounds."""
     result = _bits(zero)
     for i in range(count):
@@ -143,7 +143,7 @@ def _project(count, x, lower, upper):
 
 
 @jit
-def _put_point(run, to, at, count, like):
+def put_point(run, to, at, count, like):
     """Write `count` elements of x, `at` bytes from its start, in the user's units: within the bounds, and exactly on
     them where x is.
     """
@@ -168,19 +168,19 @@ def _evaluate(run, padded, like, values, counts):
     """Call the objective with the copy of the array; False where it raised."""
     x, g, words = pointer(run[X], like), pointer(run[GRADIENT], like), pointer(run[WORDS], np.int64(0))
     words[0] = 0
-    value = _call_objective(run[EVALUATE], run[COPY], run[GRADIENT], run[WORDS])
+    value = call_objective(run[EVALUATE], run[COPY], run[GRADIENT], run[WORDS])
     if words[0] == RAISED:
         return False
     values[stopping.FUN] = value
     if run[LOWER] == 0:
-        values[stopping.GRADIENT_NORM] = _largest(padded, g)
+        values[stopping.GRADIENT_NORM] = largest(padded, g)
     elif run[SCALE] == 0:
         lower, upper = pointer(run[LOWER], like), pointer(run[UPPER], like)
-        values[stopping.GRADIENT_NORM] = _largest_inward(padded, x, g, lower, upper, like)
+        values[stopping.GRADIENT_NORM] = largest_inward(padded, x, g, lower, upper, like)
     else:  # whether a gradient pushes out of the bounds is seen in the user's units
-        _put_point(run, run[COPY], 0, padded, like)  # again: the objective may have written into it
+        put_point(run, run[COPY], 0, padded, like)  # again: the objective may have written into it
         lower, upper = pointer(run[POINT_LOWER], like), pointer(run[POINT_UPPER], like)
-        values[stopping.GRADIENT_NORM] = _largest_inward(padded, pointer(run[COPY], like), g, lower, upper, like)
+        values[stopping.GRADIENT_NORM] = largest_inward(padded, pointer(run[COPY], like), g, lower, upper, like)
     counts[stopping.NFEV] += 1
     counts[stopping.NJEV] += 1
     return True
@@ -188,7 +188,7 @@ def _evaluate(run, padded, like, values, counts):
 
 @jit
 def _keep_best(run, at, count, like):
-    _put_point(run, run[BEST], at, count, like)
+    put_point(run, run[BEST], at, count, like)
     _copy(count, pointer(run[BEST_GRADIENT] + at, like), pointer(run[GRADIENT] + at, like))
 
 
@@ -240,16 +240,16 @@ def _advance(block, run, like, top, average, limit, lead):
             exchange_mode(mode)  # back to what the objective expects
             if lower_at != 0:
                 _project(count, x, pointer(lower_at + at, like), pointer(upper_at + at, like))
-            _put_point(run, copy_at, at, count, like)
+            put_point(run, copy_at, at, count, like)
             if scale_at != 0:
                 scale = pointer(scale_at + at, like)
                 for i in range(count):
                     before[i] = (x[i] - before[i]) * scale[i]
-                step = np.maximum(step, _largest(count, before))
+                step = np.maximum(step, largest(count, before))
             else:
                 step = np.maximum(step, _largest_difference(count, x, before))
             if limits[stopping.XTOL] >= 0:
-                extent = np.maximum(extent, _largest(count, pointer(copy_at + at, like)))
+                extent = np.maximum(extent, largest(count, pointer(copy_at + at, like)))
         run[IS_BEST] = 0
         values[stopping.STEP_NORM], values[stopping.SIZE] = step, extent
         iteration[0] += 1
@@ -268,7 +268,7 @@ def _advance(block, run, like, top, average, limit, lead):
                 _keep_best(run, 0, padded, like)
                 run[IS_BEST] = 0
             _scale_gradient(run, padded, like)
-        counts[stopping.REASON] = _verdict(values, counts, limits)
+        counts[stopping.REASON] = verdict(values, counts, limits)
         records[RECORD * k] = values[stopping.FUN]
         records[RECORD * k + 1] = values[stopping.GRADIENT_NORM]
         records[RECORD * k + 2] = values[stopping.STEP_NORM]
@@ -292,6 +292,15 @@ def _bring_home(homes, run, size, like):
 
 
 @jit
+def advance(block, run, like, top, average, limit, lead):
+    """Advance one run, and put the best point where it belongs."""
+    _advance(block, run, like, top, average, limit, lead)
+    if run[IS_BEST] != 0:
+        _keep_best(run, 0, block[PADDED], like)
+        run[IS_BEST] = 0
+
+
+@jit
 def _advance_share(address, part, parts, like, top, average, limit, lead):
     word = np.int64(0)
     block = pointer(address, word)
@@ -299,11 +308,34 @@ def _advance_share(address, part, parts, like, top, average, limit, lead):
         run = pointer(block[RUNS] + 8 * RUN_ENTRIES * r, word)
         homes = pointer(block[HOMES] + 8 * ARRAYS * r, word)
         _bring_in(homes, run, block[SIZE], like)
-        _advance(block, run, like, top, average, limit, lead)
-        if run[IS_BEST] != 0:
-            _keep_best(run, 0, block[PADDED], like)
-            run[IS_BEST] = 0
+        advance(block, run, like, top, average, limit, lead)
         _bring_home(homes, run, block[SIZE], like)
+
+
+@jit
+def begin(block, run, like):
+    """The first evaluation of a run, as `Run.start` makes it; False where the objective raised."""
+    padded, scale_at = block[PADDED], run[SCALE]
+    values, counts = pointer(run[VALUES], 0.0), pointer(run[COUNTS], np.int64(0))
+    limits = pointer(block[LIMITS], 0.0)
+    put_point(run, run[COPY], 0, padded, like)
+    if not _evaluate(run, padded, like, values, counts):
+        return False
+    counts[stopping.COST] = 1
+    _note(values, counts, limits)
+    counts[stopping.EVALUATED] = 1
+    if counts[stopping.BEST_AT] == counts[stopping.NIT]:
+        _keep_best(run, 0, padded, like)
+    if scale_at != 0:
+        _scale_gradient(run, padded, like)
+    counts[stopping.REASON] = verdict(values, counts, limits)
+    return True
+
+
+def padded(size: int, itemsize: int) -> int:
+    """How many elements to work on, so that small arrays are whole vectors."""
+    vector = PADDING // itemsize
+    return -(-size // vector) * vector if size * itemsize <= MOST_PADDED else size
 
 
 @cache

@@ -66,7 +66,7 @@ class Objective:
         self._fresh: Callable[[], Sequence[Array]] | None = None
         self.batches = None if batches is None else Batches(batches)
         # One parameter more than (x, batch, *args) is the gradient, to be filled.
-        self.fills = jac is True and _required(fun) == 2 + len(args) + (batches is not None)
+        self.fills = jac is True and required_parameters(fun) == 2 + len(args) + (batches is not None)
         method = "2-point" if jac is None else jac
         differs = isinstance(method, str) and method in DIFFERENCES
         self._differences = Differences(method, relative_step, absolute_step, workers, problem) if differs else None
@@ -156,7 +156,7 @@ def is_compiled(function: object) -> bool:
     return numba is not None and isinstance(function, numba.core.dispatcher.Dispatcher)
 
 
-def _required(fun: Any) -> int | None:
+def required_parameters(fun: Any) -> int | None:
     """How many positional arguments a function requires; None if that is not known or open."""
     try:
         parameters = inspect.signature(getattr(fun, "py_func", fun)).parameters.values()

@@ -70,7 +70,7 @@ def _read_all(specs):
     return _inner(lambda words: (read(words),) + rest(words))
 
 
-def _both(fun, jac, fills, ndim):
+def value_and_gradient(fun, jac, fills, ndim):
     """Compiled code that puts the gradient where it belongs and returns the value."""
     put = _inner(_put_row if ndim == 1 else _put)
     if fills:
@@ -99,14 +99,14 @@ def _both(fun, jac, fills, ndim):
 
 def _put_row(g, gradient):
     if gradient.shape != g.shape:
-        raise ValueError("shape")
+        raise ValueError("the gradient has another shape than `x`; expected the same")
     for i in range(g.size):
         g[i] = gradient[i]
 
 
 def _put(g, gradient):
     if gradient.shape != g.shape:
-        raise ValueError("shape")
+        raise ValueError("the gradient has another shape than `x`; expected the same")
     for index in np.ndindex(g.shape):
         g[index] = gradient[index]
 
@@ -126,7 +126,7 @@ def objective_kernel(fun: Any, jac: Any, fills: bool, dtype: str, shape: Any, sp
 @lru_cache(maxsize=64)
 def _objective_kernel(fun: Any, jac: Any, fills: bool, dtype: str, shape: Any, specs: Any) -> Any:
     """The C function or None, and which compilations of the objective it may hold."""
-    both, read, like = _both(fun, jac, fills, len(shape)), _read_all(specs), LIKE[dtype]
+    both, read, like = value_and_gradient(fun, jac, fills, len(shape)), _read_all(specs), LIKE[dtype]
     entries = len(specs) + 1
 
     def evaluate(x_address, g_address, address):

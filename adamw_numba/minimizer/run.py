@@ -24,7 +24,7 @@ from .result import new_result
 from .scaling import divided, multiplied, onto_bounds, scale_of_stage
 from .warm_start import take_state
 
-_SMALLEST = 1e-12  # units, in that of x, down to which a run goes on after NaN or infinity
+SMALLEST = 1e-12  # units, in that of x, down to which a run goes on after NaN or infinity
 
 
 class Run:
@@ -215,7 +215,7 @@ class Run:
         if not self.chooses_units or self.reason != stopping.NONFINITE or not self._has_best():
             return
         scale = [unit / 10 for unit in self.get("scale")]
-        if _largest(scale) > _SMALLEST * max(1.0, _largest(self.get("best"))):  # else smaller ones would not help
+        if _largest(scale) > SMALLEST * max(1.0, _largest(self.get("best"))):  # else smaller ones would not help
             self._go_on_from_best(scale)
             self.decide()
 
