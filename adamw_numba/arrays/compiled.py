@@ -5,8 +5,9 @@ from numba import config, njit, types
 from numba.extending import intrinsic
 
 # `contract` allows a product and a sum to become one instruction. Nothing else of "fast math" is allowed: it would
-# reorder sums, and the same inputs would no longer give the same bits.
-OPTIONS = {"error_model": "numpy", "fastmath": {"contract"}}
+# reorder sums, and the same inputs would no longer give the same bits. An option that is not set here would be that of
+# the function of a user in which one of ours happens to be compiled first (njit/), and so get into the cache.
+OPTIONS = {"error_model": "numpy", "fastmath": {"contract"}, "forceinline": False}
 
 
 def cached(decorator, *signature, **options):

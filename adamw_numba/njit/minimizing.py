@@ -146,7 +146,8 @@ def minimize(
     return door(fun, np.asarray(x0), args, 0.0 if automatic else learning_rate, jac, *rest, clipvalue, decouple_lr)
 
 
-@overload(minimize, prefer_literal=True, jit_options=EXACT)
+# Inlined, so that no function is passed on as a value: Numba cannot cache the code that does.
+@overload(minimize, prefer_literal=True, jit_options=EXACT | {"forceinline": True})
 def _overload_minimize(
     fun,
     x0,

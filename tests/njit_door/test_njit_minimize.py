@@ -243,7 +243,7 @@ def test_what_a_rate_raises():
 
     with pytest.raises(ZeroDivisionError, match="seven"):
         minimize(bowl, np.zeros(2), (3.0,), njit(rate))
-    with pytest.raises(ValueError, match="`learning_rate` must be a finite float >= 0 at each step.*-1.0, 3"):
+    with pytest.raises(ValueError, match=r"`learning_rate` must be a finite float >= 0 at each step.*-1.0, 3"):
         minimize(bowl, np.zeros(2), (3.0,), njit(lambda step: 2.0 - step))
 
 
