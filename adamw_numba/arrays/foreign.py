@@ -1,7 +1,7 @@
 """Arrays of libraries without a namespace: each is seen as an array that this package knows, over the same memory.
 
 On the host these are objects with NumPy's array interface (NVIDIA Warp's arrays, ROOT's vectors) or with DLPack alone
-(nanobind's, for example), and what is seen of them is a NumPy array: it is made when the optimizer is built, and again
+(nanobind's arrays), and what is seen of them is a NumPy array: it is made when the optimizer is built, and again
 where the object has moved. On a GPU they are those that say shape and dtype in words of their own, as Warp's do (the
 others are left to gpu.py). Everything else, from the checks to the kernels, only meets what is seen.
 """
