@@ -201,7 +201,7 @@ class AdamW(Saveable, Conventional):
     @property
     def trainable_variables(self) -> list[Array]:
         """The arrays that `build` was given (of an unpickled optimizer: its own copies), in order."""
-        return list(self.engine.workspace.variables) if self.engine.workspace else []
+        return list(self.engine.workspace.given) if self.engine.workspace else []
 
     @property
     def variables(self) -> list[Array]:
@@ -251,8 +251,8 @@ class AdamW(Saveable, Conventional):
         Parameters
         ----------
         variables : array, list of arrays, list of ``(name, array)`` pairs, or nested dict or list of arrays
-            Arrays of floats or complex numbers, of any Array-API library, that do not overlap. NumPy arrays and torch
-            tensors on the CPU are updated where they lie by compiled code.
+            Arrays of floats or complex numbers that do not overlap: of any Array-API library, or that tell where they
+            lie (docs/arrays.md). On the CPU, NumPy's, torch's and the latter are updated in place by compiled code.
 
         Raises
         ------
@@ -449,9 +449,9 @@ class AdamW(Saveable, Conventional):
         array
         """
         workspace = self.engine.workspace
-        known = zip(workspace.names, workspace.variables, strict=True) if workspace else ()
+        known = zip(workspace.names, workspace.given, strict=True) if workspace else ()
         prefix = next((f"{n.replace('/', '_')}_" for n, variable in known if variable is reference_variable), "")
-        array = arrays.zeros_like(reference_variable, arrays.dtype_name(reference_variable))
+        array = arrays.zeros_like(reference_variable, arrays.dtype_name(arrays.seen(reference_variable)))
         return self.engine.state.add(f"{prefix}{name or 'var'}", array, initializer, late=self.built)
 
     # Stepping
@@ -587,15 +587,15 @@ class AdamW(Saveable, Conventional):
                 raise ValueError("`averaged` needs averages. Received: use_ema=False; expected AdamW(use_ema=True)")
             if engine.swapped:
                 raise RuntimeError("`averaged()` is active already; expected no such block inside another")
-            for name, variable in zip(built.names, built.variables, strict=True):
+            for name, variable in zip(built.names, built.given, strict=True):
                 arrays.check_variable(name, variable)
-            kept = [(variable, arrays.like(variable, variable)) for variable in built.variables]
+            kept = [(variable, arrays.like(variable, variable)) for variable in built.given]
             # An interrupt has both made whole; where that cannot be, `swapped` stays, and the next step says so.
             back = [(arrays.write_all, kept)]
             ended = (setattr, engine, "alone", built.alone), (setattr, engine, "swapped", False)
             try:
                 engine.swapped, engine.alone = True, None
-                self.finalize_variable_values(built.variables)
+                self.finalize_variable_values(built.given)
                 yield
             finally:
                 commit(back, ended)

@@ -1,6 +1,7 @@
 """What an array is, for arrays of any library: what it is called, where it lies, what is refused, how it is copied."""
 
 from .checks import check_gradient, check_tensor, check_variable, check_variables, read_directly
+from .foreign import origin, seen, seen_again, seen_all
 from .layout import Layout, address, extent, layout_of, memory, share_memory, signature
 from .library import (
     COMPUTE,

@@ -16,6 +16,8 @@ def advice(value: object) -> str:
         return "expected its `named_parameters()`"
     if _has(value, "assign", "value", "path"):
         return f"expected the array that this Keras variable holds, its `value`: `{_OF_KERAS}`"
+    if _has(value, "contiguous", "numpy") and not _has(value, "__array_interface__"):  # of Warp, by index
+        return "expected an array whose elements lie at regular distances: pass `value.contiguous()`, which is a copy"
     if _has(value, "to_numpy"):
         return "expected an array: pass `value.to_numpy()`"
     if isinstance(value, (int, float, complex, list)) or _has(value, "__array__"):

@@ -9,6 +9,7 @@ import numpy as np
 from . import gpu
 from .advice import advice
 from .brief import brief
+from .foreign import origin, seen
 from .layout import address, extent, is_aligned, layout_of, overlaps_itself, signature
 from .library import COMPUTE, SLOT, Array, device, dtype_name, family, is_array, is_complex, library_name
 
@@ -28,13 +29,19 @@ def check_variable(name: str, array: Array) -> None:
     what = f"variable {brief(name)}"
     if not is_array(array):
         raise TypeError(f"{what} is {brief(array)} of type {type(array).__name__}; {advice(array)}")
+    given, array = array, seen(array, what)
     kind = family(array)
     if kind == "cuda":
-        gpu.require(what, array)
+        gpu.require(what, given)
         if gpu.is_read_only(array):
             raise ValueError(f"{what} is read-only; expected an array that can be written")
     elif kind == "numpy":
         _check_ndarray(what, array)
+        if given is not array and not array.flags.writeable:
+            raise ValueError(
+                f"{what} is read-only, or does not say that it may be written, which DLPack does from version 1.0 on; "
+                f"expected an array that can be written. Received: {brief(given)}"
+            )
         _check_writable(what, array)
     if array_api_compat.is_torch_array(array):
         check_tensor(what, array)
@@ -59,8 +66,8 @@ def check_gradient(name: str, gradient: Array, variable: Array) -> None:
         raise TypeError(f"{what} is {brief(gradient)} of type {type(gradient).__name__}; {advice(gradient)}, or None")
     if family(gradient) != family(variable) or library_name(gradient) != library_name(variable):
         raise TypeError(
-            f"{what} is an array of {library_name(gradient)} on {device(gradient)}; expected one of "
-            f"{library_name(variable)} on {device(variable)}, like its variable"
+            f"{what} is an array of {library_name(origin(gradient))} on {device(gradient)}; expected one of "
+            f"{library_name(origin(variable))} on {device(variable)}, like its variable"
         )
     if isinstance(gradient, np.ndarray):
         _check_ndarray(what, gradient)

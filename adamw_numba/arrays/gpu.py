@@ -22,6 +22,7 @@ import numpy as np
 Array = Any
 EXTRAS = "pip install 'adamw-numba[cuda13]' (or [cuda12], for a driver of CUDA 12)"
 _DLPACK_CUDA = 2
+_LEGACY_STREAM = 1  # its number in the CUDA array interface
 _OF_NUMBA = attrgetter("shape", "strides", "dtype")
 
 
@@ -35,7 +36,12 @@ def is_cuda_array(array: Array) -> bool:
         return True
     if not (hasattr(array, "shape") and hasattr(array, "dtype")):
         return False
-    return hasattr(type(array), "__cuda_array_interface__") or _dlpack_device(array)[0] == _DLPACK_CUDA
+    return _has_interface(array) or dlpack_device(array)[0] == _DLPACK_CUDA
+
+
+def _has_interface(array: Array) -> bool:
+    # Warp's arrays have one type wherever they lie: on the host the attribute raises AttributeError.
+    return hasattr(type(array), "__cuda_array_interface__") and hasattr(array, "__cuda_array_interface__")
 
 
 def is_numba(array: Array) -> bool:
@@ -46,6 +52,41 @@ def is_numba(array: Array) -> bool:
 def is_foreign(array: Array) -> bool:
     """Whether a GPU array's library has no Array-API namespace."""
     return not (array_api_compat.is_torch_array(array) or array_api_compat.is_cupy_array(array))
+
+
+class _Seen:
+    """A GPU array that says shape and dtype in words of its own, in those of NumPy: Warp's vectors are an axis there.
+
+    Its interface is of version 3, which tells the stream as well: the one that Warp works in at that moment. What has
+    none is taken to be in order with the legacy default stream, as version 2 has it.
+    """
+
+    def __init__(self, owner: Array) -> None:
+        self.owner = owner
+        interface = owner.__cuda_array_interface__
+        self.shape, self.dtype = tuple(interface["shape"]), np.dtype(interface["typestr"])
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        interface = self.owner.__cuda_array_interface__
+        if interface["version"] >= 3:
+            return dict(interface)
+        stream = getattr(getattr(getattr(self.owner, "device", None), "stream", None), "cuda_stream", None)
+        return {**interface, "version": 3, "stream": stream or _LEGACY_STREAM}
+
+    def __dlpack_device__(self) -> tuple[int, int]:  # where it lies; without `__dlpack__` nothing more is asked
+        return dlpack_device(self.owner)
+
+
+def seen(array: Array) -> Array:
+    """A GPU array as its interface has it, where its own dtype is not NumPy's; else the array itself."""
+    if not is_foreign(array) or is_numba(array) or not _has_interface(array) or _is_of_numpy(array.dtype):
+        return array
+    return _Seen(array)
+
+
+def _is_of_numpy(dtype: object) -> bool:
+    return isinstance(dtype, np.dtype) or (isinstance(dtype, type) and issubclass(dtype, np.generic))
 
 
 def require(name: str, array: Array) -> None:
@@ -115,7 +156,7 @@ def device_index(array: Array) -> int:
     if is_numba(array):
         context = getattr(getattr(array, "gpu_data", None), "context", None)
         return int(context.device.id) if context is not None else 0
-    kind, index = _dlpack_device(array)
+    kind, index = dlpack_device(array)
     if kind == _DLPACK_CUDA:
         return index
     try:
@@ -272,7 +313,8 @@ def _contiguous(shape: tuple[int, ...], size: int = 1) -> tuple[int, ...]:
     return tuple(size * math.prod(shape[k + 1 :]) for k in range(len(shape)))
 
 
-def _dlpack_device(array: Array) -> tuple[int, int]:
+def dlpack_device(array: Array) -> tuple[int, int]:
+    """DLPack's numbers for where an array lies; (0, 0) if it has no DLPack."""
     try:
         kind, index = array.__dlpack_device__()
         return int(kind), int(index)

@@ -11,6 +11,7 @@ import array_api_compat
 import numpy as np
 
 from . import gpu
+from .foreign import is_foreign
 
 Array = Any
 
@@ -33,7 +34,7 @@ def is_array(value: object) -> bool:
     if type(value) in _ARRAY_TYPES:
         return True
     known = isinstance(value, (np.generic, np.ndarray)) or array_api_compat.is_array_api_obj(value)
-    known = known or gpu.is_cuda_array(value)
+    known = known or gpu.is_cuda_array(value) or is_foreign(value)
     if known:
         _ARRAY_TYPES.add(type(value))
     return known
@@ -45,12 +46,17 @@ def are_arrays(values: Iterable[object]) -> bool:
 
 
 def family(array: Array) -> str:
-    """``numpy``, ``torch`` (on the CPU) and ``cuda`` go to compiled kernels, ``array_api`` to whole-array functions."""
+    """``numpy``, ``torch`` (on the CPU) and ``cuda`` go to compiled kernels, ``array_api`` to whole-array functions.
+
+    What is ``foreign`` goes nowhere: see `foreign.seen`.
+    """
     if isinstance(array, (np.ndarray, np.generic)):
         return "numpy"
     if array_api_compat.is_torch_array(array) and array.device.type == "cpu":
         return "torch"
-    return "cuda" if gpu.is_cuda_array(array) else "array_api"
+    if gpu.is_cuda_array(array):
+        return "cuda"
+    return "foreign" if is_foreign(array) else "array_api"
 
 
 def place(array: Array) -> str | None:
@@ -78,6 +84,8 @@ def device(array: Array) -> str:
     """The device of an array, as text; of an array that is being traced, its library's word for that."""
     if family(array) == "cuda":
         return str(place(array))
+    if is_foreign(array):
+        return "cpu"
     return str(array_api_compat.device(array))
 
 
@@ -108,7 +116,7 @@ def is_complex(array: Array) -> bool:
 
 def is_mutable(array: Array) -> bool:
     """Whether an array's elements can be assigned to; JAX's and Dask's cannot."""
-    if family(array) in ("numpy", "cuda"):
+    if family(array) in ("numpy", "cuda", "foreign"):
         return True
     return bool(array_api_compat.is_writeable_array(array)) and not array_api_compat.is_dask_array(array)
 

@@ -8,6 +8,7 @@ import array_api_compat
 import numpy as np
 
 from . import gpu
+from .foreign import seen
 from .library import Array, dtype_name, family, has_version, is_array, is_mutable, library_name, namespace
 
 
@@ -17,6 +18,9 @@ def zeros_like(array: Array, dtype: str) -> Array:
         if array.flags.c_contiguous:  # a sixth of the time of `zeros_like`, which is written in Python
             return np.zeros(array.shape, dtype)
         return np.zeros_like(array, dtype=dtype, order="K", subok=False)
+    array = seen(array)
+    if isinstance(array, np.ndarray):
+        return zeros_like(array, dtype)
     if array_api_compat.is_torch_array(array):
         torch = sys.modules["torch"]
         return torch.zeros_like(array, dtype=getattr(torch, dtype))
@@ -32,6 +36,7 @@ def zeros_like(array: Array, dtype: str) -> Array:
 
 def like(array: Array, value: Array) -> Array:
     """A copy of a value as an array of the library, dtype, layout and device of another array."""
+    array = seen(array)
     if not is_mutable(array):
         xp = namespace(array)
         value = xp.asarray(value if namespace(value) is xp else to_numpy(value), copy=True)  # it may be donated
@@ -64,9 +69,10 @@ def write(array: Array, value: Array) -> None:
     if type(array) is type(value) is np.ndarray and array.shape == value.shape:  # most, and ten times as fast
         array[...] = value
         return
+    array = seen(array)
     if not is_mutable(array):
         raise TypeError(f"arrays of {library_name(array)} are immutable; use `stateless_apply` and its return values")
-    value = value if is_array(value) else np.asarray(value)
+    value = seen(value) if is_array(value) else np.asarray(value)
     if tuple(value.shape) != tuple(array.shape):
         raise ValueError(f"value has shape {tuple(value.shape)}; expected {tuple(array.shape)}")
     if library_name(value) != library_name(array):
@@ -129,6 +135,7 @@ def detached(array: Array) -> Array:
 
 def to_numpy(array: Array) -> np.ndarray[Any, Any]:
     """A NumPy copy of an array of any library; torch's bfloat16 becomes float32, which holds it exactly."""
+    array = seen(array)
     if family(array) == "cuda":
         return gpu.to_numpy(array)
     if array_api_compat.is_torch_array(array):

@@ -34,6 +34,7 @@ def number_of(value: Any) -> float:
     try:
         if isinstance(value, (bool, int, float)):
             return float(value)
+        value = arrays.seen(value)
         size = math.prod(value.shape) if hasattr(value, "shape") else None
         name = arrays.dtype_name(value) if size == 1 else ""
         if name and not name.startswith(("complex", "object", "str")):
@@ -77,6 +78,8 @@ def gradient_of(name: str, gradient: Any, x: Array) -> Array:
     if type(gradient) is not np.ndarray:
         if type(gradient).__module__.partition(".")[0] == "torch" and "torch" in sys.modules:
             gradient = _host_tensor(what, gradient.detach())
+        if arrays.family(gradient) == "foreign":
+            gradient = arrays.seen(gradient, what)
         gradient = np.asarray(gradient)
     if gradient.dtype.kind not in "fiub":
         raise TypeError(f"{what} has dtype {gradient.dtype!s:.100}; expected real numbers")

@@ -109,6 +109,7 @@ def _one(fun: Any, args: Any, keywords: dict[str, Any], x0: Any) -> Any:
 def _starts(x0s: Any, bounds: Any, rng: Any) -> list[Any]:
     if isinstance(x0s, (int, np.integer)) and not isinstance(x0s, bool):
         return _sobol(int(x0s), bounds, rng)
+    x0s = arrays.seen(x0s, "`x0s`")
     if not (arrays.is_array(x0s) or isinstance(x0s, (list, tuple))):
         raise TypeError(f"`x0s` is {brief(x0s)}; expected an array of starts, a list of them, or how many")
     if arrays.is_array(x0s) and x0s.ndim < 2:

@@ -64,7 +64,7 @@ def _is_numbers(x0: Any) -> bool:
 
 def _checked_copy(name: str, leaf: Any) -> Array:
     what = "`x0`" if name == "x0" else f"`x0` at {brief(name)}"
-    leaf = _of_floats(what, leaf)
+    leaf = _of_floats(what, arrays.seen(leaf, what))  # of a library without a namespace: NumPy's
     if arrays.is_complex(leaf):
         dtype = arrays.dtype_name(leaf)
         raise TypeError(f"{what} has dtype {dtype}; expected real numbers: pass the real and imaginary parts")

@@ -88,8 +88,9 @@ class Engine(Rates):
         arrays.check_variables(names, variables)
         hyper = self.hyper
         groups, which, unmatched = make_groups(self, hyper.overrides, names, variables)
+        given, variables = variables, arrays.seen_all(names, variables)
         slots = [self.new_slots(v) if groups[k].trainable else {} for v, k in zip(variables, which, strict=True)]
-        workspace = building.build(names, variables, slots, which, len(groups))
+        workspace = building.build(names, variables, slots, which, len(groups), given)
         for called, nothing in unmatched:
             warnings.warn(
                 f"{called}: each of {brief_names(nothing, 20)} matches none of the variables {brief_names(names)}",
@@ -100,7 +101,7 @@ class Engine(Rates):
             for group, started in zip(groups, self.loaded.started(groups), strict=True):
                 vars(group)["started"] = started
             self.loaded = None
-        hyper.overrides = [override.by_names(names, variables) for override in hyper.overrides]
+        hyper.overrides = [override.by_names(names, given) for override in hyper.overrides]
         self._take(workspace, groups)
         return workspace
 
@@ -119,10 +120,11 @@ class Engine(Rates):
                 "which variables have a state, and what they count, cannot change once a graph was captured; expected "
                 "that before it"
             )
+        given = self.workspace.given if self.workspace and self.workspace.foreign else variables
         with without_collections():
-            workspace = building.build(names, variables, slots, which, len(groups))
+            workspace = building.build(names, variables, slots, which, len(groups), given)
         for k, group in enumerate(groups):
-            group.take(self, [i for i, own in enumerate(which) if own == k], names, variables)
+            group.take(self, [i for i, own in enumerate(which) if own == k], names, given)
         self._take(workspace, groups)
 
     def _take(self, workspace: Workspace, groups: list[Group]) -> None:
@@ -138,7 +140,17 @@ class Engine(Rates):
         """The workspace; an error that names what needs it, before `build`."""
         if self.workspace is None:
             raise ValueError(f"`{what}` needs an optimizer that is built. Call `optimizer.build(variables)` first.")
+        if self.workspace.foreign:
+            self.look_again()
         return self.workspace
+
+    def look_again(self) -> None:
+        """Lay out the work again where a foreign variable has moved: see `Workspace.seen_again`."""
+        with self.lock:
+            workspace: Workspace = self.workspace  # type: ignore[assignment]
+            variables = workspace.seen_again()
+            if variables is not None:
+                self.lay_out(workspace.names, variables, workspace.slots, workspace.which, self.hyper.groups)
 
     def check_not_swapped(self) -> None:
         """Refuse to go on inside `averaged()`."""

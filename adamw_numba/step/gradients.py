@@ -27,6 +27,14 @@ def variables_of(engine: Any, variables: Container) -> tuple[list[str], list[Arr
 def match(engine: Any, grads: Container, variables: Container | None) -> Sequence[Array | None]:
     """The gradients in the order of the variables, which are built if need be; an empty list if there are none."""
     engine.check_not_swapped()
+    found = _match(engine, grads, variables)
+    if found and engine.workspace.foreign:
+        engine.look_again()
+        return engine.workspace.seen(found)  # type: ignore[no-any-return]
+    return found
+
+
+def _match(engine: Any, grads: Container, variables: Container | None) -> Sequence[Array | None]:
     if variables is not None:
         names, given = flatten(variables)
         grads = materialized(grads, "grads")
@@ -119,7 +127,7 @@ def indices(built: Workspace, variables: Sequence[Array]) -> list[int]:
     ValueError
         If one is not among them, or is given twice.
     """
-    where = {id(variable): i for i, variable in enumerate(built.variables)}
+    where = {id(variable): i for i, variable in enumerate(built.given)}
     for k, variable in enumerate(variables):
         if id(variable) not in where:
             raise ValueError(

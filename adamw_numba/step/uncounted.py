@@ -30,7 +30,7 @@ def update_one(engine: Engine, gradient: Array, variable: Array, learning_rate: 
         group = engine.hyper.groups[workspace.which[index]]
         updates = max(engine.updates() - group.started, 0)
         recipe = adam_alone(group.values(), updates, rate, len(engine.hyper.groups))
-        gradients = [gradient if k == index else None for k in range(len(workspace.names))]
+        gradients = workspace.seen([gradient if k == index else None for k in range(len(workspace.names))])
         gradients = workspace.of_trainable(gradients)
         workspace.begin(gradients)
         arrays.note_writes(workspace.touched(gradients, recipe))
@@ -54,7 +54,8 @@ def stateless_apply(
     if not gradients:
         return rebuild(container, leaves), list(state)
     state_names = [name for name, _, _ in engine.places()]
-    given = [leaves[i] for i in positions]
+    gradients = built.seen(gradients)
+    given = [arrays.seen(leaves[i], "`trainable_variables`:", names[i]) for i in positions]
     new, new_state = stateless.apply(engine, built, state_names, state, gradients, given, loss_scale, nonfinite)
     for i, leaf in zip(positions, new, strict=True):
         leaves[i] = leaf

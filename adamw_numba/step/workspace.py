@@ -36,6 +36,8 @@ class Workspace(NamedTuple):
     gpus: list[Any]  # the plans of GPUs
     versioned: list[tuple[int, Array]]  # the trainable variables whose versions torch counts, by number
     tensors: list[Array]  # the same without their numbers
+    given: list[Array]  # what `build` was given: what is seen of it are the variables
+    foreign: list[int]  # which variables are seen: see `arrays.foreign`
 
     @property
     def trained(self) -> tuple[list[str], list[int]]:
@@ -49,6 +51,43 @@ class Workspace(NamedTuple):
         if self.trainable is None:
             return gradients
         return [gradients[i] for i in self.trainable] if len(gradients) == len(self.names) else ()
+
+    def seen(self, gradients: Sequence[Array | None]) -> list[Array | None]:
+        """The gradients, and what is seen of those of foreign variables.
+
+        Raises
+        ------
+        TypeError
+            If the memory of one cannot be seen.
+        """
+        found = list(gradients)
+        for i in self.foreign:
+            if found[i] is not None:
+                found[i] = arrays.seen(found[i], "the gradient of", self.names[i])
+        return found
+
+    def seen_again(self) -> list[Array] | None:
+        """The variables as they are seen now; None if no foreign one has moved.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If one cannot be trained any more, or has another shape or dtype.
+        """
+        found = list(self.variables)
+        for i in self.foreign:
+            name, given, before = self.names[i], self.given[i], self.variables[i]
+            now = found[i] = arrays.seen_again(name, given, before)
+            if now is before:
+                continue
+            arrays.check_variable(name, given)
+            if (now.shape, now.dtype) != (before.shape, before.dtype):
+                raise ValueError(
+                    f"variable {brief(name)} has become an array of shape {now.shape} and dtype {now.dtype}; "
+                    f"expected shape {before.shape} and dtype {before.dtype}, as built"
+                )
+        has_moved = any(now is not before for now, before in zip(found, self.variables, strict=True))
+        return found if has_moved else None
 
     def begin(self, gradients: Sequence[Array | None]) -> None:
         """Check everything that has changed since the last step.
@@ -86,7 +125,12 @@ class Workspace(NamedTuple):
 
 
 def build(
-    names: list[str], variables: list[Array], slots: list[dict[str, Array]], which: list[int], groups: int
+    names: list[str],
+    variables: list[Array],
+    slots: list[dict[str, Array]],
+    which: list[int],
+    groups: int,
+    given: list[Array] | None = None,
 ) -> Workspace:
     """Check that variables do not overlap, and lay out the work of a step.
 
@@ -110,11 +154,15 @@ def build(
     gpus = [plan for plan, where in zip(plans, dict.fromkeys(places), strict=True) if where not in ("cpu", None)]
     alone = plans[0] if len(plans) == 1 else None
     resident = alone if gpus else None
-    alone = alone if has_kernels or gpus else None
+    given = variables if given is None else given
+    foreign = [i for i, (one, other) in enumerate(zip(given, variables, strict=True)) if one is not other]
+    alone = alone if (has_kernels or gpus) and not foreign else None  # gradients of the latter have to be seen first
     versioned = [(i, variable) for i, variable in enumerate(trained[1]) if arrays.has_version(variable)]
     tensors = [variable for _, variable in versioned]
     some = trainable if len(trainable) < len(names) else None
-    return Workspace(names, variables, slots, which, some, plans, alone, resident, gpus, versioned, tensors)
+    return Workspace(
+        names, variables, slots, which, some, plans, alone, resident, gpus, versioned, tensors, given, foreign
+    )
 
 
 def _check_apart_from_frozen(names: list[str], variables: list[Array], slots: list[dict[str, Array]]) -> None:

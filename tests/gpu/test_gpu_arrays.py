@@ -117,6 +117,55 @@ def test_whatever_speaks_an_interface():
         np.testing.assert_allclose(found, np.full(5, 0.9 - 0.1 * 0.004, np.float32), rtol=1e-5)
 
 
+@needs_gpu
+@pytest.mark.parametrize("gradient", ["its own", "of the array's kind"])
+def test_an_array_that_describes_itself_in_its_own_words(gradient):
+    """As Warp does: vectors are no axis of its shape, its dtypes are not NumPy's, its interface is of version 2."""
+
+    class InWords:
+        def __init__(self, inner):
+            self.inner, self.shape, self.dtype = inner, tuple(inner.shape)[:1], type("vec3f", (), {})
+
+        @property
+        def __cuda_array_interface__(self):
+            own = self.inner.__cuda_array_interface__
+            return {key: own[key] for key in ("shape", "typestr", "data", "strides")} | {"version": 2}
+
+    own = array(np.ones((4, 3)))
+    optimizer = AdamW(0.1, use_ema=True)
+    optimizer.build([InWords(own)])
+    for _ in range(2):
+        g = array(np.ones((4, 3)))
+        optimizer.apply([g if gradient == "its own" else InWords(g)])
+    plain = np.ones((4, 3), np.float32)
+    other = AdamW(0.1, use_ema=True)
+    other.build([plain])
+    for _ in range(2):
+        other.apply([np.ones((4, 3), np.float32)])
+    np.testing.assert_allclose(libraries.look(own), plain, rtol=1e-6)
+    np.testing.assert_allclose(libraries.look(optimizer.averages[0]), other.averages[0], rtol=1e-6)
+
+
+@needs_gpu
+def test_arrays_of_warp():
+    wp = pytest.importorskip("warp")
+    wp.init()
+    if not wp.is_cuda_available():
+        pytest.skip("Warp finds no GPU here")
+    start, slopes = (np.random.default_rng(k).normal(size=(4, 3)).astype(np.float32) for k in range(2))
+    x = wp.array(start, dtype=wp.vec3, device="cuda:0", requires_grad=True)
+    x.grad.assign(slopes)
+    plain, where = start.copy(), x.ptr
+    optimizer, other = AdamW(0.1), AdamW(0.1)
+    optimizer.build([x])
+    other.build([plain])
+    for _ in range(3):
+        optimizer.apply([x.grad])
+        other.apply([slopes])
+    assert x.ptr == where
+    np.testing.assert_allclose(x.numpy(), plain, rtol=1e-6)
+
+
 def test_repr_and_deepcopy_and_averages():
     x = array(np.ones(3))
     optimizer = AdamW(0.1, use_ema=True)

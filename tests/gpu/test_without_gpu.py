@@ -5,11 +5,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from adamw_numba import AdamW
+from adamw_numba import AdamW, arrays
 
 
 class OnGPU:
@@ -26,6 +27,61 @@ class ByDLPack:
         return 2, 0
 
 
+class OfWarp:
+    """Four vectors, as Warp describes them: by an interface of version 2, in a stream of its own."""
+
+    shape, dtype, version = (4,), type("vec3f", (), {}), 2
+
+    device = SimpleNamespace(stream=SimpleNamespace(cuda_stream=4242))
+
+    @property
+    def __cuda_array_interface__(self):
+        own = {"shape": (4, 3), "typestr": "<f4", "data": (4096, False), "strides": (12, 4), "version": self.version}
+        return own | ({"stream": 7} if self.version == 3 else {})
+
+    def __dlpack_device__(self):
+        return 2, 1
+
+
+class OfWarpOnTheHost:
+    """Warp's arrays are of one type: where they lie decides which interface they have."""
+
+    shape, dtype = (3,), np.dtype("float32")
+
+    def __init__(self):
+        self.inner = np.ones(3, np.float32)
+
+    @property
+    def __cuda_array_interface__(self):
+        raise AttributeError("on the host")
+
+    @property
+    def __array_interface__(self):
+        return self.inner.__array_interface__
+
+
+def test_an_array_that_describes_itself_in_its_own_words_is_seen_in_numpys():
+    found = arrays.seen(OfWarp())
+    assert (found.shape, found.dtype, arrays.family(found), arrays.place(found)) == ((4, 3), "f4", "cuda", "cuda:1")
+    assert found.__cuda_array_interface__["version"] == 3
+    assert found.__cuda_array_interface__["stream"] == 4242
+    found.owner.version = 3  # whoever tells the stream is believed
+    assert found.__cuda_array_interface__["stream"] == 7
+    found.owner.version, found.owner.device = 2, None
+    assert found.__cuda_array_interface__["stream"] == 1
+    for plain in (OnGPU(), ByDLPack()):
+        assert arrays.seen(plain) is plain
+
+
+def test_an_array_of_a_type_that_may_lie_on_a_gpu_and_does_not():
+    x = OfWarpOnTheHost()
+    assert (arrays.family(x), arrays.device(x)) == ("foreign", "cpu")
+    optimizer = AdamW(0.1)
+    optimizer.build([x])
+    optimizer.apply([np.ones(3, np.float32)])
+    assert x.inner[0] < 1
+
+
 def no_gpu():
     try:
         from numba import cuda
@@ -36,7 +92,7 @@ def no_gpu():
 
 
 @pytest.mark.skipif(not no_gpu(), reason="there is a GPU")
-@pytest.mark.parametrize("array", [OnGPU(), ByDLPack()])
+@pytest.mark.parametrize("array", [OnGPU(), ByDLPack(), OfWarp()])
 @pytest.mark.parametrize("call", ["build", "apply"])
 def test_without_a_driver_the_error_names_the_extra(array, call):
     pytest.importorskip("numba_cuda")
@@ -46,7 +102,7 @@ def test_without_a_driver_the_error_names_the_extra(array, call):
     assert not optimizer.built
 
 
-@pytest.mark.parametrize("array", [OnGPU(), ByDLPack()])
+@pytest.mark.parametrize("array", [OnGPU(), ByDLPack(), OfWarp()])
 def test_without_numba_cuda_the_error_names_the_extra(array, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "numba_cuda" else find(name))

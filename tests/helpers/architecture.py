@@ -23,7 +23,7 @@ FOUNDATION = {"saving.stores": {"saving.stores", "arrays"}}  # what a folder may
 
 OPTIONAL = {
     "cuda", "cupy", "cupyx", "h5py", "jax", "keras", "matplotlib", "ml_dtypes", "numba_cuda", "optax", "safetensors",
-    "scipy", "torch", "tqdm", "zarr",
+    "scipy", "torch", "tqdm", "warp", "zarr",
 }  # fmt: skip
 COMPILERS = {"llvmlite", "numba"}
 COMPILED = (
