@@ -4,6 +4,7 @@ No array library except for NumPy is imported here: one that has made an array i
 """
 
 import math
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -35,9 +36,16 @@ def is_array(value: object) -> bool:
         return True
     known = isinstance(value, (np.generic, np.ndarray)) or array_api_compat.is_array_api_obj(value)
     known = known or gpu.is_cuda_array(value) or is_foreign(value)
+    known = known and not _is_container_of_jax(value)
     if known:
         _ARRAY_TYPES.add(type(value))
     return known
+
+
+def _is_container_of_jax(value: object) -> bool:
+    """Whether JAX has been told how to take it apart: flax's variables act as the array that they hold."""
+    tree_util = getattr(sys.modules.get("jax"), "tree_util", None)
+    return tree_util is not None and not tree_util.all_leaves([value])
 
 
 def are_arrays(values: Iterable[object]) -> bool:

@@ -26,6 +26,7 @@ def update(p, g, m, v, c):
 
     Examples
     --------
+    >>> from adamw_numba.njit import coefficients
     >>> p, m, v = update(1.0, 0.5, 0.0, 0.0, coefficients(0, 0.1, weight_decay=0))
     >>> round(p, 3)
     0.9

@@ -27,7 +27,7 @@ from .arguments import (
 from .calls import as_c_function
 from .rates import EXPECTED_RATE, rate_of
 from .running import FUN_RAISED, MOST_ROWS, RATE_RAISED, Numbers, Ways, run
-from .stepping import EXACT, MODES, checked_coefficients, flag, is_none, literal_mode
+from .stepping import INLINED, MODES, checked_coefficients, flag, is_none, literal_mode
 
 
 class Result(NamedTuple):
@@ -147,7 +147,7 @@ def minimize(
 
 
 # Inlined, so that no function is passed on as a value: Numba cannot cache the code that does.
-@overload(minimize, prefer_literal=True, jit_options=EXACT | {"forceinline": True})
+@overload(minimize, prefer_literal=True, jit_options=INLINED)
 def _overload_minimize(
     fun,
     x0,

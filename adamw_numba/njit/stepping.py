@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import types
+from numba import njit, types
 from numba.core.errors import TypingError
 from numba.extending import overload, register_jitable
 
@@ -21,8 +21,9 @@ from .calls import call_apart
 
 # As in Python: nothing is contracted, and nothing is taken over from the options of the user's function.
 EXACT = {"error_model": "numpy", "fastmath": False, "forceinline": False}
+INLINED = EXACT | {"forceinline": True}
 for function in (common.log, common.correction, common.step_size, common.varying_of):
-    register_jitable(**EXACT)(function)
+    register_jitable(**INLINED)(function)
 _varying_of = common.varying_of
 
 MODES = ("hat", "corrected")  # of epsilon
@@ -31,14 +32,8 @@ MODES = ("hat", "corrected")  # of epsilon
 # The coefficients of a step
 
 
-@jit_for_python
-def checked_coefficients(
-    number, learning_rate, weight_decay, beta_1, beta_2, epsilon, scale, limit, nesterov, is_corrected, decouple_lr
-):
-    """The coefficients of one update in float64, of numbers of any type, which are checked as those of `AdamW`."""
-    learning_rate, weight_decay = np.float64(learning_rate), np.float64(weight_decay)
-    beta_1, beta_2, epsilon = np.float64(beta_1), np.float64(beta_2), np.float64(epsilon)
-    scale, limit = np.float64(scale), np.float64(limit)
+@jit
+def _check_numbers(number, learning_rate, weight_decay, beta_1, beta_2, epsilon, scale, limit):
     if number < 0:
         raise ValueError("`number` must be an integer >= 0: how many steps came before. Received:", number)
     if not 0 <= learning_rate < math.inf:
@@ -55,10 +50,32 @@ def checked_coefficients(
         raise ValueError("`scale` must be a finite float other than 0. Received:", scale)
     if not limit > 0:
         raise ValueError("`clipvalue` must be a finite float > 0, or None. Received:", limit)
+
+
+# Inlined, so that LLVM takes the logarithms of the betas, which rarely vary, out of the loop around a step: they and
+# the checks would take longer than a step of ten elements.
+@njit(**INLINED)
+def checked_coefficients(
+    number, learning_rate, weight_decay, beta_1, beta_2, epsilon, scale, limit, nesterov, is_corrected, decouple_lr
+):
+    """The coefficients of one update in float64, of numbers of any type, which are checked as those of `AdamW`."""
+    learning_rate, weight_decay = np.float64(learning_rate), np.float64(weight_decay)
+    beta_1, beta_2, epsilon = np.float64(beta_1), np.float64(beta_2), np.float64(epsilon)
+    scale, limit = np.float64(scale), np.float64(limit)
+    _check_numbers(number, learning_rate, weight_decay, beta_1, beta_2, epsilon, scale, limit)
     alpha, decay, added, lead = _varying_of(
         beta_1, beta_2, epsilon, is_corrected, nesterov, decouple_lr, number, learning_rate, weight_decay, math
     )
     return Coefficients(alpha, decay, added, lead, beta_1, 1 - beta_1, beta_2, 1 - beta_2, 1.0, scale, limit, 1.0)
+
+
+@jit_for_python
+def _coefficients_for_python(
+    number, learning_rate, weight_decay, beta_1, beta_2, epsilon, scale, limit, nesterov, is_corrected, decouple_lr
+):
+    return checked_coefficients(
+        number, learning_rate, weight_decay, beta_1, beta_2, epsilon, scale, limit, nesterov, is_corrected, decouple_lr
+    )
 
 
 def coefficients(
@@ -101,7 +118,7 @@ def coefficients(
     corrected = _is_corrected(epsilon_mode)
     limit = math.inf if clipvalue is None else clipvalue
     numbers = (learning_rate, weight_decay, beta_1, beta_2, epsilon, scale, limit)
-    found: Coefficients = checked_coefficients(number, *numbers, bool(nesterov), corrected, bool(decouple_lr))
+    found: Coefficients = _coefficients_for_python(number, *numbers, bool(nesterov), corrected, bool(decouple_lr))
     return found
 
 
@@ -111,7 +128,7 @@ def _is_corrected(epsilon_mode: Any) -> bool:
     return bool(epsilon_mode == "corrected")
 
 
-@overload(coefficients, prefer_literal=True, jit_options=EXACT)
+@overload(coefficients, prefer_literal=True, jit_options=INLINED)
 def _overload_coefficients(
     number,
     learning_rate,
@@ -273,7 +290,7 @@ def step(
     )
 
 
-@overload(step, prefer_literal=True, jit_options=EXACT)
+@overload(step, prefer_literal=True, jit_options=INLINED)
 def _overload_step(
     p,
     g,
@@ -350,7 +367,7 @@ def _step(p, g, m, v, top, limit, lead, c):
     raise NotImplementedError
 
 
-@overload(_step, jit_options=EXACT)
+@overload(_step, jit_options=INLINED)
 def _overload_one_step(p, g, m, v, top, limit, lead, c):
     check_arrays(p, g, m, v, top)
     like, amsgrad = LIKE[p.dtype.name], on(not is_none(top))

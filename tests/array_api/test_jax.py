@@ -46,6 +46,27 @@ class Module:
         return cls(*parts)
 
 
+@jax.tree_util.register_pytree_with_keys_class
+class Param:
+    """A container of one array, which acts as that array, as the variables of flax do."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def tree_flatten_with_keys(self):
+        return [(jax.tree_util.GetAttrKey("value"), self.value)], None
+
+    @classmethod
+    def tree_unflatten(cls, _, parts):
+        return cls(*parts)
+
+    def __array_namespace__(self, api_version=None):
+        return jnp
+
+    def __getattr__(self, name):
+        return getattr(vars(self)["value"], name)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Model:
@@ -67,6 +88,7 @@ CONTAINERS = {
     "named tuple": (lambda w, b: Layer(w, b), ["kernel", "bias"]),
     "None": (lambda w, b: {"w": w, "rest": None, "layers": [Layer(b)]}, ["layers/0/kernel", "w"]),
     "class": (lambda w, b: Module(w, {"b": b}), ["0", "1/b"]),
+    "what acts as an array": (lambda w, b: {"w": Param(w), "b": [Param(b)]}, ["b/0/value", "w/value"]),
     "dataclass": (lambda w, b: Model(Module(w, None), b), ["first/0", "second"]),
 }
 
