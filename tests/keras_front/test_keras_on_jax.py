@@ -1,4 +1,7 @@
-"""All tests of the front once more, in a process in which Keras's backend is JAX."""
+"""The tests of the front's numbers once more, in processes in which Keras's backend is JAX.
+
+The others can be run so by hand: ``ADAMW_NUMBA_TESTS_KERAS=jax python -m pytest tests/keras_front``.
+"""
 
 import os
 import subprocess
@@ -9,7 +12,7 @@ import pytest
 from helpers.keras_runs import IS_TORCH
 
 FOLDER = Path(__file__).parent
-FILES = sorted(path.stem for path in FOLDER.glob("test_*.py") if path != Path(__file__))
+FILES = ["test_keras_fit", "test_keras_steps"]
 
 
 @pytest.mark.slow

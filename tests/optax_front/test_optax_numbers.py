@@ -13,6 +13,7 @@ from adamw_numba import interop, schedules
 from adamw_numba.optax import AdamWState, adamw
 
 DTYPES = ["float64", pytest.param("float32", marks=pytest.mark.slow)]
+ONE_DTYPE = DTYPES[:1]  # of what only says when the same step is taken
 BIASES = {"layer": {"w": True, "b": False}, "scale": False}
 
 
@@ -135,7 +136,7 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ONE_DTYPE)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_wrappers(wrapper, dtype):
     wrap, params = WRAPPERS[wrapper], params_of(dtype)
@@ -209,7 +210,7 @@ def test_places(place, options, dtype):
     assert_same(run(adamw(0.05, **given), params), run(theirs(0.05, **given), params), start)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ONE_DTYPE)
 @pytest.mark.parametrize(
     "option", ["global_clipnorm", "clipnorm", "clipvalue", "ema_momentum", "eps_root", "weight_decay"]
 )
@@ -222,7 +223,7 @@ def test_injected_options(option, dtype):
     assert_same(inside.inner_state.average, state.average, params)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ONE_DTYPE)
 @pytest.mark.parametrize("every", [None, 3])
 def test_averages(every, dtype):
     """They begin with the parameters after the first update, and replace them where that is asked for."""
