@@ -86,7 +86,7 @@ def test_equal_paths_are_refused(case):
 
 def test_keys_of_a_path():
     tree = {"mlp/~/linear_0": {"w": np.ones(1)}, "list": [np.ones(2), None]}
-    paths, leaves = paths_of(tree, "tree")
+    paths, leaves = paths_of(tree, "tree", absent=True)
     assert paths == [("mlp/~/linear_0", "w"), ("list", "0"), ("list", "1")]
     assert leaves == [tree["mlp/~/linear_0"]["w"], *tree["list"]]
     assert paths_of(leaf := np.ones(3), "leaf") == ([()], [leaf])

@@ -99,7 +99,7 @@ def flatten(container: Container, what: str = "variables", absent: bool = False)
     ValueError
         If a key is empty, two leaves have the same name, or a container holds itself.
     """
-    paths, leaves = _paths_of(container, what, absent)
+    paths, leaves = paths_of(container, what, absent)
     names = ["/".join(path) or "0" for path in paths]
     if len(set(names)) < len(names):
         (twice, _), *_ = Counter(names).most_common(1)
@@ -107,7 +107,7 @@ def flatten(container: Container, what: str = "variables", absent: bool = False)
     return names, leaves
 
 
-def _paths_of(container: Container, what: str, absent: bool) -> tuple[list[Path], list[Any]]:
+def paths_of(container: Container, what: str, absent: bool = False) -> tuple[list[Path], list[Any]]:
     """For each leaf of a container, in order, the keys that lead to it, and the leaf itself."""
     found: list[tuple[Path, Any]] = []
     with _not_too_deep(what):
