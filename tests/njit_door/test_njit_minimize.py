@@ -144,12 +144,11 @@ FORMS = {
     ),
     "large": (bowl, np.linspace(-1, 1, 3000), (0.3,), {"learning_rate": 0.1, "maxiter": 50}, {}),
 }  # fmt: skip
-QUICK = ("automatic",)
+THOROUGH = [pytest.mark.slow, pytest.mark.thorough]
+QUICK = ("automatic", "fills", "float32 within bounds", "every option")
 
 
-@pytest.mark.parametrize(
-    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in FORMS]
-)
+@pytest.mark.parametrize("case", [case if case in QUICK else pytest.param(case, marks=THOROUGH) for case in FORMS])
 def test_forms(case):
     fun, x0, args, options, bounds = FORMS[case]
     found = minimize(fun, np.asarray(x0), args, **options, **bounds)

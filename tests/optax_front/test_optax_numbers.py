@@ -12,7 +12,7 @@ from helpers.jax_runs import STEPS, assert_same, gradients_at, one_step, params_
 from adamw_numba import interop, schedules
 from adamw_numba.optax import AdamWState, adamw
 
-DTYPES = ["float64", pytest.param("float32", marks=pytest.mark.slow)]
+DTYPES = ["float64", pytest.param("float32", marks=[pytest.mark.slow, pytest.mark.thorough])]
 ONE_DTYPE = DTYPES[:1]  # of what only says when the same step is taken
 BIASES = {"layer": {"w": True, "b": False}, "scale": False}
 
