@@ -91,17 +91,17 @@ def _value(p, master, i):
 
 
 @jit
-def _row(address, count, step, like, strided):
+def row_of(address, count, step, like, strided):
     if strided is None:
         return carray(pointer(address, like), count)
     return as_strided(carray(pointer(address, like), 1), (count,), (step,))
 
 
 @jit
-def _slot(exists, address, count, step, like, strided):
+def slot_of(exists, address, count, step, like, strided):
     if exists is None:
         return None
-    return _row(address, count, step, like, strided)
+    return row_of(address, count, step, like, strided)
 
 
 @jit
@@ -161,7 +161,7 @@ def _numbers(block):
 
 
 @jit
-def _coefficients(block, a, like):
+def coefficients_of(block, a, like):
     factors = carray(pointer(block[FACTORS], 0.0), (2, block[ARRAYS]))
     row = carray(pointer(block[NUMBERS] + 8 * HOW_MANY * np.int64(factors[WHICH, a]), 0.0), HOW_MANY)
     return cast_coefficients(row, factors[CLIP, a], like)
@@ -197,7 +197,7 @@ def _mode(block):
 
 
 @jit
-def _table(block):
+def table_of(block):
     return carray(pointer(block[TABLE], np.int64(0)), (8, block[ARRAYS]))
 
 
@@ -207,20 +207,20 @@ def _update_share(
 ):
     block = carray(pointer(address, np.int64(0)), BLOCK_WORDS)
     work, first, last = _share(block, part, parts)
-    table = _table(block)
+    table = table_of(block)
     overwrite = _numbers(block)[OVERWRITE] != 0
     far = block[IS_FAR] != 0
     piece = PIECE if far else WHOLE
     for w in range(first, last):
         a, step = work[w, ARRAY], work[w, S_STEP]
-        c = _coefficients(block, a, like)
+        c = coefficients_of(block, a, like)
         for start in range(0, work[w, COUNT], piece):
             n, at = min(piece, work[w, COUNT] - start), work[w, S_AT] + start * step
             p_at = table[P, a] + work[w, P_AT] + start * work[w, P_STEP]
             g_at = table[G, a] + work[w, G_AT] + start * work[w, G_STEP]
-            p = _row(p_at, n, work[w, P_STEP], p_like, strided)
-            averages = _slot(average, table[AVERAGE, a] + at, n, step, like, strided)
-            masters = _slot(master, table[MASTER, a] + at, n, step, like, strided)
+            p = row_of(p_at, n, work[w, P_STEP], p_like, strided)
+            averages = slot_of(average, table[AVERAGE, a] + at, n, step, like, strided)
+            masters = slot_of(master, table[MASTER, a] + at, n, step, like, strided)
             if table[G, a] != 0:
                 if far and strided is None:
                     ask_for(True, p_at, n, work[w, P_STEP])
@@ -234,12 +234,12 @@ def _update_share(
                 update_chunk(
                     n,
                     p,
-                    _row(g_at, n, work[w, G_STEP], g_like, strided),
-                    _row(table[M, a] + at, n, step, like, strided),
-                    _row(table[V, a] + at, n, step, like, strided),
-                    _slot(amsgrad, table[TOP, a] + at, n, step, like, strided),
+                    row_of(g_at, n, work[w, G_STEP], g_like, strided),
+                    row_of(table[M, a] + at, n, step, like, strided),
+                    row_of(table[V, a] + at, n, step, like, strided),
+                    slot_of(amsgrad, table[TOP, a] + at, n, step, like, strided),
                     averages,
-                    _slot(accumulate, table[TOTAL, a] + at, n, step, like, strided),
+                    slot_of(accumulate, table[TOTAL, a] + at, n, step, like, strided),
                     masters,
                     None if clip is None else c.limit,
                     None if nesterov is None else c.lead,
@@ -255,20 +255,26 @@ def _update_share(
 def _accumulate_share(address, part, parts, g_like, like, strided):
     block = carray(pointer(address, np.int64(0)), BLOCK_WORDS)
     work, first, last = _share(block, part, parts)
-    table = _table(block)
+    table = table_of(block)
     for w in range(first, last):
         a, n = work[w, ARRAY], work[w, COUNT]
         if table[G, a] != 0:
-            c = _coefficients(block, a, like)
-            g = _row(table[G, a] + work[w, G_AT], n, work[w, G_STEP], g_like, strided)
-            total = _row(table[TOTAL, a] + work[w, S_AT], n, work[w, S_STEP], like, strided)
+            c = coefficients_of(block, a, like)
+            g = row_of(table[G, a] + work[w, G_AT], n, work[w, G_STEP], g_like, strided)
+            total = row_of(table[TOTAL, a] + work[w, S_AT], n, work[w, S_STEP], like, strided)
             for i in range(n):
                 total[i] = _accumulate(total[i], widen(g[i]), c)
 
 
 @jit
+def gradient(g, total, i, c):
+    """An element of a gradient, with what has been accumulated."""
+    return widen(g[i]) if total is None else _accumulate(total[i], widen(g[i]), c)
+
+
+@jit
 def _square(g, total, i, c, scale):
-    x = np.float64(widen(g[i]) if total is None else _accumulate(total[i], widen(g[i]), c))
+    x = np.float64(gradient(g, total, i, c))
     return x * x if scale is None else x * scale * (x * scale)
 
 
@@ -304,7 +310,7 @@ def sum_squares(g, total, c, scale, sums, far):
 def _square_share(address, part, parts, g_like, like, strided, accumulate, scaled):
     block = carray(pointer(address, np.int64(0)), BLOCK_WORDS)
     work, first, last = _share(block, part, parts)
-    table = _table(block)
+    table = table_of(block)
     partials = carray(pointer(block[PARTIALS], 0.0), block[CHUNKS])
     sums = carray(pointer(block[SUMS] + part * 8 * LANES, 0.0), LANES)
     scale = None if scaled is None else _numbers(block)[SQUARE_SCALE]
@@ -313,9 +319,9 @@ def _square_share(address, part, parts, g_like, like, strided, accumulate, scale
         a, n = work[w, ARRAY], work[w, COUNT]
         partials[w] = 0
         if table[G, a] != 0:
-            c = _coefficients(block, a, like)
-            g = _row(table[G, a] + work[w, G_AT], n, work[w, G_STEP], g_like, strided)
-            totals = _slot(accumulate, table[TOTAL, a] + work[w, S_AT], n, work[w, S_STEP], like, strided)
+            c = coefficients_of(block, a, like)
+            g = row_of(table[G, a] + work[w, G_AT], n, work[w, G_STEP], g_like, strided)
+            totals = slot_of(accumulate, table[TOTAL, a] + work[w, S_AT], n, work[w, S_STEP], like, strided)
             partials[w] = sum_squares(g, totals, c, scale, sums, far)
 
 

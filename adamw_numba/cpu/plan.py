@@ -15,6 +15,7 @@ from ..arrays.runs import ARRAY, COUNT, P_STEP, START, chunks_of
 from ..arrays.table import AddressTable
 from ..coefficients import Recipe
 from ..update import Storage
+from . import exact
 from . import kernels as cpu
 from .pool import MOST_PARTS, call_helpers, helpers_of, job_call
 
@@ -78,6 +79,7 @@ class Plan:
         self._is_single = True  # float32 arithmetic alone, in which no square of a finite number is out of range
         self.groups: list[Group] = []
         self._sums = np.zeros((MOST_PARTS, cpu.LANES))
+        self._additions = 0  # the most roundings on the way from squares to the sum of all
         self.table = AddressTable("cpu", names, variables, slots)
         self._laid_out: object = None  # the arrangement that `groups` are made for
         self._lay_out()
@@ -106,15 +108,15 @@ class Plan:
     def norms(self, recipe: Recipe, gradients: Sequence[Array | None]) -> tuple[Matrix, float]:
         """The norm of each variable's gradient (with what it has accumulated), 0 elsewhere, and of all together.
 
-        float64 sums of chunks, added in order. Where the sum of float64 squares over- or underflows, it is taken again
-        at another scale, so that a norm is not finite only if an element is not. Beside others that are larger, one
-        below 1e-154 may count as 0.
+        float64 sums of chunks, added in order. Those of float32 are rounded so that any order would do (see exact.py);
+        those of single variables only where each clips its own gradient. Where the sum of float64 squares over- or
+        underflows, it is taken again at another scale, so that a norm is not finite only if an element is not. Beside
+        others that are larger, one below 1e-154 may count as 0.
         """
         if recipe is not self._loaded:
             self._load(recipe)
         if self._is_single:
-            squares = self._squares(recipe, 1.0)
-            return np.sqrt(squares), math.sqrt(cpu.add_in_order(squares))
+            return self._steady_norms(recipe, self._squares(recipe, 1.0))
         with np.errstate(all="ignore"):
             return self._norms_in_range(recipe)
 
@@ -183,6 +185,27 @@ class Plan:
             return norms, peak
         return norms, min(peak * float(np.sqrt(cpu.add_in_order((norms / peak) ** 2))), _LARGEST)
 
+    def _steady_norms(self, recipe: Recipe, squares: Matrix) -> tuple[Matrix, float]:
+        norms, norm = np.sqrt(squares), math.sqrt(cpu.add_in_order(squares))
+        if not math.isfinite(norm):
+            return norms, norm
+        found = exact.steady(np.append(norms, norm) if recipe.clips_each else np.array([norm]), self._additions)
+        if found.min() < 0:  # about once in ten thousand steps
+            digits = self._exact_squares(recipe)
+            digits = np.vstack([digits, digits.sum(axis=0)])[-len(found) :]
+            found = np.where(found < 0, exact.norms_of(digits), found)
+        return found[:-1] if recipe.clips_each else norms, float(found[-1])
+
+    def _exact_squares(self, recipe: Recipe) -> Matrix:
+        """The exact sum of the squares of each variable's gradient, as digits."""
+        digits = np.zeros((len(self.table.names), exact.DIGITS), np.int64)
+        for group in self.groups:
+            storage = group.storage
+            likes = cpu.LIKE[storage.g], cpu.LIKE[storage.compute]
+            flags = storage.strided or None, recipe.variant.accumulate or None
+            exact.add_squares(group.block, *likes, *flags, digits)
+        return digits
+
     def _squares(self, recipe: Recipe, scale: float) -> Matrix:
         squares = np.zeros(len(self.table.names))
         self.numbers[0, cpu.SQUARE_SCALE] = scale
@@ -211,6 +234,8 @@ class Plan:
                 if len(own):
                     self.groups.append(self._group(p_type, g_type, is_strided, has_top, chunks_of(own)))
         self._is_single = all(group.storage.compute == "float32" for group in self.groups)
+        chunks = sum(len(group.work) for group in self.groups)
+        self._additions = exact.IN_CHUNK + chunks + len(self.table.names)
 
     def _group(self, p_type: str, g_type: str, strided: bool, amsgrad: bool, work: Matrix) -> Group:
         ends = np.cumsum(work[:, COUNT])

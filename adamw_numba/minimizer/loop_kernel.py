@@ -18,6 +18,7 @@ from numba.extending import intrinsic
 from ..arrays.compiled import OPTIONS, jit, jit_for_python, pointer
 from ..coefficients import clip_factor
 from ..cpu import kernels as cpu
+from ..cpu.exact import IN_CHUNK, steady_norm
 from ..cpu.intrinsics import exchange_mode, mode_for
 from ..cpu.kernels import c_kernel, cast_coefficients, on, overwrite_chunk, sum_squares, update_chunk
 from ..update import Variant
@@ -95,6 +96,10 @@ def _clip(run, clips, size, chunk, like):
     if not 1e-280 < total < np.inf:
         return -1.0
     norm = np.sqrt(total)
+    if g.itemsize == 4:
+        norm = steady_norm(norm, IN_CHUNK + size // chunk + 2)
+        if norm < 0:
+            return -1.0
     if clips[GLOBAL_CLIPNORM] > 0:
         return _clip_factor(norm, clips[GLOBAL_CLIPNORM], max)
     return clips[CLIPNORM] / np.maximum(norm, clips[CLIPNORM])
