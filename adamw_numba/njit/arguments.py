@@ -12,8 +12,8 @@ from ..cpu.kernels import LIKE
 from ..minimizer import stopping
 from ..minimizer.objective import required_parameters
 from ..minimizer.objective_kernel import value_and_gradient
+from .literals import is_none, unliteral
 from .rates import exact, for_compiled_code
-from .stepping import is_none, unliteral
 
 
 def objective_of(fun, jac, x0, args):
@@ -60,6 +60,11 @@ def _check_returned(fun, jac, fills, x, others):
         value = value[0]
     elif not fills and not is_like_x(gradient := returned(jac, x, *others)):
         raise TypingError(f"`jac` returns {gradient}; expected a gradient like {x}")
+    if fills and isinstance(value, types.BaseTuple):
+        raise TypingError(
+            f"`fun` returns {value}; expected its value alone, since it takes {2 + len(others)} arguments, `args` has "
+            f"{len(others)}, and so its second one is taken for the gradient that it fills"
+        )
     if not isinstance(value, (types.Float, types.Integer)):
         raise TypingError(f"`fun` returns {value} as its value; expected a number")
 
@@ -179,10 +184,10 @@ def limits_of(gtol, ftol, xtol, patience, maxiter, maxfev):
     for tolerance in limits[:3]:
         if not (tolerance >= 0 or tolerance == -1):
             raise ValueError("`gtol`, `ftol` and `xtol` must be floats >= 0, or None. Received:", tolerance)
-    if not patience >= 1:
+    if not (patience >= 1 and patience == np.floor(patience)):
         raise ValueError("`patience` must be an integer >= 1, or None. Received:", patience)
-    if not maxiter >= 0:
+    if not (maxiter >= 0 and maxiter == np.floor(maxiter)):
         raise ValueError("`maxiter` must be an integer >= 0. Received:", maxiter)
-    if not maxfev >= 1:
+    if not (maxfev >= 1 and maxfev == np.floor(maxfev)):
         raise ValueError("`maxfev` must be an integer >= 1, or None. Received:", maxfev)
     return limits

@@ -3,6 +3,7 @@
 from ..arrays.compiled import jit_for_python
 from ..cpu.kernels import cast_coefficients
 from ..cpu.kernels import update as update_element
+from .checks import checked
 
 
 @jit_for_python
@@ -31,7 +32,7 @@ def update(p, g, m, v, c):
     >>> round(p, 3)
     0.9
     """
-    c = cast_coefficients(c, 1.0, p)
+    c = cast_coefficients(c, 1.0, checked(p, g, m, v))
     # Where there is no lead, not 0 times the gradient: that would make another zero of some zeros.
     if c.lead == 0:
         p, m, v, _, _ = update_element(p, g, m, v, None, None, None, c.limit, None, c)
@@ -56,7 +57,7 @@ def update_amsgrad(p, g, m, v, velocity_hat, c):
     p, m, v, velocity_hat : float
         The new values.
     """
-    cast, c = type(p), cast_coefficients(c, 1.0, p)
+    cast, c = type(p), cast_coefficients(c, 1.0, checked(p, g, m, v, velocity_hat))
     if c.lead == 0:
         p, m, v, highest, _ = update_element(p, g, m, v, velocity_hat, None, None, c.limit, None, c)
     else:

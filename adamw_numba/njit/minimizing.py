@@ -25,9 +25,10 @@ from .arguments import (
     value_or,
 )
 from .calls import as_c_function
+from .literals import MODES, check_numbers, flag, is_none, literal_mode
 from .rates import EXPECTED_RATE, rate_of
 from .running import FUN_RAISED, MOST_ROWS, RATE_RAISED, Numbers, Ways, run
-from .stepping import INLINED, MODES, checked_coefficients, flag, is_none, literal_mode
+from .stepping import INLINED, checked_coefficients
 
 
 class Result(NamedTuple):
@@ -173,6 +174,9 @@ def _overload_minimize(
     decouple_lr=False,
 ):
     check_start(x0)
+    numbers = {"maxiter": maxiter, "weight_decay": weight_decay, "beta_1": beta_1, "epsilon": epsilon}
+    optional = {"gtol": gtol, "ftol": ftol, "xtol": xtol, "patience": patience, "maxfev": maxfev, "beta_2": beta_2}
+    check_numbers(**numbers, **{name: kind for name, kind in optional.items() if not is_none(kind)})
     like = LIKE[dtype_of(x0).name]
     evaluated, raise_again = objective_of(fun, jac, x0, args)
     rate_at, rate_data, automatic = rate_of(learning_rate)

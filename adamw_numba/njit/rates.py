@@ -14,7 +14,8 @@ from ..arrays.compiled import jit
 from ..minimizer import stopping
 from ..minimizer.automatic import FIRST_RATE, Stages, first_stage_of
 from ..schedules import PolynomialDecay
-from .stepping import EXACT, literal, unliteral
+from .literals import literal, unliteral
+from .stepping import EXACT
 
 EXPECTED_RATE = "'auto', a number, an array of one rate for each iteration, or a function of numba.njit"
 for_compiled_code = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **EXACT)

@@ -4,11 +4,11 @@ A flag (``nesterov``, or whether there is a clip) is part of what is compiled, s
 """
 
 import math
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
-from numba import njit, types
-from numba.core.errors import TypingError
+from numba import njit
 from numba.extending import overload, register_jitable
 
 from .. import coefficients as common
@@ -18,6 +18,8 @@ from ..cpu.intrinsics import exchange_mode, mode_for
 from ..cpu.kernels import LIKE, cast_coefficients, on, update_chunk
 from ..update import Coefficients
 from .calls import call_apart
+from .checks import check_apart, check_arrays, check_shapes
+from .literals import MODES, check_step, flag, is_none, literal_mode
 
 # As in Python: nothing is contracted, and nothing is taken over from the options of the user's function.
 EXACT = {"error_model": "numpy", "fastmath": False, "forceinline": False}
@@ -26,14 +28,11 @@ for function in (common.log, common.correction, common.step_size, common.varying
     register_jitable(**INLINED)(function)
 _varying_of = common.varying_of
 
-MODES = ("hat", "corrected")  # of epsilon
-
-
 # The coefficients of a step
 
 
 @jit
-def _check_numbers(number, learning_rate, weight_decay, beta_1, beta_2, epsilon, scale, limit):
+def _check_step(number, learning_rate, weight_decay, beta_1, beta_2, epsilon, scale, limit):
     if number < 0:
         raise ValueError("`number` must be an integer >= 0: how many steps came before. Received:", number)
     if not 0 <= learning_rate < math.inf:
@@ -62,7 +61,7 @@ def checked_coefficients(
     learning_rate, weight_decay = np.float64(learning_rate), np.float64(weight_decay)
     beta_1, beta_2, epsilon = np.float64(beta_1), np.float64(beta_2), np.float64(epsilon)
     scale, limit = np.float64(scale), np.float64(limit)
-    _check_numbers(number, learning_rate, weight_decay, beta_1, beta_2, epsilon, scale, limit)
+    _check_step(number, learning_rate, weight_decay, beta_1, beta_2, epsilon, scale, limit)
     alpha, decay, added, lead = _varying_of(
         beta_1, beta_2, epsilon, is_corrected, nesterov, decouple_lr, number, learning_rate, weight_decay, math
     )
@@ -107,8 +106,8 @@ def coefficients(
 
     Raises
     ------
-    ValueError
-        If a number is out of its range.
+    TypeError, ValueError
+        If one is no number, or out of its range.
 
     Examples
     --------
@@ -116,10 +115,18 @@ def coefficients(
     0.031623
     """
     corrected = _is_corrected(epsilon_mode)
+    if not isinstance(number, Integral) or isinstance(number, bool):
+        raise ValueError(f"`number` must be an integer >= 0: how many steps came before. Received: {brief(number)}")
     limit = math.inf if clipvalue is None else clipvalue
     numbers = (learning_rate, weight_decay, beta_1, beta_2, epsilon, scale, limit)
+    for name, value in zip(_NAMES, numbers, strict=True):
+        if not isinstance(value, Real) and not (isinstance(value, np.ndarray) and value.ndim == 0):
+            raise TypeError(f"`{name}` is {brief(value)} of type {type(value).__name__}; expected a number")
     found: Coefficients = _coefficients_for_python(number, *numbers, bool(nesterov), corrected, bool(decouple_lr))
     return found
+
+
+_NAMES = ("learning_rate", "weight_decay", "beta_1", "beta_2", "epsilon", "scale", "clipvalue")
 
 
 def _is_corrected(epsilon_mode: Any) -> bool:
@@ -142,6 +149,8 @@ def _overload_coefficients(
     decouple_lr=False,
     scale=1.0,
 ):
+    rates = {"learning_rate": learning_rate, "weight_decay": weight_decay, "beta_1": beta_1, "beta_2": beta_2}
+    check_step(number, clipvalue, **rates, epsilon=epsilon, scale=scale)
     is_corrected, clips = literal_mode(epsilon_mode), not is_none(clipvalue)
 
     def compiled(
@@ -173,49 +182,6 @@ def _overload_coefficients(
         )
 
     return compiled
-
-
-# What is known when a user's function is compiled
-
-
-def is_none(kind):
-    """Whether an argument is None, given or by default."""
-    return kind is None or isinstance(kind, types.NoneType) or getattr(kind, "value", kind) is None
-
-
-def unliteral(kind):
-    """The type of an argument, or the value that it has by default."""
-    return (
-        kind.value
-        if isinstance(kind, types.Omitted)
-        else types.unliteral(kind)
-        if isinstance(kind, types.Type)
-        else kind
-    )
-
-
-def literal(name, kind, expected):
-    """The value of an argument that has to be a literal."""
-    if isinstance(kind, (types.Literal, types.Omitted)):
-        return kind.literal_value if isinstance(kind, types.Literal) else kind.value
-    if isinstance(kind, types.Type):
-        raise TypingError(f"`{name}` is a variable ({kind}); expected {expected}, written out in the call")
-    return kind
-
-
-def flag(name, kind):
-    """A flag that has to be a literal, as `on` gives it."""
-    value = literal(name, kind, "True or False")
-    if not isinstance(value, bool):
-        raise TypingError(f"`{name}` is {value!r}; expected True or False")
-    return on(value)
-
-
-def literal_mode(kind):
-    value = literal("epsilon_mode", kind, "'hat' or 'corrected'")
-    if value not in MODES:
-        raise TypingError(f"`epsilon_mode` is {value!r}; expected 'hat' or 'corrected'")
-    return value == "corrected"
 
 
 # A step
@@ -264,11 +230,11 @@ def step(
     Raises
     ------
     ValueError
-        If the shapes differ or a number is out of its range; nothing is written then. (From the body of a parallel
-        loop, Numba raises a SystemError that comes from it.)
+        If the shapes differ, two arrays share memory, or a number is out of its range; nothing is written then. (From
+        the body of a parallel loop, Numba raises a SystemError that comes from it.)
     numba.core.errors.TypingError
-        When a function is compiled, and in Python: if something is no array, has another dtype or is read-only, or an
-        option has to be a literal.
+        When a function is compiled, and in Python: if something is no array or no number, has another dtype or is
+        read-only, or an option has to be a literal.
 
     Examples
     --------
@@ -310,6 +276,8 @@ def _overload_step(
     scale=1.0,
 ):
     check_arrays(p, g, m, v, velocity_hat)
+    rates = {"learning_rate": learning_rate, "weight_decay": weight_decay, "beta_1": beta_1, "beta_2": beta_2}
+    check_step(number, clipvalue, **rates, epsilon=epsilon, scale=scale)
     lead, limit = flag("nesterov", nesterov), on(not is_none(clipvalue))
     is_corrected = literal_mode(epsilon_mode)
 
@@ -349,20 +317,6 @@ def _overload_step(
     return compiled
 
 
-def check_arrays(p, g, m, v, top):
-    """Refuse types that are no arrays of one dtype and dimension; those that are written must be writable."""
-    given = {"p": p, "g": g, "m": m, "v": v} | ({} if is_none(top) else {"velocity_hat": top})
-    for name, kind in given.items():
-        if not isinstance(kind, types.Array) or kind.dtype not in (types.float32, types.float64):
-            raise TypingError(f"`{name}` is {kind}; expected an array of float32 or float64")
-        if (kind.dtype, kind.ndim) != (p.dtype, p.ndim):
-            raise TypingError(f"`{name}` is {kind}; expected {p.ndim} dimensions of {p.dtype}, as `p` has")
-        if not kind.mutable and name != "g":
-            raise TypingError(f"`{name}` is {kind}, which is read-only; expected an array that can be written")
-        if not kind.aligned:
-            raise TypingError(f"`{name}` is {kind}; expected an array whose elements are aligned")
-
-
 def _step(p, g, m, v, top, limit, lead, c):
     raise NotImplementedError
 
@@ -375,7 +329,8 @@ def _overload_one_step(p, g, m, v, top, limit, lead, c):
     if len(layouts) == 1 and layouts <= {"C", "F"}:
 
         def dense(p, g, m, v, top, limit, lead, c):
-            _check_shapes(p, g, m, v, top)
+            check_shapes(p, g, m, v, top)
+            check_apart(p, g, m, v, top, True)
             tops = 0 if amsgrad is None else top.ctypes.data
             addresses = (p.ctypes.data, g.ctypes.data, m.ctypes.data, v.ctypes.data, tops)
             call_apart(_update_dense, (p.size, addresses, like, amsgrad, limit, lead, c))
@@ -385,7 +340,8 @@ def _overload_one_step(p, g, m, v, top, limit, lead, c):
     update_strided = _update_row if p.ndim == 1 else _update_rows
 
     def strided(p, g, m, v, top, limit, lead, c):
-        _check_shapes(p, g, m, v, top)
+        check_shapes(p, g, m, v, top)
+        check_apart(p, g, m, v, top, False)
         call_apart(update_strided, (p, g, m, v, top, like, limit, lead, c))
 
     return strided
@@ -394,18 +350,6 @@ def _overload_one_step(p, g, m, v, top, limit, lead, c):
 @jit_for_python
 def _step_for_python(p, g, m, v, top, limit, lead, c):
     _step(p, g, m, v, top, limit, lead, c)
-
-
-@jit
-def _check_shapes(p, g, m, v, top):
-    if g.shape != p.shape:
-        raise ValueError("`g` must have the shape of `p`. Received the shapes:", g.shape, p.shape)
-    if m.shape != p.shape:
-        raise ValueError("`m` must have the shape of `p`. Received the shapes:", m.shape, p.shape)
-    if v.shape != p.shape:
-        raise ValueError("`v` must have the shape of `p`. Received the shapes:", v.shape, p.shape)
-    if top is not None and top.shape != p.shape:
-        raise ValueError("`velocity_hat` must have the shape of `p`. Received the shapes:", top.shape, p.shape)
 
 
 @jit

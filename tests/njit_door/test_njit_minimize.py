@@ -8,7 +8,9 @@ from numba import njit, prange
 from numba.core.errors import TypingError
 
 import adamw_numba
+from adamw_numba.minimizer import stopping
 from adamw_numba.njit import Result, minimize
+from adamw_numba.njit.arguments import limits_of
 from adamw_numba.schedules import CosineDecay
 
 
@@ -271,6 +273,16 @@ def test_wrong_numbers(name):
     )
 
 
+@pytest.mark.parametrize("name", ["patience", "maxiter", "maxfev"])
+def test_limits_that_are_not_whole(name):
+    """The loop would wait for them in vain."""
+    limits = {"gtol": 0.0, "ftol": 0.0, "xtol": 0.0, "patience": 2.0, "maxiter": math.inf, "maxfev": 2.0}
+    function = njit(lambda *limits: limits_of(*limits))
+    assert function(*limits.values())[stopping.MAXITER] == math.inf
+    with pytest.raises(ValueError, match=rf"`{name}` must be an integer.*2.5"):
+        function(*(limits | {name: 2.5}).values())
+
+
 @pytest.mark.parametrize(
     ("x0", "message"), [([], "`x0` is empty"), ([0.0, math.inf], r"`x0` must hold finite.*inf, 1")]
 )
@@ -299,6 +311,11 @@ def gradient_of_numbers(x, center):
     return 1.0, 2.0
 
 
+@njit
+def of_two(x, center, width):
+    return 1.0, x
+
+
 WRONG_TYPES = {
     "a Python function": ((lambda x: x, np.zeros(2)), {}, "fun|pyobject|non-precise|determine"),
     "no gradient": ((value_alone, np.zeros(2), (1.0,)), {}, r"`fun` returns float64; expected \(value, gradient\)"),
@@ -308,6 +325,8 @@ WRONG_TYPES = {
     "no array": ((bowl, np.float64(1.0), (1.0,)), {}, "`x0` is .*; expected an array of float32 or float64 with at least one"),
     "complex": ((bowl, np.zeros(2, complex), (1.0,)), {}, "`x0` is array.complex128"),
     "a matrix of rates": ((bowl, np.zeros(2), (1.0,), np.ones((2, 2))), {}, "`learning_rate` is .*; expected 'auto', a number"),
+    "a function that fills, or not": ((of_two, np.zeros(2), (1.0,)), {}, "`fun` returns .*; expected its value alone, since it takes 3"),
+    "text as number": ((bowl, np.zeros(2), (1.0,)), {"gtol": "small"}, "`gtol` is .*; expected a number"),
     "text as bound": ((bowl, np.zeros(2), (1.0,)), {"lower": "low"}, "`lower` is .*; expected a number or an array like `x0`"),
 }  # fmt: skip
 

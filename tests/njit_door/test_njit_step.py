@@ -1,5 +1,7 @@
 """`adamw_numba.njit.step`, `coefficients` and `update`: the bits of `AdamW.apply`, from users' own compiled code."""
 
+import itertools
+
 import numpy as np
 import pytest
 from numba import njit, prange
@@ -233,6 +235,7 @@ def test_coefficients_are_those_of_the_kernels():
 
 WRONG_NUMBERS = {
     "number": {"number": -1},
+    "a number that is not whole": {"number": 1.5},
     "learning_rate": {"learning_rate": -0.1},
     "infinite rate": {"learning_rate": np.inf},
     "weight_decay": {"weight_decay": np.nan},
@@ -252,6 +255,66 @@ def test_wrong_numbers(case):
         step(*arrays, **{"number": 0, "learning_rate": 0.1, name: value})
     assert repr(value) in str(error.value)
     assert [array.tolist() for array in arrays] == [[1] * 3, [1] * 3, [0] * 3, [0] * 3]
+
+
+NO_NUMBERS = {
+    "learning_rate": None,
+    "weight_decay": "0.1",
+    "beta_1": np.ones(1),
+    "beta_2": None,
+    "epsilon": (1e-7,),
+    "scale": "1",
+    "clipvalue": np.ones(1),
+}
+
+
+@pytest.mark.parametrize("name", NO_NUMBERS)
+def test_what_is_no_number(name):
+    value = NO_NUMBERS[name]
+    with pytest.raises(TypeError, match=rf"`{name}` is .* of type {type(value).__name__}; expected a number"):
+        step(np.ones(3), np.ones(3), np.zeros(3), np.zeros(3), **{"number": 0, "learning_rate": 0.1, name: value})
+    scope = {"step": step}
+    rest = "value" if name == "learning_rate" else f"0.1, {name}=value"
+    exec(f"def f(p, value): step(p, p.copy(), p.copy(), p.copy(), 0, {rest})", scope)
+    with pytest.raises(TypingError, match=rf"`{name}` is .*; expected a number"):
+        njit(scope["f"])(np.ones(3), value)
+
+
+@pytest.mark.parametrize("number", [0.0, True])
+def test_a_number_of_steps_that_is_no_integer(number):
+    with pytest.raises(TypingError, match=r"`number` is (float64|bool).*; expected an integer"):
+        njit(lambda p: step(p, p.copy(), p.copy(), p.copy(), number, 0.1))(np.ones(3))
+
+
+@pytest.mark.parametrize(("one", "other"), [*itertools.combinations(range(5), 2)])
+@pytest.mark.parametrize("overlap", ["the same", "a part", "the same, with gaps"])
+def test_arrays_that_share_memory(one, other, overlap):
+    arrays = [np.ones(6) for _ in range(5)]
+    if overlap == "a part":
+        memory = np.ones(11)
+        arrays[one], arrays[other] = memory[:6], memory[5:]
+    else:
+        arrays = [array[::2] for array in arrays] if overlap == "the same, with gaps" else arrays
+        arrays[other] = arrays[one]
+    with pytest.raises(ValueError, match=r"share.* memory.*; expected arrays that do not overlap"):
+        step(*arrays[:4], 0, 0.1, velocity_hat=arrays[4])
+    assert all((array == 1).all() for array in arrays)
+
+
+def test_rows_that_lie_between_each_other_are_fine():
+    memory = np.ones((3, 4))
+    memory[:, 2:] = 0
+    p, g, m, v = memory.T
+    step(p, g, m, v, 0, 0.1, weight_decay=0)
+    assert p == pytest.approx(0.9)
+    step(*np.ones((4, 0)), 0, 0.1)
+
+
+@pytest.mark.parametrize("function", [update, lambda *a: update_amsgrad(*a[:4], 0.0, a[4])])
+@pytest.mark.parametrize("elements", [(1, 2, 0, 0), (1.0, np.float32(2), 0.0, 0.0), (1j, 2.0, 0.0, 0.0)], ids=str)
+def test_elements_of_another_type(function, elements):
+    with pytest.raises(TypingError, match=r"`[pg]` is .* and `p` is .*; expected float32 or float64 for all"):
+        function(*elements, coefficients(0, 0.1))
 
 
 @pytest.mark.parametrize("place", range(5))
@@ -309,13 +372,13 @@ def test_a_read_only_gradient_is_fine():
 )
 def test_wrong_flags(name, value, message):
     scope = {"step": step, "value": value}
-    exec(f"def f(p): step(p, p, p, p, 0, 0.1, {name}={value!r})", scope)
+    exec(f"def f(p): step(p, p.copy(), p.copy(), p.copy(), 0, 0.1, {name}={value!r})", scope)
     with pytest.raises(TypingError, match=message):
         njit(scope["f"])(np.ones(3))
 
 
 def test_flags_that_are_variables():
-    function = njit(lambda p, flag: step(p, p, p, p, 0, 0.1, nesterov=flag))
+    function = njit(lambda p, flag: step(p, p.copy(), p.copy(), p.copy(), 0, 0.1, nesterov=flag))
     with pytest.raises(
         TypingError, match=r"`nesterov` is a variable .*; expected True or False, written out in the call"
     ):
