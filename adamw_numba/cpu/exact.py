@@ -84,8 +84,8 @@ def _rounded(norm):
     return np.int64((bits + 0x200000) & ~np.int64(0x3FFFFF)).view(np.float64)
 
 
-@jit
-def steady_norm(norm, additions):
+@jit_for_python
+def steady(norm, additions):
     """A norm rounded to 31 bits: the same in whatever order its squares were added, or -1 where that is not certain.
 
     What follows from it is multiplied with numbers of float32, so nobody sees the difference. It is not certain where
@@ -97,9 +97,10 @@ def steady_norm(norm, additions):
 
 
 @jit_for_python
-def steady(norms, additions):
-    """The same of several."""
-    result = np.empty(norms.size)
+def steady_each(norms, additions):
+    """The same of several, in place; whether one of them is not certain."""
+    odd = False
     for a in range(norms.size):
-        result[a] = steady_norm(norms[a], additions)
-    return result
+        norms[a] = steady(norms[a], additions)
+        odd = odd or norms[a] < 0
+    return odd

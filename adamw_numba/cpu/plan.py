@@ -189,12 +189,13 @@ class Plan:
         norms, norm = np.sqrt(squares), math.sqrt(cpu.add_in_order(squares))
         if not math.isfinite(norm):
             return norms, norm
-        found = exact.steady(np.append(norms, norm) if recipe.clips_each else np.array([norm]), self._additions)
-        if found.min() < 0:  # about once in ten thousand steps
+        odd = recipe.clips_each and exact.steady_each(norms, self._additions)
+        norm = exact.steady(norm, self._additions)
+        if odd or norm < 0:  # about once in ten thousand steps
             digits = self._exact_squares(recipe)
-            digits = np.vstack([digits, digits.sum(axis=0)])[-len(found) :]
-            found = np.where(found < 0, exact.norms_of(digits), found)
-        return found[:-1] if recipe.clips_each else norms, float(found[-1])
+            norms = np.where(norms < 0, exact.norms_of(digits), norms)
+            norm = exact.norms_of(digits.sum(axis=0, keepdims=True)).item()
+        return norms, norm
 
     def _exact_squares(self, recipe: Recipe) -> Matrix:
         """The exact sum of the squares of each variable's gradient, as digits."""

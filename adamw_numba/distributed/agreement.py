@@ -1,14 +1,13 @@
 """How ranks decide together: a row of each rank is gathered, and the same rows give the same decision everywhere."""
 
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
-from ..arrays.brief import brief, brief_names, cut
+from ..arrays.brief import cut
 from .ranks import RankError, Ranks, Rows, texts
 
 # The words of a row. The norms are those of the variables that are this rank's alone, and of those that all ranks have.

@@ -66,8 +66,8 @@ def ranks_of(comm: Any) -> Ranks:
     if isinstance(comm, Ranks) and not isinstance(comm, type):
         return comm
     raise TypeError(
-        f"`comm` is {brief(comm)} of type {type(comm).__name__}; expected a communicator of mpi4py, a process group or a "
-        "device mesh of one dimension of torch, or an object with `rank`, `size` and `gather`"
+        f"`comm` is {brief(comm)} of type {type(comm).__name__}; expected a communicator of mpi4py, a process group "
+        "or a device mesh of one dimension of torch, or an object with `rank`, `size` and `gather`"
     )
 
 

@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 from ..arrays.compiled import OPTIONS, jit, jit_for_python, pointer
 from ..coefficients import clip_factor
 from ..cpu import kernels as cpu
-from ..cpu.exact import IN_CHUNK, steady_norm
+from ..cpu.exact import IN_CHUNK, steady
 from ..cpu.intrinsics import exchange_mode, mode_for
 from ..cpu.kernels import c_kernel, cast_coefficients, on, overwrite_chunk, sum_squares, update_chunk
 from ..update import Variant
@@ -97,7 +97,7 @@ def _clip(run, clips, size, chunk, like):
         return -1.0
     norm = np.sqrt(total)
     if g.itemsize == 4:
-        norm = steady_norm(norm, IN_CHUNK + size // chunk + 2)
+        norm = steady(norm, IN_CHUNK + size // chunk + 2)
         if norm < 0:
             return -1.0
     if clips[GLOBAL_CLIPNORM] > 0:

@@ -87,6 +87,8 @@ def test_each_norm_by_itself(dtype):
 
 def test_how_often_it_is_not_certain():
     norms = np.random.default_rng(0).uniform(1, 2, 100_000)
-    found = exact.steady(norms, 300)
+    found = norms.copy()
+    assert exact.steady_each(found, 300)
     assert 0 < (found < 0).sum() < 30
     np.testing.assert_allclose(found[found > 0], norms[found > 0], rtol=2.0**-31)
+    assert not exact.steady_each(np.array([0.0, 1.0, 0.5]), 300)
