@@ -182,7 +182,7 @@ def limits_of(gtol, ftol, xtol, patience, maxiter, maxfev):
     limits[stopping.PATIENCE], limits[stopping.MAXITER], limits[stopping.MAXFEV] = patience, maxiter, maxfev
     limits[stopping.STOP_AT_NONFINITE] = 1
     for tolerance in limits[:3]:
-        if not (tolerance >= 0 or tolerance == -1):
+        if not (tolerance >= 0 or tolerance == -math.inf):
             raise ValueError("`gtol`, `ftol` and `xtol` must be floats >= 0, or None. Received:", tolerance)
     if not (patience >= 1 and patience == np.floor(patience)):
         raise ValueError("`patience` must be an integer >= 1, or None. Received:", patience)

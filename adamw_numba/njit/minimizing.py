@@ -212,9 +212,9 @@ def _overload_minimize(
         decouple_lr=False,
     ):
         limits = limits_of(
-            value_or(gtol, -1.0),
-            value_or(ftol, -1.0),
-            value_or(xtol, -1.0),
+            value_or(gtol, -math.inf),
+            value_or(ftol, -math.inf),
+            value_or(xtol, -math.inf),
             value_or(patience, math.inf),
             np.float64(maxiter),
             value_or(maxfev, math.inf),

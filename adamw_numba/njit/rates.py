@@ -11,6 +11,7 @@ from numba import njit, types
 from numba.core.errors import TypingError
 
 from ..arrays.compiled import jit
+from ..coefficients import MOST_STEPS
 from ..minimizer import stopping
 from ..minimizer.automatic import FIRST_RATE, Stages, first_stage_of
 from ..schedules import PolynomialDecay
@@ -68,8 +69,9 @@ def _automatic_rate(step, unused, given):
 
 @jit
 def _automatic_data(learning_rate, limits):
-    most = np.int64(min(limits[stopping.MAXITER], limits[stopping.MAXFEV]))
-    stage = _first_stage_of(most)
+    limit = min(limits[stopping.MAXITER], limits[stopping.MAXFEV])
+    most = np.int64(min(limit, np.float64(MOST_STEPS)))
+    stage = _first_stage_of(limit) if limit == math.inf else _first_stage_of(most)
     # The base and the power are data: LLVM would make other functions of powers that it knows, with other last bits.
     decay = _Decay(FIRST_RATE, np.float64(max(most, 1)), 0.0, 2.0, False)
     return (_Stages(np.float64(stage), 0.0, 10.0), decay), stage

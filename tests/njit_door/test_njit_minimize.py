@@ -125,6 +125,7 @@ def test_nothing_but_x0_is_shared_with_the_caller():
 
 FORMS = {
     "automatic": (valley, [-1.2, 1.0], (100.0,), {"maxiter": 500}, {}),
+    "without a limit": (valley, [-1.2, 1.0], (100.0,), {"maxiter": math.inf}, {}),
     "in stages": (valley, [-1.2, 1.0], (100.0,), {"gtol": None, "maxiter": 4000}, {}),
     "from NaN back": (cliff, [0.0], (), {"maxiter": 400}, {}),
     "fills": (filled_bowl, [0.0, 1.0], (3.0,), {"learning_rate": 0.1}, {}),
@@ -147,7 +148,7 @@ FORMS = {
     "large": (bowl, np.linspace(-1, 1, 3000), (0.3,), {"learning_rate": 0.1, "maxiter": 50}, {}),
 }  # fmt: skip
 THOROUGH = [pytest.mark.slow, pytest.mark.thorough]
-QUICK = ("automatic", "fills", "float32 within bounds", "every option")
+QUICK = ("automatic", "without a limit", "fills", "float32 within bounds", "every option")
 
 
 @pytest.mark.parametrize("case", [case if case in QUICK else pytest.param(case, marks=THOROUGH) for case in FORMS])
@@ -251,7 +252,7 @@ def test_what_a_rate_raises():
 WRONG_NUMBERS = {
     "learning_rate": -0.1,
     "maxiter": -1,
-    "gtol": -1e-3,
+    "gtol": -1.0,
     "ftol": math.nan,
     "xtol": -2.0,
     "patience": 0,
