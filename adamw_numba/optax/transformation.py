@@ -234,14 +234,23 @@ def _fields(hyper: Any) -> list[str]:
     return [field for field, there in has.items() if there]
 
 
+def _counts(hyper: Any) -> list[str]:
+    """The numbers that a state has."""
+    has = {
+        "count": True,
+        "mini_step": bool(hyper.gradient_accumulation_steps),
+        "skipped": hyper.nonfinite == "skip",
+    }
+    return [name for name, there in has.items() if there]
+
+
 def _init(hyper: Any, mu_dtype: Any, params: Any) -> AdamWState:
     trained = trees.Trained(params)
     made: dict[str, Any] = {}
     for field in _fields(hyper):
         make = trees.copied if field == "average" else partial(trees.zeros, dtype=mu_dtype if field == "mu" else None)
         made[field] = trained.tree([make(leaf) for leaf in trained.leaves])
-    counts = {"mini_step": bool(hyper.gradient_accumulation_steps), "skipped": hyper.nonfinite == "skip"}
-    made |= {name: trees.counter(trained.leaves) for name in ("count", *(n for n, there in counts.items() if there))}
+    made |= {name: trees.counter(trained.leaves) for name in _counts(hyper)}
     return AdamWState(**made)
 
 
@@ -259,7 +268,8 @@ def _update(
 
     if params is None:
         raise ValueError("`params` is missing; expected `update(grads, state, params)`: they are decayed")
-    trained = trees.Trained(params)
+    check = _scalar if _is_array(loss_scale) else hp.scale
+    loss_scale, trained = check("loss_scale", loss_scale), trees.Trained(params)
     kept, gradients = _kept(hyper, state, trained), trained.gradients(updates)
     own = [k for k, is_float in enumerate(trained.is_float) if is_float]
     dtypes = [trees.state_dtype(leaf) for leaf in trained.leaves]
@@ -298,11 +308,15 @@ def _kept(hyper: Any, state: Any, trained: trees.Trained) -> dict[str, list[Arra
     """The leaves of every tree of the state."""
     if not isinstance(state, AdamWState):
         raise TypeError(f"`state` is a {type(state).__name__}; expected the AdamWState that `init` has made")
-    kept = {}
-    for field in _fields(hyper):
-        if getattr(state, field) is None:
-            raise ValueError(f"`state` lacks {field!r}; expected the state that `init` has made, with the same options")
-        kept[field] = trained.like(getattr(state, field), f"`state`: {field}")
+    fields, counts = _fields(hyper), _counts(hyper)
+    for field in AdamWState._fields:
+        is_there, belongs = getattr(state, field) is not None, field in (*fields, *counts)
+        if is_there != belongs:
+            raise ValueError(
+                f"`state` {'has' if is_there else 'lacks'} {field!r}; expected the state that `init` has made, with "
+                "the same options"
+            )
+    kept = {field: trained.like(getattr(state, field), f"`state`: {field}") for field in fields}
     return kept
 
 

@@ -133,9 +133,13 @@ def real_dtype(name: str, value: Any) -> Any:
     """Check a dtype for real numbers; without x64 it is one of JAX's own."""
     import jax
 
-    dtype = jax.dtypes.canonicalize_dtype(value)
+    expected = f"`{name}` is {brief(value)}; expected a dtype of real numbers: float32, bfloat16, ..."
+    try:
+        dtype = jax.dtypes.canonicalize_dtype(value)
+    except TypeError as error:
+        raise TypeError(expected) from error
     if dtype.name not in COMPUTE or dtype.kind == "c":
-        raise ValueError(f"`{name}` is {brief(value)}; expected a dtype of real numbers: float32, bfloat16, ...")
+        raise ValueError(expected)
     return dtype
 
 

@@ -158,7 +158,7 @@ def without(params, key):
     return {name: value for name, value in params.items() if name != key}
 
 
-def updated(change_grads=None, change_params=None, change_state=None, **options):
+def updated(change_grads=None, change_params=None, change_state=None, loss_scale=1.0, **options):
     def act():
         params = params_of("float32")
         transformation = adamw(0.1, **options)
@@ -166,7 +166,7 @@ def updated(change_grads=None, change_params=None, change_state=None, **options)
         state = change_state(state) if change_state else state
         grads = change_grads(grads) if change_grads else grads
         params = change_params(params) if change_params else params
-        transformation.update(grads, state, params)
+        transformation.update(grads, state, params, loss_scale=loss_scale)
 
     return act
 
@@ -203,6 +203,20 @@ MISTAKES = {
         ValueError,
         ["`state` lacks 'nu_max'"],
     ),
+    "state of an option that is not set": (
+        updated(change_state=lambda s: s._replace(nu_max=s.nu)),
+        ValueError,
+        ["`state` has 'nu_max'"],
+    ),
+    "state without a count": (
+        updated(change_state=lambda s: s._replace(skipped=None), nonfinite="skip"),
+        ValueError,
+        ["`state` lacks 'skipped'"],
+    ),
+    "loss scale of 0": (updated(loss_scale=0.0), ValueError, ["`loss_scale`", "0.0"]),
+    "loss scale of NaN": (updated(loss_scale=float("nan")), ValueError, ["`loss_scale`", "nan"]),
+    "text as loss scale": (updated(loss_scale="large"), ValueError, ["`loss_scale`", "'large'"]),
+    "several loss scales": (updated(loss_scale=jnp.ones(2)), ValueError, ["`loss_scale`", "(2,)"]),
     "state of another shape": (
         updated(change_state=lambda s: s._replace(mu=with_b(jnp.ones(3))(s.mu))),
         ValueError,
@@ -222,6 +236,7 @@ MISTAKES = {
     "eps": (lambda: adamw(0.1, eps=-1.0), ValueError, ["`eps`", "-1.0"]),
     "eps_root": (lambda: adamw(0.1, eps_root="a"), ValueError, ["`eps_root`", "'a'"]),
     "mu_dtype": (lambda: adamw(0.1, mu_dtype="int32"), ValueError, ["`mu_dtype`", "int32"]),
+    "mu_dtype that is none": (lambda: adamw(0.1, mu_dtype="real"), TypeError, ["`mu_dtype`", "'real'", "expected a dtype"]),
     "two clips": (lambda: adamw(0.1, clipnorm=1.0, clipvalue=1.0), ValueError, ["Only one of"]),
     "nonfinite": (lambda: adamw(0.1, nonfinite="ignore"), ValueError, ["`nonfinite`", "'ignore'"]),
     "window": (lambda: adamw(0.1, gradient_accumulation_steps=1), ValueError, ["`gradient_accumulation_steps`", "2"]),
