@@ -187,7 +187,7 @@ class Recipe(Numbers):
         if self.global_clipnorm:
             self.shrink = clip_factor(norm, self.global_clipnorm)
         if self.clips_each:
-            limits = np.array([group.clipnorm or math.inf for group in self.groups()])[np.asarray(which)]
+            limits = np.array([group.clipnorm or math.inf for group in self.groups()])[np.asarray(which, int)]
             clips = np.ones(len(norms))
             self.clips = np.divide(limits, np.maximum(norms, limits), out=clips, where=np.isfinite(limits))
 

@@ -13,6 +13,7 @@ from .arrays import Array
 from .arrays.brief import brief, brief_names
 from .arrays.torch_graphs import outside_graphs
 from .arrays.tree import Container, flatten
+from .distributed.agreement import Agreement
 from .hyperparameters import table as hp
 from .hyperparameters.conventions import Conventional
 from .hyperparameters.groups import CHECKS, Group, read_override
@@ -245,7 +246,7 @@ class AdamW(Saveable, Conventional):
 
     # Setting up
 
-    def build(self, variables: Container) -> None:
+    def build(self, variables: Container, *, comm: Any = None, replicated: Sequence[str] = ()) -> None:
         """Allocate the state for the variables to train.
 
         Parameters
@@ -253,6 +254,10 @@ class AdamW(Saveable, Conventional):
         variables : array, list of arrays, list of ``(name, array)`` pairs, or nested dict or list of arrays
             Arrays of floats or complex numbers that do not overlap: of any Array-API library, or that tell where they
             lie (docs/arrays.md). On the CPU, NumPy's, torch's and the latter are updated in place by compiled code.
+        comm : communicator of mpi4py, process group or device mesh of torch, or distributed.Ranks, optional
+            Take each step together with other processes, each of which has its own variables, or none.
+        replicated : list of str
+            With `comm`: regular expressions for the names of variables that all processes have, with the same values.
 
         Raises
         ------
@@ -260,9 +265,16 @@ class AdamW(Saveable, Conventional):
             If one is no array, or an array of a kind or dtype that cannot be trained.
         ValueError
             If there are none, one is read-only, two share memory, two have one name, or other variables were built.
+        distributed.RankError
+            If another process has failed, or they do not agree.
         """
         with self.engine.lock:
-            self.engine.build(*matching.variables_of(self.engine, variables))
+            if comm is None:
+                self.engine.build(*matching.variables_of(self.engine, variables))
+                return
+            together = Agreement(comm, replicated)
+            with together.deciding("build"):
+                self.engine.build(*matching.variables_of(self.engine, variables), together)
 
     def exclude_from_weight_decay(
         self, var_list: Iterable[Array] | None = None, var_names: Iterable[str] | None = None

@@ -35,6 +35,8 @@ class Plan:
         Which variables these are.
     """
 
+    additions = None  # see cpu/plan.py
+
     def __init__(
         self,
         place: str | None,
@@ -82,7 +84,7 @@ class Plan:
             if gradients[i] is not None:
                 arrays.check_gradient(self.names[i], gradients[i], variable)
 
-    def norms(self, recipe: Recipe, gradients: Sequence[Array | None]) -> tuple[Any, float]:
+    def norms(self, recipe: Recipe, gradients: Sequence[Array | None], steady: bool = True) -> tuple[Any, float]:
         """The norm of each variable's gradient (with what it has accumulated), 0 elsewhere, and of all together."""
         norms, (c, *_) = np.zeros(len(self.names)), recipe.coefficients()
         for i in self.own:

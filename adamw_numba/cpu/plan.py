@@ -55,6 +55,8 @@ class Plan:
     numbers : array of float64, one row for each group
         Those of the step that is taken, as the kernels read them.
     groups : list of Group
+    additions : int or None
+        The most roundings on the way from squares to the sum of all; None where squares are not those of float32.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class Plan:
         self._is_single = True  # float32 arithmetic alone, in which no square of a finite number is out of range
         self.groups: list[Group] = []
         self._sums = np.zeros((MOST_PARTS, cpu.LANES))
-        self._additions = 0  # the most roundings on the way from squares to the sum of all
+        self.additions: int | None = None
         self.table = AddressTable("cpu", names, variables, slots)
         self._laid_out: object = None  # the arrangement that `groups` are made for
         self._lay_out()
@@ -105,20 +107,33 @@ class Plan:
         if self.table.is_new:
             self.table.remember()
 
-    def norms(self, recipe: Recipe, gradients: Sequence[Array | None]) -> tuple[Matrix, float]:
+    def norms(self, recipe: Recipe, gradients: Sequence[Array | None], steady: bool = True) -> tuple[Matrix, float]:
         """The norm of each variable's gradient (with what it has accumulated), 0 elsewhere, and of all together.
 
         float64 sums of chunks, added in order. Those of float32 are rounded so that any order would do (see exact.py);
-        those of single variables only where each clips its own gradient. Where the sum of float64 squares over- or
+        those of single variables only where each clips its own gradient, and none if they are not to be `steady`, since
+        more is to be added. Where the sum of float64 squares over- or
         underflows, it is taken again at another scale, so that a norm is not finite only if an element is not. Beside
         others that are larger, one below 1e-154 may count as 0.
         """
         if recipe is not self._loaded:
             self._load(recipe)
         if self._is_single:
-            return self._steady_norms(recipe, self._squares(recipe, 1.0))
+            squares = self._squares(recipe, 1.0)
+            norms, norm = np.sqrt(squares), math.sqrt(cpu.add_in_order(squares))
+            return self._steady(recipe, norms, norm) if steady and math.isfinite(norm) else (norms, norm)
         with np.errstate(all="ignore"):
             return self._norms_in_range(recipe)
+
+    def exact_squares(self, recipe: Recipe) -> Matrix:
+        """The exact sum of the squares of each variable's gradient, as digits."""
+        digits = np.zeros((len(self.table.names), exact.DIGITS), np.int64)
+        for group in self.groups:
+            storage = group.storage
+            likes = cpu.LIKE[storage.g], cpu.LIKE[storage.compute]
+            flags = storage.strided or None, recipe.variant.accumulate or None
+            exact.add_squares(group.block, *likes, *flags, digits)
+        return digits
 
     def work(self, recipe: Recipe, gradients: Sequence[Array | None]) -> tuple[Sequence[Call], list[Call]]:
         """What is to be done that may be repeated: nothing; and what may not: compiled calls, once."""
@@ -185,27 +200,14 @@ class Plan:
             return norms, peak
         return norms, min(peak * float(np.sqrt(cpu.add_in_order((norms / peak) ** 2))), _LARGEST)
 
-    def _steady_norms(self, recipe: Recipe, squares: Matrix) -> tuple[Matrix, float]:
-        norms, norm = np.sqrt(squares), math.sqrt(cpu.add_in_order(squares))
-        if not math.isfinite(norm):
-            return norms, norm
-        odd = recipe.clips_each and exact.steady_each(norms, self._additions)
-        norm = exact.steady(norm, self._additions)
+    def _steady(self, recipe: Recipe, norms: Matrix, norm: float) -> tuple[Matrix, float]:
+        odd = recipe.clips_each and exact.steady_each(norms, self.additions)
+        norm = exact.steady(norm, self.additions)
         if odd or norm < 0:  # about once in ten thousand steps
-            digits = self._exact_squares(recipe)
+            digits = self.exact_squares(recipe)
             norms = np.where(norms < 0, exact.norms_of(digits), norms)
             norm = exact.norms_of(digits.sum(axis=0, keepdims=True)).item()
         return norms, norm
-
-    def _exact_squares(self, recipe: Recipe) -> Matrix:
-        """The exact sum of the squares of each variable's gradient, as digits."""
-        digits = np.zeros((len(self.table.names), exact.DIGITS), np.int64)
-        for group in self.groups:
-            storage = group.storage
-            likes = cpu.LIKE[storage.g], cpu.LIKE[storage.compute]
-            flags = storage.strided or None, recipe.variant.accumulate or None
-            exact.add_squares(group.block, *likes, *flags, digits)
-        return digits
 
     def _squares(self, recipe: Recipe, scale: float) -> Matrix:
         squares = np.zeros(len(self.table.names))
@@ -236,7 +238,7 @@ class Plan:
                     self.groups.append(self._group(p_type, g_type, is_strided, has_top, chunks_of(own)))
         self._is_single = all(group.storage.compute == "float32" for group in self.groups)
         chunks = sum(len(group.work) for group in self.groups)
-        self._additions = exact.IN_CHUNK + chunks + len(self.table.names)
+        self.additions = exact.IN_CHUNK + chunks + len(self.table.names) if self._is_single else None
 
     def _group(self, p_type: str, g_type: str, strided: bool, amsgrad: bool, work: Matrix) -> Group:
         ends = np.cumsum(work[:, COUNT])

@@ -1,26 +1,40 @@
 """How ranks decide together: a row of each rank is gathered, and the same rows give the same decision everywhere."""
 
+import json
+import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from ..arrays.brief import cut
-from .ranks import RankError, Ranks, Rows, texts
+from .. import arrays
+from ..arrays import Array
+from ..arrays.brief import brief, cut
+from ..hyperparameters.table import patterns
+from .ranks import RankError, Rows, ranks_of, texts
 
-# The words of a row. The norms are those of the variables that are this rank's alone, and of those that all ranks have.
-STATUS, WHAT, ITERATION, RATE, DECAY, SETTINGS, PRESENT, OWN_NORM, SHARED_NORM, ADDITIONS, WORDS = range(11)
+# The words of a row. Norms are those of the variables that are this rank's alone, and of those that all ranks have;
+# additions as in cpu/plan.py, -1 where there are none.
+STATUS, WHAT, ITERATION, RATE, DECAY, OTHERS, SETTINGS, PRESENT, OWN_NORM, SHARED_NORM, ADDITIONS, WORDS = range(12)
 FINE, FAILED = 0.0, 1.0
-CALLS = "build", "apply", "save", "load", "minimize"
+CALLS = "build", "apply"
 MUST_AGREE = {
     ITERATION: "the iterations differ",
     RATE: "the learning rates differ",
     DECAY: "the weight decays differ",
+    OTHERS: "the rates of the groups differ",
     SETTINGS: "the hyperparameters differ",
-    SHARED_NORM: "the gradients of the replicated variables differ in their norms",
+    SHARED_NORM: "the gradients of the replicated variables differ: their norms are",
 }
+SETTINGS_NAMES = (
+    "beta_1", "beta_2", "epsilon", "amsgrad", "clipnorm", "clipvalue", "global_clipnorm", "use_ema", "ema_momentum",
+    "ema_overwrite_frequency", "gradient_accumulation_steps", "nonfinite", "master_weights", "decouple_lr", "maximize",
+    "nesterov", "epsilon_mode",
+)  # fmt: skip
+ROUNDINGS = 64  # on the way from the norms of variables to that of all, at most
 
 
 class Agreement:
@@ -28,7 +42,8 @@ class Agreement:
 
     Parameters
     ----------
-    ranks : Ranks
+    comm : communicator
+        Of an engine, or `Ranks`.
     replicated : sequence of str
         Regular expressions for the names of variables that all ranks have, with the same values.
 
@@ -38,62 +53,238 @@ class Agreement:
         Which of this rank's variables are replicated.
     """
 
-    def __init__(self, ranks: Ranks, replicated: Sequence[str] = ()) -> None:
-        self.ranks = ranks
-        self._patterns = [re.compile(pattern) for pattern in replicated]
+    def __init__(self, comm: Any, replicated: Sequence[str] = ()) -> None:
+        self.ranks = ranks_of(comm)
+        self._patterns = [re.compile(pattern) for pattern in patterns("replicated", replicated)]
         self._pending: float | None = None  # the call that is to be decided on
+        self._settings: tuple[Any, float] = (None, 0.0)  # of which hyperparameters, and their checksum
         self.is_shared = np.zeros(0, bool)
+        self._where = np.zeros(0, int)  # of each of this rank's variables, among the names of all ranks
+        self._names = 0
 
     # Deciding
 
+    def begin(self, call: str) -> None:
+        """Note which call all ranks are to decide on next."""
+        self._pending = float(CALLS.index(call))
+
+    def fail(self, error: BaseException) -> None:
+        """Have the others know of what was raised before the decision; afterwards it concerns this rank alone."""
+        if self._pending is not None:
+            self._decide(np.zeros(WORDS), error)
+
     @contextmanager
     def deciding(self, call: str) -> Iterator[None]:
-        """Have the others know of whatever is raised before the decision."""
-        self._pending = float(CALLS.index(call))
+        """Both, around what leads to the decision."""
+        self.begin(call)
         try:
             yield
         except BaseException as error:
-            if self._pending is not None:
-                self._decide(np.zeros(WORDS), error)
+            self.fail(error)
             raise
 
-    def decide(self, row: Rows) -> Rows:
-        """The rows of all ranks, none of which has failed.
-
-        Raises
-        ------
-        RankError
-            If one has, or they do not agree.
-        """
-        return self._decide(row, None)
-
-    def _decide(self, row: Rows, error: BaseException | None) -> Rows:
+    def _decide(self, row: Rows, error: BaseException | None = None) -> Rows:
+        """The rows of all ranks, none of which has failed."""
         row[WHAT], self._pending = self._pending, None
         row[STATUS] = FINE if error is None else FAILED
         rows = self.ranks.gather(row)
         if not np.all(rows[:, STATUS] == FINE):
-            told = "" if error is None else cut(f"{type(error).__name__}: {error}", 2000)
-            self._report(rows, texts(self.ranks, told), error)
-        if not np.all(rows[:, WHAT] == row[WHAT]):
-            raise RankError(f"the calls differ: {self._values(rows[:, WHAT], lambda k: CALLS[int(k)])}")
-        for word, what in MUST_AGREE.items():
-            values = rows[:, word]
-            if not np.array_equal(values, np.full(len(values), values[0]), equal_nan=True):
-                raise RankError(f"{what}: {self._values(values)}; expected the same on all ranks")
-        return rows
-
-    def _report(self, rows: Rows, told: list[str], error: BaseException | None) -> None:
-        if error is None:
+            told = texts(self.ranks, "" if error is None else cut(f"{type(error).__name__}: {error}", 2000))
+            if error is not None:
+                return rows
             first = int(np.flatnonzero(rows[:, STATUS])[0])
             raise RankError(f"rank {first}: {told[first]} (nothing has been written on any rank)")
+        if not np.all(rows[:, WHAT] == row[WHAT]):
+            raise RankError(f"the calls differ: {_values(rows[:, WHAT], lambda k: CALLS[int(k)])}")
+        return rows
 
-    def _values(self, values: Rows, form: Callable[[float], Any] = float) -> str:
-        found: dict[Any, list[int]] = {}
-        for rank, value in enumerate(values):
-            found.setdefault(form(value), []).append(rank)
-        return ", ".join(f"{value} on {_ranks(those)}" for value, those in list(found.items())[:4])
+    def _compare(self, rows: Rows, hyper: Any) -> None:
+        for word, what in MUST_AGREE.items():
+            values = rows[:, word]
+            if np.array_equal(values, np.full(len(values), values[0]), equal_nan=True):
+                continue
+            if word == SETTINGS:
+                found = [json.loads(text) for text in texts(self.ranks, json.dumps(_settings(hyper)))]
+                names = [name for name in found[0] if any(each[name] != found[0][name] for each in found)]
+                told = "; ".join(f"{name} is {_values([each[name] for each in found], brief)}" for name in names[:4])
+            else:
+                told = _values(values, int if word == ITERATION else float)
+            raise RankError(f"{what}: {told}; expected the same on all ranks")
+
+    def left(self) -> "Left":
+        """What takes its place in a copy."""
+        return Left(self.ranks)
 
     # Building
+
+    def meet(self, engine: Any, names: list[str], variables: list[Array], unmatched: list[Any]) -> list[Any]:
+        """Tell the others of this rank's variables; returns what of `unmatched` matches none of theirs either.
+
+        Raises
+        ------
+        RankError
+            If a rank has failed, or a replicated variable is not the same everywhere.
+        """
+        self.is_shared = np.array([any(each.search(name) for each in self._patterns) for name in names], bool)
+        mine: dict[str, list[Any]] = {
+            "variables": [[n, list(v.shape), arrays.dtype_name(v)] for n, v in zip(names, variables, strict=True)],
+            "shared": [name for name, shared in zip(names, self.is_shared, strict=True) if shared],
+            "unmatched": [[called, list(nothing)] for called, nothing in unmatched],
+        }
+        rows = self._decide(self._row(engine, engine.state.scalars["iteration"].item(), math.nan, math.nan, ()))
+        told = [json.loads(text) for text in texts(self.ranks, json.dumps(mine))]
+        self._compare(rows, engine.hyper)
+        for rank, others in enumerate(told):
+            same = [[v for v in each["variables"] if v[0] in each["shared"]] for each in (told[0], others)]
+            if sorted(same[0]) != sorted(same[1]):
+                raise RankError(
+                    f"the replicated variables differ: {brief(same[0])} on rank 0, {brief(same[1])} on rank {rank}; "
+                    "expected the same names, shapes and dtypes on all ranks"
+                )
+        known: dict[str, int] = {}
+        for each in told:
+            for name, _, _ in each["variables"]:
+                known.setdefault(name, len(known))
+        self._where, self._names = np.array([known[name] for name in names], int), len(known)
+        if not known:
+            raise ValueError("`variables` is empty on all ranks; expected at least one array")
+        nowhere = [
+            set.intersection(*(set(each["unmatched"][k][1]) for each in told)) for k, _ in enumerate(mine["unmatched"])
+        ] if len({len(each["unmatched"]) for each in told}) == 1 else []  # fmt: skip
+        return [(called, sorted(found)) for (called, _), found in zip(unmatched, nowhere, strict=False) if found]
+
+    # Stepping
+
+    def combine(self, engine: Any, rates: Any, recipe: Any, gradients: Sequence[Any], norms: Any) -> tuple[Any, float]:
+        """The norm of each gradient, where its variable is cut its whole norm, and that of all ranks' together.
+
+        Raises
+        ------
+        RankError
+            If a rank has failed, or they do not agree.
+        ValueError
+            If no rank has a gradient.
+        """
+        workspace = engine.workspace
+        shared = self.is_shared if workspace.trainable is None else self.is_shared[workspace.trainable]
+        row = self._row(engine, recipe.number, *rates)
+        row[PRESENT] = sum(g is not None for g in gradients)
+        plans = workspace.plans
+        additions = None if norms is None or len(plans) > 1 else plans[0].additions if plans else 0
+        row[ADDITIONS] = -1 if additions is None else additions
+        if norms is not None:
+            row[OWN_NORM], row[SHARED_NORM] = _whole(norms[~shared]), _whole(norms[shared])
+        rows = self._decide(row)
+        self._compare(rows, engine.hyper)
+        if not rows[:, PRESENT].any():
+            raise ValueError("No gradients provided for any variable on any rank.")
+        if norms is None:
+            return None, 0.0
+        return self._combined(plans, recipe, norms, shared, rows)
+
+    def _combined(self, plans: Any, recipe: Any, norms: Any, shared: Any, rows: Rows) -> tuple[Any, float]:
+        norm = _whole(np.append(rows[:, OWN_NORM], rows[0, SHARED_NORM]))
+        counts = self._counted(shared)
+        is_single = bool((rows[:, ADDITIONS] >= 0).all())
+        additions = rows[:, ADDITIONS].max() + ROUNDINGS + self.ranks.size
+        if recipe.clips_each:
+            norms = self._each(plans, recipe, norms, counts, additions if is_single else None)
+        if is_single and math.isfinite(norm):
+            from ..cpu import exact
+
+            steady = exact.steady(norm, additions)
+            if steady < 0:  # the same on all ranks
+                digits = self._gather_digits(plans, recipe, counts, np.zeros(len(norms), int), 1)
+                steady = exact.norms_of(digits).item()
+            norm = steady
+        return norms, norm
+
+    def _counted(self, shared: Any) -> Any:
+        """Which of this rank's norms count in a sum over ranks: of replicated variables, those of rank 0."""
+        return ~shared if self.ranks.rank else np.ones(len(shared), bool)
+
+    def _each(self, plans: Any, recipe: Any, norms: Any, counts: Any, additions: float | None) -> Any:
+        """The norms of whole variables: those of one name on several ranks are the shards of one."""
+        where = self._where
+        row = np.zeros(self._names)
+        row[where[counts]] = norms[counts]
+        rows = self.ranks.gather(row)
+        whole = np.array([_whole(column) for column in rows.T])
+        if additions is not None and np.isfinite(whole).all():
+            from ..cpu import exact
+
+            if exact.steady_each(whole, additions):
+                digits = self._gather_digits(plans, recipe, counts, where, self._names)
+                whole = np.where(whole < 0, exact.norms_of(digits), whole)
+        return whole[where]
+
+    def _gather_digits(self, plans: Any, recipe: Any, counts: Any, where: Any, count: int) -> Any:
+        """The exact sums of squares of all ranks, of so many variables."""
+        from ..cpu import exact
+
+        own = np.zeros((count, exact.DIGITS), np.int64)
+        if plans:
+            np.add.at(own, where[counts], plans[0].exact_squares(recipe)[counts])
+        rows = self.ranks.gather(own.astype(np.float64).ravel())
+        return rows.astype(np.int64).reshape(-1, count, exact.DIGITS).sum(axis=0)
+
+    def _row(self, engine: Any, number: int, rate: float, decay: float, others: Any) -> Rows:
+        hyper = engine.hyper
+        if self._settings[0] is not hyper.token:
+            self._settings = hyper.token, float(zlib.crc32(json.dumps(_settings(hyper)).encode()))
+        row = np.zeros(WORDS)
+        row[ITERATION], row[RATE], row[DECAY], row[SETTINGS] = number, rate, decay, self._settings[1]
+        row[OTHERS] = zlib.crc32(repr(list(others)).encode()) if others else 0
+        return row
+
+
+class Left:
+    """In the place of an agreement, in the copy of an optimizer: the copy cannot go on with the others.
+
+    Parameters
+    ----------
+    ranks : Ranks
+        Of which this keeps the numbers alone.
+    """
+
+    def __init__(self, ranks: Any) -> None:
+        self.rank: int = ranks.rank
+        self.size: int = ranks.size
+        self.ranks = self
+
+    def begin(self, call: str) -> None:
+        """Refuse to go on."""
+        raise RuntimeError(
+            "this optimizer is the copy of one that was connected with those of other processes; expected a new one, "
+            "built with `comm`, that takes the state by `load` or `restore`"
+        )
+
+    def fail(self, error: BaseException) -> None:
+        """Nobody is to be told."""
+
+    def left(self) -> "Left":
+        """It has left already."""
+        return self
+
+
+def _settings(hyper: Any) -> dict[str, Any]:
+    return {name: getattr(hyper, name) for name in SETTINGS_NAMES}
+
+
+def _whole(norms: Any) -> float:
+    """The norm of norms: the same in whatever order they are, on every machine."""
+    peak = float(np.max(norms, initial=0.0))
+    if not 0 < peak < math.inf:
+        return peak
+    return peak * math.sqrt(math.fsum((norm / peak) ** 2 for norm in norms.tolist()))
+
+
+def _values(values: Iterable[Any], form: Callable[[Any], Any]) -> str:
+    """Which values there are on which ranks."""
+    found: dict[Any, list[int]] = {}
+    for rank, value in enumerate(values):
+        found.setdefault(form(value), []).append(rank)
+    return ", ".join(f"{value} on {_ranks(those)}" for value, those in list(found.items())[:4])
 
 
 def _ranks(numbers: Sequence[int]) -> str:

@@ -61,6 +61,8 @@ class Plan:
     launcher : Launcher
     """
 
+    additions = None  # see cpu/plan.py
+
     def __init__(
         self,
         place: str,
@@ -189,7 +191,7 @@ class Plan:
 
     # A step, as every plan takes it
 
-    def norms(self, recipe: Recipe, gradients: Sequence[Array | None]) -> tuple[Matrix, float]:
+    def norms(self, recipe: Recipe, gradients: Sequence[Array | None], steady: bool = True) -> tuple[Matrix, float]:
         """The norm of each variable's gradient, 0 elsewhere, and of all together; waits for the GPU."""
         self._check_not_captured()
         self.send_rows(recipe.number, 1, lambda _: rows_of([recipe]), None)

@@ -1,12 +1,12 @@
 """Everything behind the surface of an optimizer: its state, its rates, and the way a step is taken."""
 
 import copy
-import math
 import os
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import starmap
 from operator import call, setitem
 from typing import Any, Self
@@ -14,7 +14,7 @@ from typing import Any, Self
 from .. import arrays
 from ..array_api.stateless import is_traced
 from ..arrays import Array
-from ..arrays.brief import brief, brief_names
+from ..arrays.brief import brief_names
 from ..arrays.garbage import without_collections
 from ..arrays.torch_graphs import tell_torch
 from ..arrays.tree import Container, Form
@@ -24,6 +24,7 @@ from ..state import Place, Slots, State, new_slots
 from . import gradients as matching
 from . import workspace as building
 from .commit import Call, commit, exhaust
+from .description import described
 from .norms import judge
 from .rates import Rates
 from .record import Record
@@ -53,6 +54,8 @@ class Engine(Rates):
         What was saved beside the state that was loaded or restored last.
     warns : bool
         Whether a step says which variables have no gradient.
+    together : distributed.agreement.Agreement or None
+        What connects it with the optimizers of other processes.
     """
 
     def __init__(self, hyper: Any) -> None:
@@ -67,30 +70,33 @@ class Engine(Rates):
         self.extra: Any = None
         self.warns = True
         self.recipes: Recipes | None = None  # of the hyperparameters as they were at the last step
+        self.together: Any = None
         self.form: Form | None = None  # of the gradients last given in a container other than a list
         _ENGINES.add(self)
         tell_torch()
 
     # Building
 
-    def build(self, names: list[str], variables: list[Array]) -> Workspace:
+    def build(self, names: list[str], variables: list[Array], together: Any = None) -> Workspace:
         """Allocate the state and lay out the work; the same variables again change nothing."""
         # What was built under a trace of JAX has ended with it: a function may be traced more than once.
         if self.workspace is not None and not any(map(is_traced, self.workspace.variables[:1])):
             matching.check_same(self.workspace, variables)
             return self.workspace
-        if not variables:
+        if not variables and together is None:
             raise ValueError("`variables` is empty; expected at least one array")
         with without_collections():
-            return self._build(names, variables)
+            return self._build(names, variables, together)
 
-    def _build(self, names: list[str], variables: list[Array]) -> Workspace:
+    def _build(self, names: list[str], variables: list[Array], together: Any) -> Workspace:
         arrays.check_variables(names, variables)
         hyper = self.hyper
         groups, which, unmatched = make_groups(self, hyper.overrides, names, variables)
         given, variables = variables, arrays.seen_all(names, variables)
         slots = [self.new_slots(v) if groups[k].trainable else {} for v, k in zip(variables, which, strict=True)]
-        workspace = building.build(names, variables, slots, which, len(groups), given)
+        workspace = building.build(names, variables, slots, which, len(groups), given, together is not None)
+        if together is not None:
+            unmatched = together.meet(self, names, variables, unmatched)
         for called, nothing in unmatched:
             warnings.warn(
                 f"{called}: each of {brief_names(nothing, 20)} matches none of the variables {brief_names(names)}",
@@ -103,6 +109,7 @@ class Engine(Rates):
             self.loaded = None
         hyper.overrides = [override.by_names(names, given) for override in hyper.overrides]
         self._take(workspace, groups)
+        self.together = together
         return workspace
 
     def lay_out(
@@ -172,70 +179,82 @@ class Engine(Rates):
         calls of whether the step is applied: they are committed with it, and steps that are not finite are skipped.
         """
         with self.lock:
-            alone = self.alone if trainable_variables is None else None
-            if alone is not None:  # most steps: a list like the last one, which one compiled call looks through
-                gradients: Any = grads if self.form is None else self.form.flat(grads)
-                gradients = list(gradients) if type(gradients) is list else ()  # the caller's may change meanwhile
-            else:
-                gradients = matching.match(self, grads, trainable_variables)
-                if not gradients:
-                    return
-            workspace: Any = self.workspace
-            if workspace.gpus:
-                self._ask_gpus(loss_scale)
-            hyper, scalars = self.hyper, self.state.scalars
-            iteration, own, weight_decay = scalars["iteration"], scalars.get("learning_rate"), hyper.weight_decay
-            others: Any = ()
-            if own is not None and type(weight_decay) is float and not hyper.others:
-                rate = own.item()
-            else:  # what is called here may take a step: no address has been read yet
-                rate, weight_decay, others = self.rates_now()
-            gradients = gradients if workspace.trainable is None else workspace.of_trainable(gradients)
-            is_complete = alone is not None and alone.begins_as_before(gradients)
-            idle: list[Group] = []
-            if not is_complete:
-                if alone is not None:
-                    gradients = matching.match(self, grads, None)
-                    if not gradients:
-                        return
-                    gradients = workspace.of_trainable(gradients)
-                if hyper.counts_each:
-                    if all(g is None for g in gradients):
-                        return
-                    idle = self._part(gradients)
-                    rate, weight_decay, others = self.rates_now()
-                    workspace, alone = self.workspace, self.alone
-                _check_counter(iteration)
-                workspace.begin(gradients)
-            recipes = self.recipes
-            if recipes is None or recipes.token is not hyper.token or recipes.given != loss_scale:
-                recipes = self.recipes = Recipes(hyper, loss_scale, skips=more is not None)
-            recipe = recipes.at(iteration.item(), rate, weight_decay, others)
-            if workspace.resident is not None and more is None and not idle and recipe.nonfinite != "raise":
-                self._leave_to_gpu(recipe, recipes, gradients, (rate, others), is_complete)
-                return
-            if recipe.takes_norm:
-                norm, applied = judge(workspace, recipe, gradients)
-                if not applied:
-                    self._skip(norm, rate, others, more)
-                    return
-            else:
-                norm = None
-            repeatable, calls = (alone or workspace).work(recipe, gradients)
-            # The counter first: where it has become read-only, nothing else has happened yet.
-            told = setattr, self.record, "last", (norm, True, rate, others)
-            calls = [(setitem, iteration, (), recipe.number + 1), *calls, told]
-            if idle and recipe.is_update:
-                calls += [(setitem, vars(group), "started", group.started + 1) for group in idle]
-            if more is not None:
-                calls += more(True)
-            if workspace.tensors:
-                _check_counter(iteration)  # before torch is told of a change
-                arrays.note_writes(workspace.touched(gradients, recipe, is_complete))
+            together = self.together
             try:
-                commit(repeatable, calls) if repeatable else exhaust(starmap(call, calls))
-            except ValueError:
-                _check_counter(iteration)
+                if together is not None:
+                    together.begin("apply")
+                alone = self.alone if trainable_variables is None else None
+                if alone is not None:  # most steps: a list like the last one, which one compiled call looks through
+                    gradients: Any = grads if self.form is None else self.form.flat(grads)
+                    gradients = list(gradients) if type(gradients) is list else ()  # the caller's may change meanwhile
+                else:
+                    gradients = matching.match(self, grads, trainable_variables)
+                    if not gradients and together is None:
+                        return
+                workspace: Any = self.workspace
+                if workspace.gpus:
+                    self._ask_gpus(loss_scale)
+                hyper, scalars = self.hyper, self.state.scalars
+                iteration, own, weight_decay = scalars["iteration"], scalars.get("learning_rate"), hyper.weight_decay
+                others: Any = ()
+                if own is not None and type(weight_decay) is float and not hyper.others:
+                    rate = own.item()
+                else:  # what is called here may take a step: no address has been read yet
+                    rate, weight_decay, others = self.rates_now()
+                gradients = gradients if workspace.trainable is None else workspace.of_trainable(gradients)
+                is_complete = alone is not None and alone.begins_as_before(gradients)
+                idle: list[Group] = []
+                if not is_complete:
+                    if alone is not None:
+                        gradients = matching.match(self, grads, None)
+                        if not gradients and together is None:
+                            return
+                        gradients = workspace.of_trainable(gradients)
+                    if hyper.counts_each:
+                        if all(g is None for g in gradients):
+                            return
+                        idle = self._part(gradients)
+                        rate, weight_decay, others = self.rates_now()
+                        workspace, alone = self.workspace, self.alone
+                    _check_counter(iteration)
+                    workspace.begin(gradients)
+                recipes = self.recipes
+                if recipes is None or recipes.token is not hyper.token or recipes.given != loss_scale:
+                    recipes = self.recipes = Recipes(hyper, loss_scale, skips=more is not None)
+                recipe = recipes.at(iteration.item(), rate, weight_decay, others)
+                alone_decides = more is None and not idle and recipe.nonfinite != "raise" and together is None
+                if workspace.resident is not None and alone_decides:
+                    self._leave_to_gpu(recipe, recipes, gradients, (rate, others), is_complete)
+                    return
+                if recipe.takes_norm or together is not None:
+                    combine = (
+                        None if together is None else partial(together.combine, self, (rate, weight_decay, others))
+                    )
+                    norm, applied = judge(workspace, recipe, gradients, combine)
+                    if not applied:
+                        self._skip(norm, rate, others, more)
+                        return
+                else:
+                    norm = None
+                repeatable, calls = (alone or workspace).work(recipe, gradients)
+                # The counter first: where it has become read-only, nothing else has happened yet.
+                told = setattr, self.record, "last", (norm, True, rate, others)
+                calls = [(setitem, iteration, (), recipe.number + 1), *calls, told]
+                if idle and recipe.is_update:
+                    calls += [(setitem, vars(group), "started", group.started + 1) for group in idle]
+                if more is not None:
+                    calls += more(True)
+                if workspace.tensors:
+                    _check_counter(iteration)  # before torch is told of a change
+                    arrays.note_writes(workspace.touched(gradients, recipe, is_complete))
+                try:
+                    commit(repeatable, calls) if repeatable else exhaust(starmap(call, calls))
+                except ValueError:
+                    _check_counter(iteration)
+                    raise
+            except BaseException as error:
+                if together is not None:
+                    together.fail(error)
                 raise
 
     def skip(self) -> None:
@@ -380,7 +399,8 @@ class Engine(Rates):
         # Plans hold addresses, and recipes a token: both are made again from these.
         workspace = self.workspace and self.workspace[:4]  # names, variables, slots, and the groups they are in
         state = {key: value for key, value in vars(self).items() if key != "lock"}
-        return state | {"workspace": workspace, "alone": None, "form": None, "recipes": None}
+        together = self.together and self.together.left()  # communicators cannot be copied
+        return state | {"workspace": workspace, "alone": None, "form": None, "recipes": None, "together": together}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, lock=threading.RLock())
@@ -407,24 +427,7 @@ class Engine(Rates):
 
     def __repr__(self) -> str:
         """The arrays that it trains, for the `repr` of an optimizer."""
-        if self.workspace is None:
-            return "built=False"
-        variables = self.workspace.variables
-        dtypes = ", ".join(dict.fromkeys(map(arrays.dtype_name, variables)))
-        devices = ", ".join(dict.fromkeys(map(arrays.device, variables)))
-        state = [own[key] for _, own, key in self.places()]
-        return (
-            f"arrays={len(variables)}, parameters={sum(math.prod(v.shape) for v in variables)}, dtypes={dtypes!r}, "
-            f"devices={devices!r}, step={self.updates()}, state_bytes={sum(map(arrays.byte_count, state))}"
-            f"{self._rates()}"
-        )
-
-    def _rates(self) -> str:
-        """What the groups are, where there are several."""
-        if not self.hyper.others:
-            return ""
-        rates = [f"{rate:.4g}" for rate, _ in self.group_rates()]
-        return f", groups={len(rates)}, learning_rates={brief(', '.join(rates))}"
+        return described(self)
 
 
 def _check_counter(iteration: Array) -> None:

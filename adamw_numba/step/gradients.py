@@ -41,7 +41,7 @@ def _match(engine: Any, grads: Container, variables: Container | None) -> Sequen
         if not flatten(grads, "grads", absent=True)[1]:
             return []
         workspace = engine.workspace or engine.build(names, given)
-        return gradients_of(workspace, grads, names, given)
+        return gradients_of(workspace, grads, names, given, engine.together is not None)
     if engine.workspace is None:
         raise ValueError(
             "When passing `grads` without `variables`, the optimizer must already be built on a list of variables. "
@@ -54,14 +54,16 @@ def _match(engine: Any, grads: Container, variables: Container | None) -> Sequen
     flat = as_flat(engine.workspace, grads)
     if flat is not None:
         return flat
-    found = gradients(engine.workspace, grads, engine.warns)
+    found = gradients(engine.workspace, grads, engine.warns, engine.together is not None)
     if found:
         with suppress(ValueError):  # of the trainable variables alone
             engine.form = form_of(grads, engine.workspace.names) or engine.form
     return found
 
 
-def gradients(built: Workspace, grads: Container, warn: bool = True) -> Sequence[Array | None]:
+def gradients(
+    built: Workspace, grads: Container, warn: bool = True, may_be_none: bool = False
+) -> Sequence[Array | None]:
     """Gradients for all variables, by name or by position; an empty list for none at all.
 
     Raises
@@ -74,7 +76,9 @@ def gradients(built: Workspace, grads: Container, warn: bool = True) -> Sequence
     if built.trainable is not None and (found := _of_trainable(built, built.trainable, grads)) is not None:
         return found
     leaves = matched(grads, built.names, "grads", may_be_empty=True)
-    return _present(built, range(len(built.names)), leaves, warn) if leaves else []
+    if may_be_none and not leaves:
+        return [None] * len(built.names)
+    return _present(built, range(len(built.names)), leaves, warn, may_be_none) if leaves else []
 
 
 def _of_trainable(built: Workspace, trainable: Sequence[int], grads: Container) -> list[Array | None] | None:
@@ -102,7 +106,7 @@ def as_flat(built: Workspace, grads: Container) -> list[Array] | None:
 
 
 def gradients_of(
-    built: Workspace, grads: Container, targets: list[str], variables: Sequence[Array]
+    built: Workspace, grads: Container, targets: list[str], variables: Sequence[Array], may_be_none: bool = False
 ) -> Sequence[Array | None]:
     """Gradients for some of the variables, None for the others.
 
@@ -114,7 +118,7 @@ def gradients_of(
     where = indices(built, variables)
     leaves = matched(grads, targets, "grads")
     result: list[Array | None] = [None] * len(built.names)
-    for index, leaf in zip(where, _present(built, where, leaves, True), strict=True):
+    for index, leaf in zip(where, _present(built, where, leaves, True, may_be_none), strict=True):
         result[index] = leaf
     return result
 
@@ -175,12 +179,17 @@ def check_same(built: Workspace, variables: Sequence[Array]) -> None:
 
 
 def _present(
-    built: Workspace, where: Sequence[int], leaves: Sequence[Array | None], warn: bool
+    built: Workspace, where: Sequence[int], leaves: Sequence[Array | None], warn: bool, may_be_none: bool = False
 ) -> Sequence[Array | None]:
-    """The gradients of variables at certain positions, of which those that are not trainable need none."""
+    """The gradients of variables at certain positions, of which those that are not trainable need none.
+
+    All of them may be None where other processes have some.
+    """
     pairs = [(built.names[i], leaf) for i, leaf in zip(where, leaves, strict=True) if built.slots[i]]
     missing = [name for name, leaf in pairs if leaf is None]
     if len(missing) == len(pairs):
+        if may_be_none:
+            return leaves
         raise ValueError("No gradients provided for any variable.")
     if missing and warn:
         warnings.warn(

@@ -131,6 +131,7 @@ def build(
     which: list[int],
     groups: int,
     given: list[Array] | None = None,
+    may_be_empty: bool = False,
 ) -> Workspace:
     """Check that variables do not overlap, and lay out the work of a step.
 
@@ -140,7 +141,7 @@ def build(
         If two variables share memory, or none is trainable.
     """
     trainable = [i for i, own in enumerate(slots) if own]
-    if not trainable:
+    if not trainable and not may_be_empty:
         raise ValueError("no variable is trainable; expected one at least")
     if len(trainable) < len(names):
         _check_apart_from_frozen(names, variables, slots)

@@ -1,0 +1,62 @@
+"""Real processes, under Open MPI and torch's gloo: the bits of one process, and an error that reaches all."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import launched
+
+from adamw_numba import AdamW
+
+SCRIPT = Path(launched.__file__)
+SECONDS = 300  # a hang is a failure
+ENVIRONMENT = os.environ | {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]),
+}
+
+
+def under_mpi(size, folder):
+    pytest.importorskip("mpi4py")
+    mpiexec = Path(sys.executable).parent / "mpiexec"
+    if not mpiexec.exists():
+        pytest.skip("no mpiexec beside this Python")
+    command = [mpiexec, "-n", str(size), "--bind-to", "none", sys.executable, "-m", "mpi4py", SCRIPT, "mpi"]
+    done = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, timeout=SECONDS, check=True)
+    return done.stdout
+
+
+def under_gloo(size, folder):
+    pytest.importorskip("torch")
+    commands = [[sys.executable, SCRIPT, "torch", str(rank), str(size), folder / "meeting"] for rank in range(size)]
+    children = [subprocess.Popen(c, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) for c in commands]
+    try:
+        return "".join(child.communicate(timeout=SECONDS)[0] for child in children)
+    finally:
+        for child in children:
+            child.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("launch", [under_mpi, under_gloo])
+def test_as_one_process(launch, size, tmp_path):
+    whole = launched.variables()
+    optimizer = AdamW(0.1, global_clipnorm=0.5)
+    optimizer.build(whole)
+    for step in range(launched.STEPS):
+        optimizer.apply(launched.gradients(step))
+    found = [json.loads(line) for line in launch(size, tmp_path).splitlines() if line.startswith("{")]
+    assert sorted(each["rank"] for each in found) == list(range(size))
+    for each in found:
+        for name, values in each["values"].items():
+            np.testing.assert_array_equal(np.array(values, np.float32), whole[name])
+        at_fault = each["rank"] == size - 1
+        assert each["told"].startswith("TypeError: " if at_fault else f"RankError: rank {size - 1}: TypeError: ")

@@ -1,0 +1,370 @@
+"""Steps of several ranks, each with a part of the variables: those of one process with all of them, bit for bit."""
+
+import copy
+import math
+import pickle
+
+import numpy as np
+import pytest
+from helpers.thread_ranks import on_ranks
+
+from adamw_numba import AdamW, LossScaleOptimizer, schedules
+from adamw_numba.distributed import RankError
+
+SIZES = [1, 2, 3, 4, 7]
+SHAPES = {"a": (70, 30), "b": (5,), "c": (), "d": (0, 3), "e": (1000,), "f": (3, 2, 2)}
+OPTIONS = {
+    "plain": {},
+    "global clip": {"global_clipnorm": 0.5},
+    "global clip that is not reached": {"global_clipnorm": 1e6},
+    "clip of each": {"clipnorm": 0.5},
+    "skip": {"nonfinite": "skip", "global_clipnorm": 0.5},
+    "everything": {
+        "global_clipnorm": 0.5, "amsgrad": True, "use_ema": True, "gradient_accumulation_steps": 2, "loss_scale_factor": 8.0,
+        "nonfinite": "skip", "learning_rate": schedules.CosineDecay(0.1, 20),
+    },
+}  # fmt: skip
+STEPS = 6
+
+
+def values(seed, dtype):
+    generator = np.random.default_rng(seed)
+    found = {name: generator.standard_normal(shape) for name, shape in SHAPES.items()}
+    return {name: np.asarray(value, dtype) for name, value in found.items()}
+
+
+def owner(name, size):
+    return sorted(SHAPES).index(name) % size
+
+
+def part(tree, rank, size, shared=()):
+    return {name: array for name, array in tree.items() if owner(name, size) == rank or name in shared}
+
+
+def alone(options, dtype, steps=STEPS, bad=()):
+    """All variables in one process."""
+    variables = values(0, dtype)
+    optimizer = AdamW(**{"learning_rate": 0.1, **options})
+    optimizer.build(variables)
+    for step in range(steps):
+        optimizer.apply(gradients(step, dtype, bad))
+    return variables, optimizer
+
+
+def gradients(step, dtype, bad=()):
+    found = values(100 + step, dtype)
+    if step in bad:
+        found["e"][7] = np.nan
+    return found
+
+
+def together(size, options, dtype, shared=(), steps=STEPS, bad=()):
+    """Each rank with its own variables, and the shared ones."""
+
+    def work(ranks):
+        variables = part(values(0, dtype), ranks.rank, size, shared)
+        optimizer = AdamW(**{"learning_rate": 0.1, **options})
+        optimizer.build(variables, comm=ranks, replicated=[f"^{name}$" for name in shared])
+        for step in range(steps):
+            optimizer.apply(part(gradients(step, dtype, bad), ranks.rank, size, shared))
+        return variables, optimizer, ranks.messages
+
+    found = on_ranks(size, work)
+    for each in found:
+        if isinstance(each, BaseException):
+            raise each
+    return found
+
+
+def same(found, expected, rtol=0.0):
+    for variables, *_ in found:
+        for name, array in variables.items():
+            if rtol:
+                np.testing.assert_allclose(array, expected[name], rtol=rtol, atol=rtol)
+            else:
+                np.testing.assert_array_equal(array, expected[name], err_msg=name)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_the_bits_of_one_process(dtype, options, size):
+    expected, optimizer = alone(options, dtype)
+    found = together(size, options, dtype, shared=("b",))
+    same(found, expected, rtol=1e-12 if dtype == "float64" else 0.0)
+    for _, each, _ in found:
+        assert each.iterations == optimizer.iterations
+        norm, wanted = each.last_step.gradient_norm, optimizer.last_step.gradient_norm
+        assert norm == wanted if dtype != "float64" or norm is None else norm == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_cut_variable_is_clipped_by_its_whole_norm(size):
+    whole, gradient = np.ones((11, 3), np.float32), np.random.default_rng(0).standard_normal((11, 3)).astype("float32")
+    optimizer = AdamW(0.1, clipnorm=0.3)
+    optimizer.build({"w": whole})
+    optimizer.apply({"w": gradient})
+
+    def work(ranks):
+        rows = np.array_split(np.arange(11), size)[ranks.rank]
+        piece = np.ones((len(rows), 3), np.float32)
+        optimizer = AdamW(0.1, clipnorm=0.3)
+        optimizer.build({"w": piece}, comm=ranks)
+        optimizer.apply({"w": gradient[rows]})
+        return piece
+
+    np.testing.assert_array_equal(np.concatenate(on_ranks(size, work)), whole)
+
+
+@pytest.mark.parametrize("bad", [(0,), (2, 3), (5,)])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_step_that_one_rank_skips_all_skip(size, bad):
+    options = OPTIONS["skip"]
+    expected, optimizer = alone(options, "float32", bad=bad)
+    found = together(size, options, "float32", bad=bad)
+    same(found, expected)
+    assert {each.skipped_steps for _, each, _ in found} == {optimizer.skipped_steps} == {len(bad)}
+
+
+def test_a_dynamic_loss_scale_is_the_same_on_all_ranks():
+    def work(ranks):
+        optimizer = LossScaleOptimizer(AdamW(0.1), initial_scale=2.0**10)
+        variables = part(values(0, "float32"), ranks.rank, ranks.size)
+        optimizer.inner_optimizer.build(variables, comm=ranks)
+        for step in range(4):
+            optimizer.apply(part(gradients(step, "float32", bad=(1, 2)), ranks.rank, ranks.size))
+        return float(optimizer.dynamic_scale), optimizer.iterations
+
+    assert set(on_ranks(3, work)) == {(2.0**8, 2)}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_what_is_sent(size):
+    """One message of at most 128 bytes for a step, whatever there is to agree on; one more to clip variables alone."""
+    for name, expected in {"global clip": 1, "plain": 1, "clip of each": 2}.items():
+        _, _, messages = together(size, OPTIONS[name], "float32", steps=0)[0]
+        before = len(messages)
+        _, _, messages = together(size, OPTIONS[name], "float32", steps=5)[0]
+        sent = messages[before:]
+        assert len(sent) == 5 * expected
+        assert max(sent[::expected]) * 8 <= 128
+
+
+# Ranks without anything
+
+
+def test_a_rank_without_variables_or_gradients():
+    def work(ranks):
+        variables = {"w": np.ones(3)} if ranks.rank == 1 else {"v": np.ones(2)} if ranks.rank == 2 else {}
+        optimizer = AdamW(0.1, global_clipnorm=1.0)
+        optimizer.build(variables, comm=ranks)
+        gradients = {"w": np.full(3, 2.0)} if ranks.rank == 1 else {"v": None} if ranks.rank == 2 else {}
+        optimizer.apply(gradients)
+        return variables, optimizer.iterations, optimizer.last_step.gradient_norm
+
+    (nothing, *rest), (moved, *others), (still, *last) = on_ranks(3, work)
+    assert nothing == {}
+    assert (moved["w"] < 1).all()
+    assert (still["v"] == 1).all()
+    assert rest == others == last == [1, pytest.approx(math.sqrt(12))]
+
+
+def test_no_rank_has_anything():
+    errors = on_ranks(2, lambda ranks: AdamW().build({}, comm=ranks))
+    assert all("empty on all ranks" in str(error) for error in errors)
+
+    def work(ranks):
+        optimizer = AdamW()
+        optimizer.build({"w": np.ones(2)}, comm=ranks)
+        optimizer.apply({"w": None})
+
+    assert all("on any rank" in str(error) for error in on_ranks(2, work))
+
+
+# Errors
+
+
+def failing(change, size=3, at=1, **options):
+    """What each of some ranks raises where one of them does something else; nothing has been written, and they go on."""
+
+    def work(ranks):
+        name = f"w{ranks.rank}"
+        variables = {name: np.ones(4), "shared": np.ones(2)}
+        optimizer = AdamW(**{"learning_rate": 0.1, "global_clipnorm": 1.0, **options})
+        optimizer.build(variables, comm=ranks, replicated=["shared"])
+        good = {name: np.ones(4), "shared": np.ones(2)}
+        optimizer.apply(good)
+        before, state = copy.deepcopy(variables), copy.deepcopy(optimizer.state)
+        undo, gradients = lambda: None, good
+        if ranks.rank == at:
+            gradients, undo = change(optimizer, dict(good), name)
+        with pytest.raises(Exception) as error:  # noqa: PT011 - its type and text are looked at by the caller
+            optimizer.apply(gradients)
+        undo()
+        for found, wanted in ((variables, before), (optimizer.state, state)):
+            assert all(np.array_equal(found[key], wanted[key]) for key in wanted)
+        optimizer.apply(good)
+        return error.value, optimizer.iterations
+
+    found = on_ranks(size, work)
+    assert [each[1] for each in found] == [2] * size
+    return [each[0] for each in found]
+
+
+def setting(name, value):
+    def change(optimizer, gradients, _):
+        old = getattr(optimizer, name)
+        setattr(optimizer, name, value)
+        return gradients, lambda: setattr(optimizer, name, old)
+
+    return change
+
+
+def with_gradient(value):
+    return lambda optimizer, gradients, name: (gradients | {name: value}, lambda: None)
+
+
+AT_FAULT = {
+    "a shape": (with_gradient(np.ones(9)), ValueError, "has shape"),
+    "no array": (with_gradient("text"), TypeError, "text"),
+    "a name": (lambda o, gradients, _: (gradients | {"other": np.ones(2)}, lambda: None), ValueError, "other"),
+    "no container": (lambda *_: (3.0, lambda: None), TypeError, "grads"),
+    "a rate that raises": (setting("learning_rate", lambda: 1 / 0), ZeroDivisionError, "division"),
+}
+
+
+@pytest.mark.parametrize("at", range(3))
+@pytest.mark.parametrize("case", AT_FAULT)
+def test_the_rank_at_fault_raises_its_own_error(case, at):
+    change, kind, message = AT_FAULT[case]
+    for rank, error in enumerate(failing(change, at=at)):
+        assert message in str(error)
+        if rank == at:
+            assert isinstance(error, kind)
+            assert not isinstance(error, RankError)
+        else:
+            assert isinstance(error, RankError)
+            assert f"rank {at}: {kind.__name__}: " in str(error)
+            assert "nothing has been written" in str(error)
+
+
+def moved_on(optimizer, gradients, _):
+    optimizer.engine.state.scalars["iteration"][...] = 7
+    return gradients, lambda: optimizer.engine.state.scalars["iteration"].fill(1)
+
+
+DISAGREE = {
+    "iteration": (moved_on, "the iterations differ: 1 on ranks 0, 2, 7 on rank 1"),
+    "learning rate": (setting("learning_rate", 0.2), "the learning rates differ: 0.1 on ranks 0, 2, 0.2 on rank 1"),
+    "weight decay": (setting("weight_decay", 0.5), "the weight decays differ: 0.004 on ranks 0, 2, 0.5 on rank 1"),
+    "hyperparameters": (setting("beta_1", 0.5), "the hyperparameters differ: beta_1 is 0.9 on ranks 0, 2, 0.5 on rank 1"),
+    "a clip": (setting("global_clipnorm", None), "global_clipnorm is 1.0 on ranks 0, 2, None on rank 1"),
+    "a replicated gradient": (
+        lambda o, gradients, _: (gradients | {"shared": np.ones(2) * 2}, lambda: None),
+        "the gradients of the replicated variables differ",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DISAGREE)
+def test_ranks_that_do_not_agree(case):
+    change, message = DISAGREE[case]
+    for error in failing(change):
+        assert isinstance(error, RankError)
+        assert message in str(error)
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_not_finite_with_raise(at):
+    for rank, error in enumerate(failing(with_gradient(np.full(4, np.inf)), at=at, nonfinite="raise")):
+        assert f"gradients of ['w{at}'] hold values" in str(error)
+        assert isinstance(error, FloatingPointError if rank == at else RankError)
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_an_interrupt_on_one_rank(at):
+    def interrupted(optimizer, gradients, name):
+        def rate():
+            raise KeyboardInterrupt
+
+        return setting("learning_rate", rate)(optimizer, gradients, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pytest, "raises", lambda _: _Caught())
+        errors = failing(interrupted, at=at)
+    assert [type(error) for error in errors] == [KeyboardInterrupt if rank == at else RankError for rank in range(3)]
+
+
+class _Caught:
+    """As `pytest.raises` of any exception, interrupts among them."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, value, traceback):
+        self.value = value
+        return True
+
+
+BUILT_WRONG = {
+    "no variable of a kind": (lambda ranks: {"w": "text"}, {}, TypeError, "text"),
+    "an error of the user's": (lambda ranks: {"w": np.ones(2, int)}, {}, TypeError, "int64"),
+    "another replicated shape": (lambda ranks: {"b": np.ones(3)}, {}, RankError, "the replicated variables differ"),
+    "another setting": (lambda ranks: {"b": np.ones(2)}, {"amsgrad": True}, RankError, "amsgrad is False on ranks 0, 2, True on rank 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BUILT_WRONG)
+def test_what_is_built_has_to_fit(case):
+    change, options, kind, message = BUILT_WRONG[case]
+
+    def work(ranks):
+        at_fault = ranks.rank == 1
+        optimizer = AdamW(**options if at_fault else {})
+        with pytest.raises(Exception) as error:  # noqa: PT011
+            optimizer.build(change(ranks) if at_fault else {"b": np.ones(2)}, comm=ranks, replicated=["b"])
+        assert not optimizer.built
+        optimizer = AdamW()
+        optimizer.build({"b": np.ones(2)}, comm=ranks, replicated=["b"])
+        return error.value
+
+    for rank, error in enumerate(on_ranks(3, work)):
+        assert isinstance(error, kind if rank == 1 else RankError)
+        assert message in str(error)
+
+
+@pytest.mark.parametrize("comm", [3, "world", object(), [1], AdamW])
+def test_what_is_no_communicator(comm):
+    with pytest.raises(TypeError, match=r"`comm` is .*; expected a communicator of mpi4py, a process group"):
+        AdamW().build([np.ones(2)], comm=comm)
+
+
+@pytest.mark.parametrize(("replicated", "kind"), [("b", TypeError), ([3], TypeError), (["("], ValueError)])
+def test_patterns_that_are_none(replicated, kind):
+    errors = on_ranks(1, lambda ranks: AdamW().build([np.ones(2)], comm=ranks, replicated=replicated))
+    assert isinstance(errors[0], kind)
+    assert "`replicated`" in str(errors[0])
+
+
+def test_a_copy_cannot_go_on_with_the_others():
+    def work(ranks):
+        optimizer = AdamW()
+        optimizer.build([np.ones(2)], comm=ranks)
+        assert f"rank={ranks.rank} of 2" in repr(optimizer)
+        for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+            with pytest.raises(RuntimeError, match="is the copy of one that was connected"):
+                other.apply([np.ones(2)])
+        optimizer.apply([np.ones(2)])
+        return optimizer.iterations
+
+    assert on_ranks(2, work) == [1, 1]
+
+
+def test_a_pattern_that_matches_on_another_rank_is_no_mistake(recwarn):
+    def work(ranks):
+        optimizer = AdamW()
+        optimizer.exclude_from_weight_decay(var_names=["^w1$"])
+        optimizer.build({f"w{ranks.rank}": np.ones(2)}, comm=ranks)
+
+    assert on_ranks(3, work) == [None] * 3
+    assert not recwarn.list

@@ -1,0 +1,46 @@
+"""Ranks that are threads of one process: hundreds of cases without a launch."""
+
+import threading
+
+import numpy as np
+
+MOST_SECONDS = 60  # for a rank to wait for the others: a rank that hangs fails the test
+
+
+class ThreadRanks:
+    """One rank among several threads."""
+
+    def __init__(self, rank, size, barrier, board):
+        self.rank, self.size, self._barrier, self._board = rank, size, barrier, board
+        self.messages = []  # how many numbers each had
+
+    def gather(self, row):
+        self.messages.append(row.size)
+        self._board[self.rank] = row.copy()
+        self._barrier.wait(MOST_SECONDS)
+        rows = np.stack(self._board)
+        self._barrier.wait(MOST_SECONDS)  # nobody writes the next row before all have read these
+        return rows
+
+
+def on_ranks(size, work):
+    """What `work(ranks)` returns or raises on each rank."""
+    barrier, board, found = threading.Barrier(size), [None] * size, [None] * size
+
+    def run(rank):
+        try:
+            found[rank] = work(ThreadRanks(rank, size, barrier, board))
+        except BaseException as error:
+            found[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(2 * MOST_SECONDS)
+    assert not any(thread.is_alive() for thread in threads)
+    errors = [each for each in found if isinstance(each, BaseException)]
+    own = [each for each in errors if not isinstance(each, threading.BrokenBarrierError)]
+    if len(own) < len(errors):  # some have waited in vain
+        raise own[0] if own else errors[0]
+    return found
