@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from .. import arrays
 from ..arrays import Array
 from ..arrays.brief import brief, cut
 from ..hyperparameters.table import patterns
-from .ranks import RankError, Rows, ranks_of, texts
+from .ranks import RankError, Ranks, Rows, texts
 
 # The words of a row. Norms are those of the variables that are this rank's alone, and of those that all ranks have;
 # additions as in cpu/plan.py, -1 where there are none.
@@ -265,6 +266,32 @@ class Left:
     def left(self) -> "Left":
         """It has left already."""
         return self
+
+
+def ranks_of(comm: Any) -> Ranks:
+    """The processes behind a communicator.
+
+    Raises
+    ------
+    TypeError
+        If it is none.
+    """
+    mpi, distributed = sys.modules.get("mpi4py.MPI"), sys.modules.get("torch.distributed")
+    if mpi is not None and isinstance(comm, mpi.Comm):
+        from .mpi import MpiRanks
+
+        return MpiRanks(comm)
+    if distributed is not None:
+        from . import torch as engine
+
+        if (found := engine.ranks_of(comm)) is not None:
+            return found
+    if isinstance(comm, Ranks) and not isinstance(comm, type):
+        return comm
+    raise TypeError(
+        f"`comm` is {brief(comm)} of type {type(comm).__name__}; expected a communicator of mpi4py, a process group "
+        "or a device mesh of one dimension of torch, or an object with `rank`, `size` and `gather`"
+    )
 
 
 def _settings(hyper: Any) -> dict[str, Any]:

@@ -1,12 +1,9 @@
-"""What is asked of an engine that connects processes, and how engines are recognised."""
+"""What is asked of an engine that connects processes."""
 
-import sys
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
-
-from ..arrays.brief import brief
 
 Rows = NDArray[np.float64]
 
@@ -43,32 +40,6 @@ class Ranks(Protocol):
         array of float64, shape (size, k)
         """
         ...
-
-
-def ranks_of(comm: Any) -> Ranks:
-    """The processes behind a communicator.
-
-    Raises
-    ------
-    TypeError
-        If it is none.
-    """
-    mpi, distributed = sys.modules.get("mpi4py.MPI"), sys.modules.get("torch.distributed")
-    if mpi is not None and isinstance(comm, mpi.Comm):
-        from .mpi import MpiRanks
-
-        return MpiRanks(comm)
-    if distributed is not None:
-        from . import torch as engine
-
-        if (found := engine.ranks_of(comm)) is not None:
-            return found
-    if isinstance(comm, Ranks) and not isinstance(comm, type):
-        return comm
-    raise TypeError(
-        f"`comm` is {brief(comm)} of type {type(comm).__name__}; expected a communicator of mpi4py, a process group "
-        "or a device mesh of one dimension of torch, or an object with `rank`, `size` and `gather`"
-    )
 
 
 def texts(ranks: Ranks, text: str) -> list[str]:
