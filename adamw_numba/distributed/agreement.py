@@ -167,7 +167,8 @@ class Agreement:
             If no rank has a gradient.
         """
         workspace = engine.workspace
-        shared = self.is_shared if workspace.trainable is None else self.is_shared[workspace.trainable]
+        trained = slice(None) if workspace.trainable is None else workspace.trainable
+        shared, where = self.is_shared[trained], self._where[trained]
         row = self._row(engine, recipe.number, *rates)
         row[PRESENT] = sum(g is not None for g in gradients)
         plans = workspace.plans
@@ -181,15 +182,16 @@ class Agreement:
             raise ValueError("No gradients provided for any variable on any rank.")
         if norms is None:
             return None, 0.0
-        return self._combined(plans, recipe, norms, shared, rows)
+        # Of replicated variables, those of rank 0 count.
+        counts = ~shared if self.ranks.rank else np.ones(len(shared), bool)
+        return self._combined(plans, recipe, norms, (counts, where), rows)
 
-    def _combined(self, plans: Any, recipe: Any, norms: Any, shared: Any, rows: Rows) -> tuple[Any, float]:
-        norm = _whole(np.append(rows[:, OWN_NORM], rows[0, SHARED_NORM]))
-        counts = self._counted(shared)
+    def _combined(self, plans: Any, recipe: Any, norms: Any, own: Any, rows: Rows) -> tuple[Any, float]:
+        norm, (counts, _) = _whole(np.append(rows[:, OWN_NORM], rows[0, SHARED_NORM])), own
         is_single = bool((rows[:, ADDITIONS] >= 0).all())
         additions = rows[:, ADDITIONS].max() + ROUNDINGS + self.ranks.size
         if recipe.clips_each:
-            norms = self._each(plans, recipe, norms, counts, additions if is_single else None)
+            norms = self._each(plans, recipe, norms, own, additions if is_single else None)
         if is_single and math.isfinite(norm):
             from ..cpu import exact
 
@@ -200,13 +202,9 @@ class Agreement:
             norm = steady
         return norms, norm
 
-    def _counted(self, shared: Any) -> Any:
-        """Which of this rank's norms count in a sum over ranks: of replicated variables, those of rank 0."""
-        return ~shared if self.ranks.rank else np.ones(len(shared), bool)
-
-    def _each(self, plans: Any, recipe: Any, norms: Any, counts: Any, additions: float | None) -> Any:
+    def _each(self, plans: Any, recipe: Any, norms: Any, own: Any, additions: float | None) -> Any:
         """The norms of whole variables: those of one name on several ranks are the shards of one."""
-        where = self._where
+        counts, where = own
         row = np.zeros(self._names)
         row[where[counts]] = norms[counts]
         rows = self.ranks.gather(row)

@@ -9,6 +9,7 @@ import pytest
 from helpers.thread_ranks import on_ranks
 
 from adamw_numba import AdamW, LossScaleOptimizer, schedules
+from adamw_numba.cpu import exact
 from adamw_numba.distributed import RankError
 
 SIZES = [1, 2, 3, 4, 7]
@@ -114,6 +115,39 @@ def test_a_cut_variable_is_clipped_by_its_whole_norm(size):
         return piece
 
     np.testing.assert_array_equal(np.concatenate(on_ranks(size, work)), whole)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+@pytest.mark.parametrize("name", ["global clip", "clip of each"])
+def test_norms_that_no_rank_is_certain_of(name, size, monkeypatch):
+    """Their exact sums are gathered."""
+    expected, _ = alone(OPTIONS[name], "float32")
+    monkeypatch.setattr(exact, "IN_CHUNK", 2**50)
+    same(together(size, OPTIONS[name], "float32", shared=("a",)), expected)
+
+
+def test_frozen_variables_do_not_count():
+    def work(ranks):
+        variables = {"frozen": np.ones(2), "w": np.ones(2), f"own{ranks.rank}": np.ones(2)}
+        optimizer = AdamW(0.1, clipnorm=1.0)
+        optimizer.override(var_names=["^frozen$"], trainable=False)
+        optimizer.build(variables, comm=ranks)
+        optimizer.apply({name: np.full(2, 4.0) for name in variables if name != "frozen"})
+        return optimizer.state["momentum/w"], optimizer.state[f"momentum/own{ranks.rank}"]
+
+    for cut, own in on_ranks(2, work):  # the parts of `w` are two of four elements
+        np.testing.assert_allclose(cut, 0.1 * 4 / 8)
+        np.testing.assert_allclose(own, 0.1 * 4 / math.sqrt(32))
+
+
+def test_calls_that_differ():
+    def work(ranks):
+        optimizer = AdamW()
+        optimizer.build([np.ones(2)], comm=ranks)
+        with pytest.raises(RankError, match="the calls differ: apply on rank 0, build on rank 1"):
+            optimizer.apply([np.ones(2)]) if ranks.rank == 0 else AdamW().build([np.ones(2)], comm=ranks)
+
+    assert on_ranks(2, work) == [None, None]
 
 
 @pytest.mark.parametrize("bad", [(0,), (2, 3), (5,)])
