@@ -35,7 +35,7 @@ class Plan:
         Which variables these are.
     """
 
-    additions = None  # see cpu/plan.py
+    additions = None  # see cpu/plan.py: norms are taken as they are
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Plan:
             if gradients[i] is not None:
                 arrays.check_gradient(self.names[i], gradients[i], variable)
 
-    def norms(self, recipe: Recipe, gradients: Sequence[Array | None], steady: bool = True) -> tuple[Any, float]:
+    def norms(self, recipe: Recipe, gradients: Sequence[Array | None]) -> tuple[Any, float]:
         """The norm of each variable's gradient (with what it has accumulated), 0 elsewhere, and of all together."""
         norms, (c, *_) = np.zeros(len(self.names)), recipe.coefficients()
         for i in self.own:
@@ -93,6 +93,10 @@ class Plan:
                     functions.norm(arrays.detached(gradients[i]), self.slots[i].get("gradient_accumulator"), c)
                 )
         return norms, whole_norm(norms)
+
+    def steady_norms(self, recipe: Recipe, norms: Any, norm: float) -> tuple[Any, float]:
+        """The same norms."""
+        return norms, norm
 
     def work(self, recipe: Recipe, gradients: Sequence[Array | None]) -> tuple[list[Call], list[Call]]:
         """What is to be done that may be repeated, writing included, and what may not: nothing."""

@@ -1,4 +1,4 @@
-"""The norms of float32 gradients: the same in whatever order squares are added, and however the arrays are cut.
+"""Norms of float32 gradients for a clip: the same in whatever order squares are added, and however arrays are cut.
 
 A sum in float64, rounded to fewer bits, nearly always is. For the rare one that lies between two such numbers, there is
 the exact sum. A float32 is an integer of 24 bits times a power of two that is at least 2^-149, so a sum of squares is a

@@ -107,23 +107,36 @@ class Plan:
         if self.table.is_new:
             self.table.remember()
 
-    def norms(self, recipe: Recipe, gradients: Sequence[Array | None], steady: bool = True) -> tuple[Matrix, float]:
+    def norms(self, recipe: Recipe, gradients: Sequence[Array | None]) -> tuple[Matrix, float]:
         """The norm of each variable's gradient (with what it has accumulated), 0 elsewhere, and of all together.
 
-        float64 sums of chunks, added in order. Those of float32 are rounded so that any order would do (see exact.py);
-        those of single variables only where each clips its own gradient, and none if they are not to be `steady`, since
-        more is to be added. Where the sum of float64 squares over- or
-        underflows, it is taken again at another scale, so that a norm is not finite only if an element is not. Beside
-        others that are larger, one below 1e-154 may count as 0.
+        float64 sums of chunks, added in order. Where the sum of float64 squares over- or underflows, it is taken again
+        at another scale, so that a norm is not finite only if an element is not. Beside others that are larger, one
+        below 1e-154 may count as 0.
         """
         if recipe is not self._loaded:
             self._load(recipe)
         if self._is_single:
             squares = self._squares(recipe, 1.0)
-            norms, norm = np.sqrt(squares), math.sqrt(cpu.add_in_order(squares))
-            return self._steady(recipe, norms, norm) if steady and math.isfinite(norm) else (norms, norm)
+            return np.sqrt(squares), math.sqrt(cpu.add_in_order(squares))
         with np.errstate(all="ignore"):
             return self._norms_in_range(recipe)
+
+    def steady_norms(self, recipe: Recipe, norms: Matrix, norm: float) -> tuple[Matrix, float]:
+        """The same norms, of gradients that are finite, as a clip takes them: see exact.py.
+
+        Those of single variables only where each clips its own gradient.
+        """
+        if self.additions is None:
+            return norms, norm
+        norms = norms.copy() if recipe.clips_each else norms
+        odd = recipe.clips_each and exact.steady_each(norms, self.additions)
+        norm = exact.steady(norm, self.additions)
+        if odd or norm < 0:  # about once in ten thousand steps
+            digits = self.exact_squares(recipe)
+            norms = np.where(norms < 0, exact.norms_of(digits), norms)
+            norm = exact.norms_of(digits.sum(axis=0, keepdims=True)).item()
+        return norms, norm
 
     def exact_squares(self, recipe: Recipe) -> Matrix:
         """The exact sum of the squares of each variable's gradient, as digits."""
@@ -199,15 +212,6 @@ class Plan:
         if not 0 < peak < np.inf:
             return norms, peak
         return norms, min(peak * float(np.sqrt(cpu.add_in_order((norms / peak) ** 2))), _LARGEST)
-
-    def _steady(self, recipe: Recipe, norms: Matrix, norm: float) -> tuple[Matrix, float]:
-        odd = recipe.clips_each and exact.steady_each(norms, self.additions)
-        norm = exact.steady(norm, self.additions)
-        if odd or norm < 0:  # about once in ten thousand steps
-            digits = self.exact_squares(recipe)
-            norms = np.where(norms < 0, exact.norms_of(digits), norms)
-            norm = exact.norms_of(digits.sum(axis=0, keepdims=True)).item()
-        return norms, norm
 
     def _squares(self, recipe: Recipe, scale: float) -> Matrix:
         squares = np.zeros(len(self.table.names))

@@ -156,8 +156,11 @@ class Agreement:
 
     # Stepping
 
-    def combine(self, engine: Any, rates: Any, recipe: Any, gradients: Sequence[Any], norms: Any) -> tuple[Any, float]:
-        """The norm of each gradient, where its variable is cut its whole norm, and that of all ranks' together.
+    def combine(
+        self, engine: Any, rates: Any, recipe: Any, gradients: Sequence[Any], norms: Any
+    ) -> tuple[float, Any, float]:
+        """The norm of all ranks' gradients together; and for a clip, of each (of a variable that is cut the whole one)
+        and of all, as cpu/exact.py makes them steady.
 
         Raises
         ------
@@ -181,26 +184,26 @@ class Agreement:
         if not rows[:, PRESENT].any():
             raise ValueError("No gradients provided for any variable on any rank.")
         if norms is None:
-            return None, 0.0
+            return 0.0, None, 0.0
         # Of replicated variables, those of rank 0 count.
         counts = ~shared if self.ranks.rank else np.ones(len(shared), bool)
         return self._combined(plans, recipe, norms, (counts, where), rows)
 
-    def _combined(self, plans: Any, recipe: Any, norms: Any, own: Any, rows: Rows) -> tuple[Any, float]:
+    def _combined(self, plans: Any, recipe: Any, norms: Any, own: Any, rows: Rows) -> tuple[float, Any, float]:
         norm, (counts, _) = _whole(np.append(rows[:, OWN_NORM], rows[0, SHARED_NORM])), own
         is_single = bool((rows[:, ADDITIONS] >= 0).all())
         additions = rows[:, ADDITIONS].max() + ROUNDINGS + self.ranks.size
-        if recipe.clips_each:
+        if recipe.clips_each and recipe.is_update:
             norms = self._each(plans, recipe, norms, own, additions if is_single else None)
-        if is_single and math.isfinite(norm):
-            from ..cpu import exact
+        if not is_single or not recipe.is_update or not math.isfinite(norm):
+            return norm, norms, norm
+        from ..cpu import exact
 
-            steady = exact.steady(norm, additions)
-            if steady < 0:  # the same on all ranks
-                digits = self._gather_digits(plans, recipe, counts, np.zeros(len(norms), int), 1)
-                steady = exact.norms_of(digits).item()
-            norm = steady
-        return norms, norm
+        steady = exact.steady(norm, additions)
+        if steady < 0:  # the same on all ranks
+            digits = self._gather_digits(plans, recipe, counts, np.zeros(len(norms), int), 1)
+            steady = exact.norms_of(digits).item()
+        return norm, norms, steady
 
     def _each(self, plans: Any, recipe: Any, norms: Any, own: Any, additions: float | None) -> Any:
         """The norms of whole variables: those of one name on several ranks are the shards of one."""

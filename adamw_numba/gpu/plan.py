@@ -61,7 +61,7 @@ class Plan:
     launcher : Launcher
     """
 
-    additions = None  # see cpu/plan.py
+    additions = None  # see cpu/plan.py: norms are taken as they are
 
     def __init__(
         self,
@@ -191,7 +191,7 @@ class Plan:
 
     # A step, as every plan takes it
 
-    def norms(self, recipe: Recipe, gradients: Sequence[Array | None], steady: bool = True) -> tuple[Matrix, float]:
+    def norms(self, recipe: Recipe, gradients: Sequence[Array | None]) -> tuple[Matrix, float]:
         """The norm of each variable's gradient, 0 elsewhere, and of all together; waits for the GPU."""
         self._check_not_captured()
         self.send_rows(recipe.number, 1, lambda _: rows_of([recipe]), None)
@@ -202,6 +202,10 @@ class Plan:
             self.streams.synchronize()
             found[self.table.own] = self.workload.norms.copy_to_host()[self.table.own]
         return found, whole_norm(found)
+
+    def steady_norms(self, recipe: Recipe, norms: Any, norm: float) -> tuple[Any, float]:
+        """The same norms."""
+        return norms, norm
 
     def work(self, recipe: Recipe, gradients: Sequence[Array | None]) -> tuple[list[Call], list[Call]]:
         """What is to be done that may be repeated: nothing; and the launches of a step that the host has decided."""

@@ -30,26 +30,29 @@ def judge(
     if combine is not None and not recipe.takes_norm:
         combine(recipe, gradients, None)
         return None, True
-    norms, norm = _norms(workspace, recipe, gradients, steady=combine is None)
+    norms, norm = _norms(workspace, recipe, gradients)
     if recipe.nonfinite == "raise" and not math.isfinite(norm * recipe.factor):
         found = zip(workspace.trained[0], norms * recipe.factor, strict=True)
         names = brief_names(name for name, norm in found if not math.isfinite(norm))
         raise FloatingPointError(f"gradients of {names} hold values that are not finite (nonfinite='raise')")
+    steady = norms, norm
     if combine is not None:
-        norms, norm = combine(recipe, gradients, norms)
-    norms, norm = norms * recipe.factor, norm * recipe.factor
+        norm, *steady = combine(recipe, gradients, norms)
+    elif len(workspace.plans) == 1 and recipe.is_update and math.isfinite(norm):
+        steady = workspace.plans[0].steady_norms(recipe, norms, norm)
+    norm *= recipe.factor
     if recipe.nonfinite != "propagate" and not math.isfinite(norm):
         return norm, False
     if recipe.is_update:
-        recipe.clip(norms, norm, workspace.trained[1])
+        recipe.clip(steady[0] * recipe.factor, steady[1] * recipe.factor, workspace.trained[1])
     return norm, True
 
 
 def _norms(
-    workspace: Workspace, recipe: Recipe, gradients: Sequence[Array | None], steady: bool
+    workspace: Workspace, recipe: Recipe, gradients: Sequence[Array | None]
 ) -> tuple[np.ndarray[Any, Any], float]:
     """The norm of each variable's gradient, and of all together, not yet multiplied with the recipe's factor."""
-    found = [plan.norms(recipe, gradients, steady) for plan in workspace.plans]
+    found = [plan.norms(recipe, gradients) for plan in workspace.plans]
     if len(found) == 1:
         return found[0]  # type: ignore[no-any-return]
     # Each plan has zeros for the variables of the others.
