@@ -140,7 +140,7 @@ class Rate:
         value = self.function(step) if self.takes_step else self.function()
         if not isinstance(step, int):
             return value
-        number = value.item() if getattr(value, "shape", None) == () else value
+        number = value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
         number = number if is_real(number) else _number_of(value)
         if number is None or not 0 <= number < math.inf:
             raise ValueError(f"`{self.name}` returned {brief(value)} at step {step}; expected a finite float >= 0")

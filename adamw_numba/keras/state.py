@@ -120,6 +120,9 @@ class WithState(keras.optimizers.AdamW):  # type: ignore[misc]  # which has no t
                 raise ValueError(
                     f"`weights`: {variable.path} has shape {tuple(np.shape(weight))}; expected {tuple(variable.shape)}"
                 )
+        if self.built:  # what cannot be converted raises before anything is written
+            pairs = zip(weights, self.variables, strict=True)
+            weights = [keras.ops.convert_to_tensor(weight, dtype=variable.dtype) for weight, variable in pairs]
         super().set_weights(weights)
 
     def load_own_variables(self, store: Mapping[str, Any]) -> None:

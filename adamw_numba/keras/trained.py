@@ -29,7 +29,18 @@ def is_torch() -> bool:
 
 
 def seen_by_numpy(variable: Variable) -> Any:
-    """A scalar of the torch backend as an array of NumPy in the same memory."""
+    """A scalar of the torch backend as an array of NumPy in the same memory.
+
+    Raises
+    ------
+    TypeError
+        If it is in bfloat16, which NumPy lacks.
+    """
+    if variable.dtype == "bfloat16":
+        raise TypeError(
+            f"{variable.path} is in bfloat16, as Keras's floatx is; expected another floatx: for layers in bfloat16 "
+            "there are their `dtype` and the policies"
+        )
     return tensor(variable).detach().numpy()
 
 

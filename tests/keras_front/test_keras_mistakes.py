@@ -45,6 +45,26 @@ def test_decay_is_ignored_as_in_keras():
         AdamW(decay=0.1)
 
 
+@only_torch
+def test_a_rate_that_is_a_variable_of_keras():
+    rate = keras.Variable(0.25, trainable=False)
+    optimizer, variables = AdamW(lambda: rate, weight_decay=0.0), variables_of()
+    before = looked(variables)
+    optimizer.apply(gradients_of(0), variables)
+    for new, old in zip(looked(variables), before, strict=True):
+        np.testing.assert_allclose(np.abs(new - old), 0.25, rtol=1e-3)
+
+
+@only_torch
+def test_a_floatx_that_numpy_lacks():
+    keras.config.set_floatx("bfloat16")
+    try:
+        with pytest.raises(TypeError, match=r"learning_rate is in bfloat16, as Keras's floatx is; expected another"):
+            AdamW().build(variables_of())
+    finally:
+        keras.config.set_floatx("float32")
+
+
 BUILDING = {
     "nothing": (list, ValueError, "`variables` is empty"),
     "one variable": (lambda: variables_of()[0], TypeError, "expected a list of keras.Variable"),
@@ -141,6 +161,9 @@ LATER = {
     "no rate": (lambda o: setattr(o, "learning_rate", float("nan")), ValueError, "`learning_rate` must be"),
     "exclusion": (lambda o: o.exclude_from_weight_decay(var_names=["b"]), ValueError, "before the optimizer is built"),
     "override": (lambda o: o.override(var_names=["b"], beta_1=0.5), ValueError, "before the optimizer is built"),
+    "text among weights": (
+        lambda o: o.set_weights([*looked(o.variables)[:-1], np.array("a")]), (TypeError, ValueError), "Invalid dtype|conver"
+    ),
     "weights": (lambda o: o.set_weights(looked(o.variables)[:-1]), ValueError, "`weights` holds 7 arrays; expected 8"),
     "a weight": (
         lambda o: o.set_weights([*looked(o.variables)[:-1], np.ones(9)]), ValueError, r"v2_velocity has shape \(9,\)"
