@@ -1,7 +1,12 @@
 """How this package compiles with Numba: one set of options, a cache on disk, and memory reached by its address."""
 
+from contextlib import suppress
+
 from llvmlite import ir
-from numba import config, njit, types
+from numba import config, types
+from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.ccallback import CFunc
+from numba.core.registry import CPUDispatcher
 from numba.extending import intrinsic
 
 # `contract` allows a product and a sum to become one instruction. Nothing else of "fast math" is allowed: it would
@@ -10,14 +15,71 @@ from numba.extending import intrinsic
 OPTIONS = {"error_model": "numpy", "fastmath": {"contract"}, "forceinline": False}
 
 
-def cached(decorator, *signature, **options):
-    """A Numba decorator with a cache on disk, or without one where no folder can be written."""
+class _File(IndexDataCacheFile):
+    """The files of one function's cache, each of which says what it is for.
+
+    Numba numbers these files, and two processes that compile at once may give one number to two kernels. The file that
+    an index names would then hold the other kernel: a float64 one for float32 arrays.
+    """
+
+    def save(self, key, data):
+        super().save(key, (key, self._source_stamp, data))
+
+    def load(self, key):
+        found = super().load(key)
+        return found[2] if found is not None and found[:2] == (key, self._source_stamp) else None
+
+
+class _Cache(FunctionCache):
+    """Numba's cache on disk, of files that say what they are for."""
+
+    def __init__(self, function):
+        super().__init__(function)
+        self._cache_file = _File(
+            self.cache_path, filename_base=self._impl.filename_base, source_stamp=self._impl.locator.get_source_stamp()
+        )
+
+
+class _Compiled(CPUDispatcher):
+    """What ``njit`` returns, with our cache."""
+
+    def enable_caching(self):
+        self._cache = _Cache(self.py_func)
+
+
+class _CFunction(CFunc):
+    """What ``cfunc`` returns, with our cache."""
+
+    def enable_caching(self):
+        self._cache = _Cache(self._pyfunc)
+
+
+def cached(*signature, **options):
+    """Numba's ``njit`` with a cache on disk: compiled now if the signature is given, otherwise at the first call."""
 
     def decorate(function):
-        try:
-            return decorator(*signature, cache=True, **OPTIONS, **options)(function)
-        except RuntimeError:
-            return decorator(*signature, **OPTIONS, **options)(function)
+        if config.DISABLE_JIT:
+            return function
+        compiled = _Compiled(function, targetoptions={"nopython": True, "boundscheck": None} | OPTIONS | options)
+        with suppress(RuntimeError):  # no folder can be written
+            compiled.enable_caching()
+        if signature:
+            compiled.compile(*signature)
+            compiled.disable_compile()
+        return compiled
+
+    return decorate
+
+
+def c_function(signature):
+    """Numba's ``cfunc`` with a cache on disk."""
+
+    def decorate(function):
+        compiled = _CFunction(function, (signature.args, signature.return_type), {}, OPTIONS)
+        with suppress(RuntimeError):
+            compiled.enable_caching()
+        compiled.compile()
+        return compiled
 
     return decorate
 
@@ -33,8 +95,8 @@ def entry_point(function):
     return compiled.entry_point
 
 
-jit = cached(njit, no_cpython_wrapper=True, no_cfunc_wrapper=True)  # for compiled code only
-jit_for_python = cached(njit)
+jit = cached(no_cpython_wrapper=True, no_cfunc_wrapper=True)  # for compiled code only
+jit_for_python = cached()
 
 
 @intrinsic

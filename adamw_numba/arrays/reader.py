@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, config, njit, types
+from numba import carray, config, types
 from numba.extending import intrinsic
 
 from ..update import G
@@ -243,7 +243,7 @@ def _is_apart(lows, highs, low, high):
 
 
 @entry_point
-@cached(njit, types.intp(types.intp, types.intp))
+@cached(types.intp(types.intp, types.intp))
 def read(gradients, address):
     """Put the gradients' addresses into the table; return how many there are, or -1 where a closer look is needed.
 

@@ -10,7 +10,7 @@ The owner takes parts as well, until there are none; then it waits for those tha
 import platform
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -99,13 +99,13 @@ def pause(typingctx):
 
 
 @entry_point
-@cached(njit, types.void(types.int64, types.int64), nogil=True)
+@cached(types.void(types.int64, types.int64), nogil=True)
 def run_serial(kernel, block):
     """Run a kernel alone: all of its work is one part."""
     _call(kernel, block, 0, 1)
 
 
-@cached(njit, types.void(types.int64), nogil=True)
+@cached(types.void(types.int64), nogil=True)
 def _take_parts(job):
     """Take parts of a job and do them, until none are left."""
     part = _add(job + 8 * LEFT, -1) - 1
@@ -116,7 +116,7 @@ def _take_parts(job):
 
 
 @entry_point
-@cached(njit, types.void(*[types.int64] * 6), nogil=True)
+@cached(types.void(*[types.int64] * 6), nogil=True)
 def run_job(kernel, block, parts, seats, board, give_way):
     """Do a job together with at most `seats` helpers (and perhaps one who was late for the row's previous job).
 
@@ -141,7 +141,7 @@ def run_job(kernel, block, parts, seats, board, give_way):
     _call(kernel, block, 0, 1)
 
 
-@cached(njit, types.void(*[types.int64] * 4), nogil=True)
+@cached(types.void(*[types.int64] * 4), nogil=True)
 def stand_by(board, spins, yields, give_way):
     """Watch the board and help with every job on it; stop, and be one helper less, when none has come for a while.
 
@@ -164,7 +164,7 @@ def stand_by(board, spins, yields, give_way):
     _add(board + 8 * HELPERS, -1)
 
 
-@cached(njit, types.void(types.int64, types.int64), nogil=True)
+@cached(types.void(types.int64, types.int64), nogil=True)
 def count_helper(board, more):
     """Add to the number of helpers that watch."""
     _add(board + 8 * HELPERS, more)

@@ -14,10 +14,10 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, types
+from numba import carray, types
 from numpy.lib.stride_tricks import as_strided
 
-from ..arrays.compiled import cached, first_above, jit, jit_for_python, pointer
+from ..arrays.compiled import c_function, first_above, jit, jit_for_python, pointer
 from ..arrays.runs import ARRAY, COUNT, G_AT, G_STEP, P_AT, P_STEP, S_AT, S_STEP, START
 from ..update import (
     AVERAGE,
@@ -62,7 +62,7 @@ def on(flag):
     return True if flag else None
 
 
-c_kernel = cached(cfunc, types.void(types.intp, types.intp, types.intp))
+c_kernel = c_function(types.void(types.intp, types.intp, types.intp))
 update = jit(make_update(math.sqrt, np.maximum, np.minimum))
 _accumulate = jit(accumulate)
 _blend = jit(blend)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -231,7 +231,7 @@ def _send(functions, mirror, stream):
 
 
 @entry_point
-@cached(njit, types.int64(types.int64, types.int64, types.int64))
+@cached(types.int64(types.int64, types.int64, types.int64))
 def send(functions, mirror, stream):
     """Bring the device up to date with a mirror, in the order of a stream: DONE, BUSY, or an error's number."""
     m = _words(mirror, MIRROR_WORDS)
@@ -239,7 +239,7 @@ def send(functions, mirror, stream):
 
 
 @entry_point
-@cached(njit, types.boolean(types.int64))
+@cached(types.boolean(types.int64))
 def begins_as_before(board):
     """Whether a step can begin as the last one did, in the same stream; addresses that have changed are sent.
 
@@ -270,7 +270,7 @@ def begins_as_before(board):
 
 
 @entry_point
-@cached(njit, types.void(types.int64, types.int64, types.int64), nogil=True)
+@cached(types.void(types.int64, types.int64, types.int64), nogil=True)
 def launch(board, launches, count):
     """Launch kernels one after another.
 
@@ -294,7 +294,7 @@ def launch(board, launches, count):
 
 
 @entry_point
-@cached(njit, types.void(types.int64, types.int64, types.int64, types.int64), nogil=True)
+@cached(types.void(types.int64, types.int64, types.int64, types.int64), nogil=True)
 def hold(board, event, others, count):
     """Mark the end of the step in its stream, and have other streams go on after it."""
     b = _words(board, BOARD_WORDS)
