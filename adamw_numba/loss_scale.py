@@ -170,9 +170,9 @@ class LossScaleOptimizer(Saveable):
         """Where every array of `variables` is kept."""
         return self.scale_state.places() + self.inner_optimizer.engine.places()
 
-    def build(self, variables: Container) -> None:
+    def build(self, variables: Container, *, comm: Any = None, replicated: Sequence[str] = ()) -> None:
         """Build the inner optimizer: see `AdamW.build`."""
-        self.inner_optimizer.build(variables)
+        self.inner_optimizer.build(variables, comm=comm, replicated=replicated)
 
     def scale_loss(self, loss: Any, optimizer_variables: Sequence[Array] | None = None) -> Any:
         """The loss times the current scale: differentiate this one.

@@ -13,7 +13,6 @@ from .arrays import Array
 from .arrays.brief import brief, brief_names
 from .arrays.torch_graphs import outside_graphs
 from .arrays.tree import Container, flatten
-from .distributed.agreement import Agreement
 from .hyperparameters import table as hp
 from .hyperparameters.conventions import Conventional
 from .hyperparameters.groups import CHECKS, Group, read_override
@@ -24,6 +23,7 @@ from .step import gradients as matching
 from .step import uncounted
 from .step.commit import commit
 from .step.engine import Engine
+from .step.ranks.agreement import Agreement
 from .step.record import LastStep
 
 _ABSENT: Any = inspect.Parameter.empty

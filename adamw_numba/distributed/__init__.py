@@ -1,9 +1,11 @@
 """Several processes that take their steps together: existing engines carry the bytes, and every rank decides alike.
 
-`AdamW.build(variables, comm=...)` takes a communicator of mpi4py, a process group or a device mesh of torch, or
-anything else that is a `Ranks`.
+`AdamW.build(variables, comm=...)` connects ranks that each have variables of their own, and `Sharded` ranks that all
+have the same ones. Both take a communicator of mpi4py, a process group or a device mesh of torch, or anything else that
+is a `Ranks`, or for `Sharded` a `BulkRanks`.
 """
 
-from .ranks import RankError, Ranks
+from ..step.ranks.protocol import BulkRanks, RankError, Ranks
+from .sharded import Sharded
 
-__all__ = ["RankError", "Ranks"]
+__all__ = ["BulkRanks", "RankError", "Ranks", "Sharded"]

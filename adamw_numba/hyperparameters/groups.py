@@ -191,8 +191,11 @@ class Group:
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:
-        own = "" if self.own is None else "".join(f", {name}={_shown(value)}" for name, value in self.own.items())
-        return f"Group({brief_names(self.names)}{own})"
+        return f"Group({', '.join([brief_names(self.names), *self.told()])})"
+
+    def told(self) -> list[str]:
+        """What is its own, in words."""
+        return [f"{name}={_shown(value)}" for name, value in (self.own or {}).items()]
 
     def __getstate__(self) -> dict[str, Any]:
         # The engine puts itself and its variables back: it may be copied before, or after, what refers to its groups.

@@ -54,7 +54,7 @@ class Engine(Rates):
         What was saved beside the state that was loaded or restored last.
     warns : bool
         Whether a step says which variables have no gradient.
-    together : distributed.agreement.Agreement or None
+    together : ranks.agreement.Agreement or None
         What connects it with the optimizers of other processes.
     """
 
@@ -96,7 +96,7 @@ class Engine(Rates):
         slots = [self.new_slots(v) if groups[k].trainable else {} for v, k in zip(variables, which, strict=True)]
         workspace = building.build(names, variables, slots, which, len(groups), given, together is not None)
         if together is not None:
-            unmatched = together.meet(self, names, variables, unmatched)
+            unmatched = together.meet(self, names, variables, groups, unmatched)
         for called, nothing in unmatched:
             warnings.warn(
                 f"{called}: each of {brief_names(nothing, 20)} matches none of the variables {brief_names(names)}",
@@ -129,7 +129,7 @@ class Engine(Rates):
             )
         given = self.workspace.given if self.workspace and self.workspace.foreign else variables
         with without_collections():
-            workspace = building.build(names, variables, slots, which, len(groups), given)
+            workspace = building.build(names, variables, slots, which, len(groups), given, self.together is not None)
         for k, group in enumerate(groups):
             group.take(self, [i for i, own in enumerate(which) if own == k], names, given)
         self._take(workspace, groups)
@@ -413,7 +413,8 @@ class Engine(Rates):
             names, variables, _, which = state["workspace"]
             variables = [arrays.writeable_copy(variable) for variable in variables]
             groups = self.hyper.groups
-            self.workspace = building.build(names, variables, self.state.slots, which, len(groups))
+            alone = self.together is None
+            self.workspace = building.build(names, variables, self.state.slots, which, len(groups), None, not alone)
             self.alone = self.workspace.alone
             for k, group in enumerate(groups):
                 group.take(self, [i for i, own in enumerate(which) if own == k], names, variables)

@@ -402,3 +402,39 @@ def test_a_pattern_that_matches_on_another_rank_is_no_mistake(recwarn):
 
     assert on_ranks(3, work) == [None] * 3
     assert not recwarn.list
+
+
+def test_groups_of_which_a_rank_has_none():
+    """Their rates are compared where all have them; a group that is one rank's alone concerns nobody else."""
+
+    def work(ranks):
+        optimizer = AdamW(0.1)
+        optimizer.override(var_names=["bias"], weight_decay=0.0)
+        optimizer.override(var_names=["kernel"], learning_rate_multiplier=0.5)
+        variables = {"kernel": np.ones(2)} | ({"bias": np.ones(1)} if ranks.rank == 1 else {})
+        optimizer.build(variables, comm=ranks)
+        optimizer.apply({name: np.ones_like(v) for name, v in variables.items()})
+        if ranks.rank == 1:
+            optimizer.group_of("bias").learning_rate = 0.3
+        optimizer.apply({name: np.ones_like(v) for name, v in variables.items()})
+        if ranks.rank == 1:
+            optimizer.group_of("kernel").learning_rate = 0.3
+        with pytest.raises(RankError, match="the rates of the groups differ"):
+            optimizer.apply({name: np.ones_like(v) for name, v in variables.items()})
+
+    on_ranks(2, work)
+
+
+def test_a_rank_whose_variables_are_all_frozen():
+    def work(ranks):
+        optimizer = AdamW(0.1)
+        optimizer.override(var_names=["frozen"], trainable=False)
+        optimizer.build({"frozen": np.ones(2)} if ranks.rank else {"w": np.ones(2)}, comm=ranks)
+        if ranks.rank:
+            optimizer.group_of("frozen").trainable = True
+            optimizer.group_of("frozen").trainable = False
+        optimizer.apply([None] if ranks.rank else [np.ones(2)])
+        assert optimizer.iterations == 1
+        copy.deepcopy(optimizer)
+
+    on_ranks(2, work)

@@ -13,14 +13,33 @@ class ThreadRanks:
     def __init__(self, rank, size, barrier, board):
         self.rank, self.size, self._barrier, self._board = rank, size, barrier, board
         self.messages = []  # how many numbers each had
+        self.sent = 0  # bytes to other ranks, of what is exchanged and spread
 
     def gather(self, row):
         self.messages.append(row.size)
-        self._board[self.rank] = row.copy()
+        return np.stack(self._shared(row.copy()))
+
+    def exchange(self, send, send_counts, receive, receive_counts):
+        assert sum(send_counts) == send.size
+        assert sum(receive_counts) == receive.size
+        self.sent += send.size - send_counts[self.rank]
+        parts = self._shared(np.split(send.copy(), np.cumsum(send_counts[:-1])))
+        own = [part[self.rank] for part in parts]
+        assert [part.size for part in own] == list(receive_counts)
+        receive[:] = np.concatenate(own)
+
+    def spread(self, buffer, counts):
+        assert sum(counts) == buffer.size
+        self.sent += counts[self.rank] * (self.size - 1)
+        parts = self._shared(np.split(buffer.copy(), np.cumsum(counts[:-1])))
+        buffer[:] = np.concatenate([part[rank] for rank, part in enumerate(parts)])
+
+    def _shared(self, value):
+        self._board[self.rank] = value
         self._barrier.wait(MOST_SECONDS)
-        rows = np.stack(self._board)
-        self._barrier.wait(MOST_SECONDS)  # nobody writes the next row before all have read these
-        return rows
+        values = list(self._board)
+        self._barrier.wait(MOST_SECONDS)  # nobody writes the next one before all have read these
+        return values
 
 
 def on_ranks(size, work):

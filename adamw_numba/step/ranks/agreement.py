@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from .. import arrays
-from ..arrays import Array
-from ..arrays.brief import brief, cut
-from ..hyperparameters.table import patterns
-from .ranks import RankError, Ranks, Rows, texts
+from ... import arrays
+from ...arrays import Array
+from ...arrays.brief import brief, cut
+from ...hyperparameters.table import patterns
+from .protocol import RankError, Ranks, Rows, texts
 
 # The words of a row. Norms are those of the variables that are this rank's alone, and of those that all ranks have;
 # additions as in cpu/plan.py, -1 where there are none.
 STATUS, WHAT, ITERATION, RATE, DECAY, OTHERS, SETTINGS, PRESENT, OWN_NORM, SHARED_NORM, ADDITIONS, WORDS = range(12)
 FINE, FAILED = 0.0, 1.0
-CALLS = "build", "apply"
+CALLS = "build", "apply", "build of a Sharded", "apply of a Sharded"
 MUST_AGREE = {
     ITERATION: "the iterations differ",
     RATE: "the learning rates differ",
@@ -62,6 +62,7 @@ class Agreement:
         self.is_shared = np.zeros(0, bool)
         self._where = np.zeros(0, int)  # of each of this rank's variables, among the names of all ranks
         self._names = 0
+        self._groups: list[int] = []  # those that all ranks have, of the groups after the common one
 
     # Deciding
 
@@ -72,7 +73,7 @@ class Agreement:
     def fail(self, error: BaseException) -> None:
         """Have the others know of what was raised before the decision; afterwards it concerns this rank alone."""
         if self._pending is not None:
-            self._decide(np.zeros(WORDS), error)
+            self.decide(np.zeros(WORDS), error)
 
     @contextmanager
     def deciding(self, call: str) -> Iterator[None]:
@@ -84,8 +85,14 @@ class Agreement:
             self.fail(error)
             raise
 
-    def _decide(self, row: Rows, error: BaseException | None = None) -> Rows:
-        """The rows of all ranks, none of which has failed."""
+    def decide(self, row: Rows, error: BaseException | None = None) -> Rows:
+        """The rows of all ranks, none of which has failed.
+
+        Raises
+        ------
+        RankError
+            If another one has, or makes another call.
+        """
         row[WHAT], self._pending = self._pending, None
         row[STATUS] = FINE if error is None else FAILED
         rows = self.ranks.gather(row)
@@ -118,7 +125,9 @@ class Agreement:
 
     # Building
 
-    def meet(self, engine: Any, names: list[str], variables: list[Array], unmatched: list[Any]) -> list[Any]:
+    def meet(
+        self, engine: Any, names: list[str], variables: list[Array], groups: list[Any], unmatched: list[Any]
+    ) -> list[Any]:
         """Tell the others of this rank's variables; returns what of `unmatched` matches none of theirs either.
 
         Raises
@@ -130,9 +139,10 @@ class Agreement:
         mine: dict[str, list[Any]] = {
             "variables": [[n, list(v.shape), arrays.dtype_name(v)] for n, v in zip(names, variables, strict=True)],
             "shared": [name for name, shared in zip(names, self.is_shared, strict=True) if shared],
+            "groups": [", ".join(group.told()) for group in groups[1:]],
             "unmatched": [[called, list(nothing)] for called, nothing in unmatched],
         }
-        rows = self._decide(self._row(engine, engine.state.scalars["iteration"].item(), math.nan, math.nan, ()))
+        rows = self.decide(self._row(engine, engine.state.scalars["iteration"].item(), math.nan, math.nan, ()))
         told = [json.loads(text) for text in texts(self.ranks, json.dumps(mine))]
         self._compare(rows, engine.hyper)
         for rank, others in enumerate(told):
@@ -142,6 +152,8 @@ class Agreement:
                     f"the replicated variables differ: {brief(same[0])} on rank 0, {brief(same[1])} on rank {rank}; "
                     "expected the same names, shapes and dtypes on all ranks"
                 )
+        everywhere = sorted(set.intersection(*(set(each["groups"]) for each in told)))
+        self._groups = [mine["groups"].index(group) for group in everywhere]
         known: dict[str, int] = {}
         for each in told:
             for name, _, _ in each["variables"]:
@@ -179,7 +191,7 @@ class Agreement:
         row[ADDITIONS] = -1 if additions is None else additions
         if norms is not None:
             row[OWN_NORM], row[SHARED_NORM] = _whole(norms[~shared]), _whole(norms[shared])
-        rows = self._decide(row)
+        rows = self.decide(row)
         self._compare(rows, engine.hyper)
         if not rows[:, PRESENT].any():
             raise ValueError("No gradients provided for any variable on any rank.")
@@ -197,7 +209,7 @@ class Agreement:
             norms = self._each(plans, recipe, norms, own, additions if is_single else None)
         if not is_single or not recipe.is_update or not math.isfinite(norm):
             return norm, norms, norm
-        from ..cpu import exact
+        from ...cpu import exact
 
         steady = exact.steady(norm, additions)
         if steady < 0:  # the same on all ranks
@@ -213,7 +225,7 @@ class Agreement:
         rows = self.ranks.gather(row)
         whole = np.array([_whole(column) for column in rows.T])
         if additions is not None and np.isfinite(whole).all():
-            from ..cpu import exact
+            from ...cpu import exact
 
             if exact.steady_each(whole, additions):
                 digits = self._gather_digits(plans, recipe, counts, where, self._names)
@@ -222,7 +234,7 @@ class Agreement:
 
     def _gather_digits(self, plans: Any, recipe: Any, counts: Any, where: Any, count: int) -> Any:
         """The exact sums of squares of all ranks, of so many variables."""
-        from ..cpu import exact
+        from ...cpu import exact
 
         own = np.zeros((count, exact.DIGITS), np.int64)
         if plans:
@@ -236,7 +248,7 @@ class Agreement:
             self._settings = hyper.token, float(zlib.crc32(json.dumps(_settings(hyper)).encode()))
         row = np.zeros(WORDS)
         row[ITERATION], row[RATE], row[DECAY], row[SETTINGS] = number, rate, decay, self._settings[1]
-        row[OTHERS] = zlib.crc32(repr(list(others)).encode()) if others else 0
+        row[OTHERS] = zlib.crc32(repr([others[k] for k in self._groups]).encode()) if others and self._groups else 0
         return row
 
 

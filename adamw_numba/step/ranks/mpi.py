@@ -1,0 +1,44 @@
+"""MPI, by mpi4py."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from .protocol import Bytes, Rows
+
+
+class MpiRanks:
+    """The processes of a communicator.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Comm
+        It is duplicated, so that our messages and the user's own do not meet.
+    """
+
+    def __init__(self, comm: Any) -> None:
+        from mpi4py import MPI
+
+        self._comm = comm.Dup()
+        self._byte, self._in_place = MPI.BYTE, MPI.IN_PLACE
+        self.rank: int = comm.rank
+        self.size: int = comm.size
+
+    def gather(self, row: Rows) -> Rows:
+        """The rows of all ranks: see `Ranks.gather`."""
+        rows = np.empty((self.size, row.size))
+        self._comm.Allgather(row, rows)
+        return rows
+
+    def exchange(self, send: Bytes, send_counts: Sequence[int], receive: Bytes, receive_counts: Sequence[int]) -> None:
+        """An all-to-all of bytes: see `BulkRanks.exchange`."""
+        self._comm.Alltoallv(self._parts(send, send_counts), self._parts(receive, receive_counts))
+
+    def spread(self, buffer: Bytes, counts: Sequence[int]) -> None:
+        """All parts of a buffer: see `BulkRanks.spread`."""
+        self._comm.Allgatherv(self._in_place, self._parts(buffer, counts))
+
+    def _parts(self, buffer: Bytes, counts: Sequence[int]) -> list[Any]:
+        return [buffer, counts, [0, *accumulate(counts[:-1])], self._byte]
