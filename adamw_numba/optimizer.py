@@ -16,6 +16,7 @@ from .arrays.tree import Container, flatten
 from .hyperparameters import table as hp
 from .hyperparameters.conventions import Conventional
 from .hyperparameters.groups import CHECKS, Group, read_override
+from .ranks.agreement import Agreement
 from .saving import overrides
 from .saving.manifest import DTYPES
 from .saving.saveable import Saveable
@@ -23,7 +24,6 @@ from .step import gradients as matching
 from .step import uncounted
 from .step.commit import commit
 from .step.engine import Engine
-from .step.ranks.agreement import Agreement
 from .step.record import LastStep
 
 _ABSENT: Any = inspect.Parameter.empty

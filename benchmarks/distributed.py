@@ -16,8 +16,8 @@ import numpy as np
 from mpi4py import MPI
 
 from adamw_numba import AdamW
-from adamw_numba.step.ranks.agreement import WORDS
-from adamw_numba.step.ranks.mpi import MpiRanks
+from adamw_numba.ranks.agreement import WORDS
+from adamw_numba.ranks.mpi import MpiRanks
 
 LARGE = 32 * 2**20
 ROUNDS = 9

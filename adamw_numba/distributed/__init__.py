@@ -5,7 +5,7 @@ have the same ones. Both take a communicator of mpi4py, a process group or a dev
 is a `Ranks`, or for `Sharded` a `BulkRanks`.
 """
 
-from ..step.ranks.protocol import BulkRanks, RankError, Ranks
+from ..ranks.protocol import BulkRanks, RankError, Ranks
 from .sharded import Sharded
 
 __all__ = ["BulkRanks", "RankError", "Ranks", "Sharded"]

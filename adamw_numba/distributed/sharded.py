@@ -13,9 +13,9 @@ from ..arrays import Array
 from ..arrays.brief import brief
 from ..arrays.tree import Container
 from ..hyperparameters.table import choice, integer
+from ..ranks.agreement import SETTINGS, WORDS, Agreement, ranks_of
+from ..ranks.protocol import BulkRanks, RankError, texts
 from ..step import gradients as matching
-from ..step.ranks.agreement import SETTINGS, WORDS, Agreement, ranks_of
-from ..step.ranks.protocol import BulkRanks, RankError, texts
 from .shares import Shares
 
 BUCKET_BYTES = 4 << 20

@@ -13,8 +13,8 @@ from ..arrays.overlap import overlapping
 from ..arrays.runs import real_dtype
 from ..arrays.tree import Container, flatten
 from ..hyperparameters.groups import make_groups
+from ..ranks.protocol import BulkRanks, Bytes
 from ..step import gradients as matching
-from ..step.ranks.protocol import BulkRanks, Bytes
 from ..step.workspace import Workspace
 from .cuts import Run, buckets, shares
 

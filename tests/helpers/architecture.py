@@ -16,7 +16,7 @@ from typing import NamedTuple
 _TABLE = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text()
 FLOOR_OF = {room: int(number) for number, room in re.findall(r"^\| (\d+) \| (\w+)(?:\.py|/) \|", _TABLE, re.M)}
 DOORS = {"__init__", "__main__"}  # above all floors
-MOST_FLOORS, MOST_ENTRIES = 9, 25
+MOST_FLOORS, MOST_ENTRIES = 9, 26
 MOST_LINES = {"optimizer.py": 720}  # its lines are docstrings
 MOST_LINES_ELSEWHERE = 450
 FOUNDATION = {"saving.stores": {"saving.stores", "arrays"}}  # what a folder may import of ours

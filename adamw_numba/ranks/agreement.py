@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from ... import arrays
-from ...arrays import Array
-from ...arrays.brief import brief, cut
-from ...hyperparameters.table import patterns
+from .. import arrays
+from ..arrays import Array
+from ..arrays.brief import brief, cut
+from ..hyperparameters.table import patterns
 from .protocol import RankError, Ranks, Rows, texts
 
 # The words of a row. Norms are those of the variables that are this rank's alone, and of those that all ranks have;
@@ -209,7 +209,7 @@ class Agreement:
             norms = self._each(plans, recipe, norms, own, additions if is_single else None)
         if not is_single or not recipe.is_update or not math.isfinite(norm):
             return norm, norms, norm
-        from ...cpu import exact
+        from ..cpu import exact
 
         steady = exact.steady(norm, additions)
         if steady < 0:  # the same on all ranks
@@ -225,7 +225,7 @@ class Agreement:
         rows = self.ranks.gather(row)
         whole = np.array([_whole(column) for column in rows.T])
         if additions is not None and np.isfinite(whole).all():
-            from ...cpu import exact
+            from ..cpu import exact
 
             if exact.steady_each(whole, additions):
                 digits = self._gather_digits(plans, recipe, counts, where, self._names)
@@ -234,7 +234,7 @@ class Agreement:
 
     def _gather_digits(self, plans: Any, recipe: Any, counts: Any, where: Any, count: int) -> Any:
         """The exact sums of squares of all ranks, of so many variables."""
-        from ...cpu import exact
+        from ..cpu import exact
 
         own = np.zeros((count, exact.DIGITS), np.int64)
         if plans:
