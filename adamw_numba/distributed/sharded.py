@@ -6,14 +6,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-import numpy as np
-
 from .. import arrays
 from ..arrays import Array
 from ..arrays.brief import brief
 from ..arrays.tree import Container
 from ..hyperparameters.table import choice, integer
-from ..ranks.agreement import SETTINGS, WORDS, Agreement, ranks_of
+from ..ranks.agreement import Agreement, ranks_of
 from ..ranks.protocol import BulkRanks, RankError, texts
 from ..step import gradients as matching
 from .shares import Shares
@@ -114,7 +112,7 @@ class Sharded:
                 if not names:
                     raise ValueError("`variables` is empty; expected at least one array")
                 shares = Shares(self._engine, names, given, self._ranks, self._bucket_bytes)
-                self._together.decide(np.zeros(WORDS))
+                self._together.agree()
             self._compare("variables", shares.described())
             self._compare("values of the variables", list(zip(names, shares.checksums(), strict=True)), shows=1)
             # Arrays that an override lists are not those that the optimizer is going to see.
@@ -211,10 +209,8 @@ class Sharded:
             shares.check(self._engine)
             found = shares.matched(grads, variables)
             kinds = [None if g is None else arrays.dtype_name(g) for g in found]
-            row = np.zeros(WORDS)
-            row[SETTINGS] = zlib.crc32(json.dumps(kinds).encode())
-            rows = self._together.decide(row)
-        if (rows[:, SETTINGS] == row[SETTINGS]).all():
+            is_the_same = self._together.agree(zlib.crc32(json.dumps(kinds).encode()))
+        if is_the_same:
             return found
         told = [json.loads(text) for text in texts(self._ranks, json.dumps(kinds))]
         for i, (name, each) in enumerate(zip(shares.whole.names, zip(*told, strict=True), strict=True)):

@@ -73,7 +73,7 @@ class Agreement:
     def fail(self, error: BaseException) -> None:
         """Have the others know of what was raised before the decision; afterwards it concerns this rank alone."""
         if self._pending is not None:
-            self.decide(np.zeros(WORDS), error)
+            self._decide(np.zeros(WORDS), error)
 
     @contextmanager
     def deciding(self, call: str) -> Iterator[None]:
@@ -85,14 +85,8 @@ class Agreement:
             self.fail(error)
             raise
 
-    def decide(self, row: Rows, error: BaseException | None = None) -> Rows:
-        """The rows of all ranks, none of which has failed.
-
-        Raises
-        ------
-        RankError
-            If another one has, or makes another call.
-        """
+    def _decide(self, row: Rows, error: BaseException | None = None) -> Rows:
+        """The rows of all ranks, none of which has failed."""
         row[WHAT], self._pending = self._pending, None
         row[STATUS] = FINE if error is None else FAILED
         rows = self.ranks.gather(row)
@@ -105,6 +99,18 @@ class Agreement:
         if not np.all(rows[:, WHAT] == row[WHAT]):
             raise RankError(f"the calls differ: {_values(rows[:, WHAT], lambda k: CALLS[int(k)])}")
         return rows
+
+    def agree(self, number: float = 0.0) -> bool:
+        """Whether all ranks, none of which has failed, have the same number.
+
+        Raises
+        ------
+        RankError
+            If another one has, or makes another call.
+        """
+        row = np.zeros(WORDS)
+        row[SETTINGS] = number
+        return bool((self._decide(row)[:, SETTINGS] == number).all())
 
     def _compare(self, rows: Rows, hyper: Any) -> None:
         for word, what in MUST_AGREE.items():
@@ -142,7 +148,7 @@ class Agreement:
             "groups": [", ".join(group.told()) for group in groups[1:]],
             "unmatched": [[called, list(nothing)] for called, nothing in unmatched],
         }
-        rows = self.decide(self._row(engine, engine.state.scalars["iteration"].item(), math.nan, math.nan, ()))
+        rows = self._decide(self._row(engine, engine.state.scalars["iteration"].item(), math.nan, math.nan, ()))
         told = [json.loads(text) for text in texts(self.ranks, json.dumps(mine))]
         self._compare(rows, engine.hyper)
         for rank, others in enumerate(told):
@@ -191,7 +197,7 @@ class Agreement:
         row[ADDITIONS] = -1 if additions is None else additions
         if norms is not None:
             row[OWN_NORM], row[SHARED_NORM] = _whole(norms[~shared]), _whole(norms[shared])
-        rows = self.decide(row)
+        rows = self._decide(row)
         self._compare(rows, engine.hyper)
         if not rows[:, PRESENT].any():
             raise ValueError("No gradients provided for any variable on any rank.")
