@@ -73,9 +73,11 @@ class Agreement:
         self._where = np.zeros(0, int)  # of each of this rank's variables, among the names of all ranks
         self._names = 0
 
-    def share(self, replicated: Sequence[str]) -> None:
+    def share(self, replicated: Sequence[str]) -> list[str]:
         """Take regular expressions for the names of variables that all ranks have, with the same values."""
-        self._patterns = [re.compile(pattern) for pattern in patterns("replicated", replicated)]
+        given = patterns("replicated", replicated)
+        self._patterns = [re.compile(pattern) for pattern in given]
+        return given
 
     # Deciding
 
@@ -227,8 +229,10 @@ class Agreement:
             for name, _, _ in each["variables"]:
                 known.setdefault(name, len(known))
         self._where, self._names = np.array([known[name] for name in names], int), len(known)
-        if not known:
-            raise ValueError("`variables` is empty on all ranks; expected at least one array")
+        has_any = any(math.prod(shape) for each in told for _, shape, _ in each["variables"])
+        if not (known if self._around is None else has_any):
+            what = "`variables`" if self._around is None else "`x0`"
+            raise ValueError(f"{what} is empty on all ranks; expected at least one array")
         self._resume()
         nowhere = [
             set.intersection(*(set(each["unmatched"][k][1]) for each in told)) for k, _ in enumerate(mine["unmatched"])
