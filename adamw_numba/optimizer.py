@@ -272,8 +272,9 @@ class AdamW(Saveable, Conventional):
             if comm is None:
                 self.engine.build(*matching.variables_of(self.engine, variables))
                 return
-            together = Agreement(comm, replicated)
+            together = Agreement(comm)
             with together.deciding("build"):
+                together.share(replicated)
                 self.engine.build(*matching.variables_of(self.engine, variables), together)
 
     def exclude_from_weight_decay(

@@ -28,12 +28,14 @@ Callback = Callable[[Run], Any]
 _WORTHWHILE = 16  # iterations that the compiled loop takes at once
 
 
-def prepare(fun: Any, x0: Any, args: Any, jac: Any, bounds: Any, settings: Settings) -> Run:
-    """Check everything and prepare a run; nothing is evaluated yet."""
+def prepare(
+    fun: Any, x0: Any, args: Any, jac: Any, bounds: Any, settings: Settings, on_ranks: Callable[..., Run] | None = None
+) -> Run:
+    """Check everything and prepare a run, which may be one `on_ranks`; nothing is evaluated yet."""
     fun, jac = _unwrapped(fun, None if jac is False else jac)
     x0, state = read_start(x0, settings["state"])
     noisy, x_scale = settings["batches"] is not None, settings["x_scale"]
-    problem = read_problem(x0, bounds, x_scale, settings["automatic"])
+    problem = read_problem(x0, bounds, x_scale, settings["automatic"], may_be_empty=on_ranks is not None)
     args = args if isinstance(args, tuple) else (args,)
     steps = (settings["finite_diff_rel_step"], settings["eps"])
     objective = Objective(fun, jac, args, problem, settings["batches"], settings["workers"], *steps)
@@ -54,7 +56,8 @@ def prepare(fun: Any, x0: Any, args: Any, jac: Any, bounds: Any, settings: Setti
     optimizer = AdamW(**hyper)
     keep_best = automatic or settings["polish"] is not None
     limits = stopping.limits_of(settings)
-    run = Run(objective, problem, optimizer, limits, settings["history"], best, keep_best, automatic)
+    make = on_ranks or Run
+    run = make(objective, problem, optimizer, limits, settings["history"], best, keep_best, automatic)
     if settings["polish"] is not None:
         check_polish(run)
     if state is not None:
@@ -102,6 +105,7 @@ def drive(run: Run, settings: Settings, callback: Callback | None) -> Any:
             if settings["polish"] is not None:
                 polish(run, settings["polish"], after_iterations)
             checkpointing.finish()
+            run.end()
         except BaseException as error:
             _explain(error, run, checkpointing)
             raise
@@ -216,13 +220,18 @@ def _after_iterations(
 
 def _call_back(run: Run, settings: Settings, callback: Callback | None) -> None:
     finite = run.reason != stopping.NONFINITE
-    if callback is not None and finite and (run.reason or run.nit % settings["callback_every"] == 0):
-        try:
-            stops = callback(run)
-        except StopIteration:
-            stops = True
-        if isinstance(stops, (bool, np.bool_)) and stops:  # nothing else: a callback may return anything
-            run.stop(stopping.CALLBACK)
+    is_due = finite and (run.reason or run.nit % settings["callback_every"] == 0)
+    if callback is not None and is_due and wants_to_stop(callback, run):
+        run.stop(stopping.CALLBACK)
+
+
+def wants_to_stop(callback: Callback, run: Run) -> bool:
+    """What a callback says: to raise `StopIteration` or to return True stops."""
+    try:
+        stops = callback(run)
+    except StopIteration:
+        return True
+    return isinstance(stops, (bool, np.bool_)) and bool(stops)  # a callback may return anything else
 
 
 def _stop_in_time(run: Run, settings: Settings) -> None:

@@ -2,12 +2,14 @@
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..arrays.brief import brief
+from ..hyperparameters.table import choice
 from .driver import Callback, drive, prepare
-from .options import read_settings
+from .options import Settings, read_settings
+from .ranks import minimize_on_ranks
 
 
 def minimize(
@@ -22,6 +24,9 @@ def minimize(
     constraints: Any = (),
     callback: Callable[..., Any] | None = None,
     tol: float | None = None,
+    comm: Any = None,
+    value: str = "sum",
+    replicated: Sequence[str] = (),
     **options: Any,
 ) -> Any:
     """Minimize a function with AdamW: by itself, or as ``scipy.optimize.minimize(..., method=adamw_numba.minimize)``.
@@ -51,6 +56,15 @@ def minimize(
         ``callback_every``); `StopIteration`, or to return True, stops.
     tol : float, optional
         Sets ``gtol``.
+    comm : communicator of mpi4py, process group or device mesh of torch, or distributed.Ranks, optional
+        Minimize together with other processes, each of which has its own part of the unknowns, or none: `x0`, `bounds`,
+        ``x_scale`` and gradients, and the result's ``x``, are its own. All decide alike (docs/distributed.md). It needs
+        gradients, and takes neither ``checkpoint`` nor ``polish``.
+    value : {"sum", "same"}, default "sum"
+        With `comm`: whether the value is the sum of what `fun` returns on all processes, or the same on all.
+    replicated : list of str
+        With `comm`: regular expressions for the names of arrays that all processes have, with the same values and
+        gradients.
     **options
         learning_rate : "auto", float, schedule or function, default "auto"
             As in `AdamW`, a length in units of x. "auto" falls within `maxiter` from 0.3 times the size of each element
@@ -113,6 +127,8 @@ def minimize(
     ------
     TypeError, ValueError
         Before `fun` is called, if an argument is wrong; after it, if what it returns is.
+    distributed.RankError
+        If another process has failed, or they do not agree.
 
     Warns
     -----
@@ -128,10 +144,18 @@ def minimize(
     >>> result.success, result.x.round(3)
     (True, array([3., 3.]))
     """
-    settings = read_settings(options, tol, hess, hessp, constraints)
-    call = call_of(callback)
-    result = drive(prepare(fun, x0, args, jac, bounds, settings), settings, call)
-    if settings["disp"]:
+
+    def read() -> tuple[Settings, Callback | None]:
+        choice("sum", "same")("value", value)
+        return read_settings(options, tol, hess, hessp, constraints), call_of(callback)
+
+    problem = fun, x0, args, jac, bounds
+    if comm is None:
+        settings, call = read()
+        result, is_shown = drive(prepare(*problem, settings), settings, call), settings["disp"]
+    else:
+        result, is_shown = minimize_on_ranks(comm, read, value, replicated, problem)
+    if is_shown:
         _display(result)
     return result
 

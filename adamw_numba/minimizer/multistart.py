@@ -41,7 +41,7 @@ def multistart(
     Parameters
     ----------
     fun, args, jac, bounds, tol, **options
-        As in `minimize`, except for ``checkpoint``.
+        As in `minimize`, except for ``checkpoint`` and ``comm``.
     x0s : array of shape (starts, ...), list of starting points, or int
         An integer asks for so many points of a Sobol sequence (`scipy.stats.qmc`) within the bounds, which must be
         finite: `scipy.optimize.Bounds` of arrays, or pairs.
@@ -78,6 +78,11 @@ def multistart(
     if options.get("checkpoint") is not None:
         where = brief(options["checkpoint"])
         raise ValueError(f"`checkpoint` is {where}; expected None: many starts have no single state")
+    if options.get("comm") is not None:
+        raise ValueError(
+            f"`comm` is {brief(options['comm'])}; expected None: one process minimizes from a start, and `workers` may "
+            "be an executor of mpi4py"
+        )
     check_workers(workers)
     vectorized = flag("vectorized", vectorized)
     starts = _starts(x0s, bounds, rng)

@@ -25,7 +25,7 @@ class Problem(NamedTuple):
     is_scale_given: bool
 
 
-def read_problem(x0: Any, bounds: Any, x_scale: Any, wants_units: bool) -> Problem:
+def read_problem(x0: Any, bounds: Any, x_scale: Any, wants_units: bool, may_be_empty: bool = False) -> Problem:
     """Copies of the arrays of `x0`, as floats, moved into the bounds.
 
     Raises
@@ -44,9 +44,9 @@ def read_problem(x0: Any, bounds: Any, x_scale: Any, wants_units: bool) -> Probl
     container = materialized(x0, "x0")
     names, leaves = flatten(container, "x0")
     names = ["x0"] if arrays.is_array(container) else names  # as it is called in messages
-    if not leaves:
+    if not leaves and not may_be_empty:
         raise ValueError("`x0` is empty; expected at least one array")
-    copies = [_checked_copy(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
+    copies = [_checked_copy(name, leaf, may_be_empty) for name, leaf in zip(names, leaves, strict=True)]
     read = read_bounds(bounds, container, names, copies)
     copies = copies if read is None else within(copies, read)
     scale = scale_of_start(copies, read) if wants_units and x_scale is None else None
@@ -62,7 +62,7 @@ def _is_numbers(x0: Any) -> bool:
     return isinstance(x0, (list, tuple)) and bool(x0) and all(map(_is_numbers, x0))
 
 
-def _checked_copy(name: str, leaf: Any) -> Array:
+def _checked_copy(name: str, leaf: Any, may_be_empty: bool) -> Array:
     what = "`x0`" if name == "x0" else f"`x0` at {brief(name)}"
     leaf = _of_floats(what, arrays.seen(leaf, what))  # of a library without a namespace: NumPy's
     if arrays.is_complex(leaf):
@@ -70,7 +70,7 @@ def _checked_copy(name: str, leaf: Any) -> Array:
         raise TypeError(f"{what} has dtype {dtype}; expected real numbers: pass the real and imaginary parts")
     copy = leaf if isinstance(leaf, np.ndarray) else arrays.like(leaf, leaf)
     arrays.check_variable(name, copy)
-    if math.prod(copy.shape) == 0:
+    if math.prod(copy.shape) == 0 and not may_be_empty:
         raise ValueError(f"{what} has shape {tuple(copy.shape)}, which is empty; expected at least one element")
     xp = arrays.namespace(copy)
     if not bool(xp.all(xp.isfinite(copy))):

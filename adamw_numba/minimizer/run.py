@@ -3,7 +3,6 @@
 import math
 import sys
 import time
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from .automatic import Stages
 from .bounds import Bounds, inward, within
 from .evaluation import Evaluation
 from .history import COLUMNS, History
+from .measures import cast, checksum, difference, largest
 from .objective import Objective
 from .problem import Problem
 from .result import new_result
@@ -47,6 +47,8 @@ class Run:
         Whether the best point is the result; and whether something else needs it.
     chooses_units : bool
         Whether it may change those of the problem.
+    together : ranks.agreement.Agreement, optional
+        What connects its optimizer with those of other processes.
     """
 
     def __init__(
@@ -59,6 +61,8 @@ class Run:
         return_best: bool,
         keep_best: bool,
         chooses_units: bool,
+        *,
+        together: Any = None,
     ) -> None:
         self.objective, self.problem, self.optimizer, self.limits = objective, problem, optimizer, limits
         self.names, self.bounds = problem.names, problem.bounds
@@ -68,7 +72,7 @@ class Run:
         self.is_scaled = problem.scale is not None
         # What the optimizer moves: x, in its units where it has some.
         self._variables = problem.leaves if problem.scale is None else divided(problem.leaves, problem.scale)
-        optimizer.engine.build(flatten(problem.container)[0], self._variables)
+        optimizer.engine.build(flatten(problem.container)[0], self._variables, together)
         self.mutable = all(map(arrays.is_mutable, self._variables))
         self._own: list[str] = []  # the names of what is no array of AdamW's
         self._add_numbers(capacity)
@@ -170,7 +174,7 @@ class Run:
     @property
     def roles(self) -> set[str]:
         """Which arrays it has."""
-        return {"x", *self._arrays, *self.optimizer.engine.state.slots[0]}
+        return {"x", *self._arrays, *(self.optimizer.engine.state.slots or [{}])[0]}
 
     @property
     def iteration(self) -> int:
@@ -215,9 +219,14 @@ class Run:
         if not self.chooses_units or self.reason != stopping.NONFINITE or not self._has_best():
             return
         scale = [unit / 10 for unit in self.get("scale")]
-        if _largest(scale) > SMALLEST * max(1.0, _largest(self.get("best"))):  # else smaller ones would not help
+        unit, size = self.largest_of(scale, self.get("best"))
+        if unit > SMALLEST * max(1.0, size):  # else smaller ones would not help
             self._go_on_from_best(scale)
             self.decide()
+
+    def largest_of(self, *groups: Sequence[Array]) -> list[float]:
+        """The largest magnitude in each group of arrays."""
+        return [largest(leaves) for leaves in groups]
 
     def _has_best(self) -> bool:
         return "best" in self._arrays and math.isfinite(self.values[stopping.BEST])
@@ -238,7 +247,7 @@ class Run:
         best, gradients = self.get("best"), self.get("best_gradient")
         self.put("x", divided(best, self.get("scale")) if self.is_scaled else best)
         scaled = self.in_units(gradients)
-        self.put("gradient", [_cast(g, like) for g, like in zip(scaled, self.get("gradient"), strict=True)])
+        self.put("gradient", [cast(g, like) for g, like in zip(scaled, self.get("gradient"), strict=True)])
         self.values[[stopping.FUN, stopping.PREVIOUS]] = self.values[stopping.BEST]
         self.values[stopping.GRADIENT_NORM] = self._gradient_norm(best, gradients)
         copies = [arrays.like(g, g) for g in gradients]
@@ -285,10 +294,10 @@ class Run:
 
     def measure_step(self, before: Sequence[Array]) -> None:
         """Note how far x has moved from where it was, in the user's units."""
-        moves = [_difference(*pair) for pair in zip(self.get("x"), before, strict=True)]
-        self.values[stopping.STEP_NORM] = _largest(multiplied(moves, self.get("scale")) if self.is_scaled else moves)
+        moves = [difference(*pair) for pair in zip(self.get("x"), before, strict=True)]
+        self.values[stopping.STEP_NORM] = largest(multiplied(moves, self.get("scale")) if self.is_scaled else moves)
         if self.limits[stopping.XTOL] >= 0:  # which nothing else needs
-            self.values[stopping.SIZE] = _largest(self.points())
+            self.values[stopping.SIZE] = largest(self.points())
 
     def _apply_statelessly(self, gradients: list[Array]) -> None:
         optimizer = self.optimizer
@@ -305,8 +314,8 @@ class Run:
     def take(self, evaluation: Evaluation) -> None:
         """Note what was found where x is."""
         points, likes = self.points(), self.get("gradient")
-        gradients = [_cast(g, like) for g, like in zip(evaluation.gradients, likes, strict=True)]
-        self._measure(evaluation, points, gradients)
+        gradients = [cast(g, like) for g, like in zip(evaluation.gradients, likes, strict=True)]
+        self.measure(evaluation, points, gradients)
         stopping.note(self.values, self.counts, self.limits)
         self.counts[stopping.EVALUATED] = 1
         if "best" in self._arrays and self.counts[stopping.BEST_AT] == self.nit:
@@ -314,7 +323,8 @@ class Run:
             self.put("best_gradient", gradients)
         self.history.extend(np.array([[self.nit, *self.values[:2], self.rate[0], self.values[2], self.elapsed]]))
 
-    def _measure(self, evaluation: Evaluation, points: list[Array], gradients: list[Array]) -> None:
+    def measure(self, evaluation: Evaluation, points: list[Array], gradients: list[Array]) -> None:
+        """Note the gradient and the numbers that decide how the run goes on."""
         self.put("gradient", self.in_units(gradients))
         self.values[stopping.FUN] = evaluation.value
         self.values[stopping.GRADIENT_NORM] = self._gradient_norm(points, gradients)
@@ -323,15 +333,22 @@ class Run:
         self.counts[stopping.COST] = evaluation.calls
 
     def _gradient_norm(self, points: list[Array], gradients: list[Array]) -> float:
-        return _largest(gradients if self.bounds is None else inward(points, gradients, self.bounds))
+        return largest(gradients if self.bounds is None else inward(points, gradients, self.bounds))
 
     # What comes out
+
+    def end(self) -> None:
+        """What is to be done once, when it has stopped."""
+
+    def is_moving(self) -> bool:
+        """Whether the last steps went in one direction."""
+        return stopping.is_one_way(*stopping.sums_of(self.optimizer.engine.state.slots), self.optimizer)
 
     def result(self) -> Any:
         """The result as it stands."""
         best = self._returns_best and self._has_best()
         status, message = stopping.STATUS.get(self.reason, (-1, "Still going on."))
-        if status in (1, 2) and stopping.is_still_moving(self.optimizer):
+        if status in (1, 2) and self.is_moving():
             if self.chooses_units:
                 hint = "The gradients still point one way: raise maxiter, or x_scale if x has far to go."
             else:
@@ -410,39 +427,4 @@ class Run:
     def sign(self) -> None:
         """Note the checksums of where it starts, before anything moves."""
         bounds = [bound for pair in self.bounds or [] for bound in pair]
-        self.origin[:] = [_checksum(self.problem.leaves), _checksum(bounds)]
-
-
-def _checksum(leaves: Sequence[Array]) -> int:
-    total = 0
-    for leaf in leaves:
-        total = zlib.crc32(np.ascontiguousarray(arrays.to_numpy(leaf)).tobytes(), total)
-    return total
-
-
-def _largest(leaves: Sequence[Array]) -> float:
-    """The largest magnitude of any element; NaN if one is."""
-    found = [float(_magnitude(leaf)) for leaf in leaves if 0 not in leaf.shape]
-    return float(np.max(found, initial=0.0))
-
-
-def _magnitude(leaf: Array) -> Array:
-    if isinstance(leaf, np.ndarray):
-        return np.abs(leaf).max()
-    xp = arrays.namespace(leaf)
-    return xp.max(xp.abs(leaf))
-
-
-def _difference(x: Array, before: Array) -> Array:
-    with np.errstate(all="ignore"):
-        return x - before
-
-
-def _cast(gradient: Array, like: Array) -> Array:
-    """A gradient in the dtype of its buffer; what is too large becomes infinite."""
-    if gradient.dtype == like.dtype:
-        return gradient
-    if isinstance(gradient, np.ndarray):
-        with np.errstate(all="ignore"):
-            return gradient.astype(like.dtype)
-    return arrays.namespace(gradient).astype(gradient, like.dtype)
+        self.origin[:] = [checksum(self.problem.leaves), checksum(bounds)]

@@ -4,6 +4,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 
@@ -32,3 +33,32 @@ def caught_signals(wanted: bool) -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def held_interrupts(agreement: Any) -> Iterator[None]:
+    """Inside, a SIGINT in the middle of a decision of several ranks, which one cannot leave alone, waits for its end.
+
+    Not the third one: the others may have gone.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        caught.append(number)
+        if agreement.is_deciding and len(caught) < 3:
+            agreement.held = partial(before, number, None)
+        else:
+            before(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        held, agreement.held = agreement.held, None
+        if held is not None:
+            held()

@@ -5,7 +5,7 @@ What is known is kept in arrays, by the indices below: compiled code reads and w
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -52,13 +52,18 @@ def limits_of(settings: Mapping[str, Any]) -> np.ndarray[Any, Any]:
     return limits
 
 
-def is_still_moving(optimizer: Any) -> bool:
-    """Whether the last steps went in one direction: Adam's average of gradients is then as large as they are."""
+def sums_of(each: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
+    """The sums of AdamW's squared averages of gradients, and of its averages of squared gradients."""
     square = total = 0.0
-    for slots in optimizer.engine.state.slots:
+    for slots in each:
         xp = namespace(slots["momentum"])
         square += float(xp.sum(slots["momentum"] ** 2))
         total += float(xp.sum(slots["velocity"]))
+    return square, total
+
+
+def is_one_way(square: float, total: float, optimizer: Any) -> bool:
+    """Whether the last steps went in one direction: Adam's average of gradients is then as large as they are."""
     steps = max(optimizer.iterations, 1)
     first, second = (1 - beta**steps for beta in (optimizer.beta_1, optimizer.beta_2))
     return bool(square * second > _ONE_WAY**2 * total * first**2 > 0)

@@ -5,11 +5,13 @@ import math
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .. import arrays
 from ..arrays import Array
@@ -20,8 +22,13 @@ from .protocol import RankError, Ranks, Rows, texts
 # The words of a row. Norms are those of the variables that are this rank's alone, and of those that all ranks have;
 # additions as in cpu/plan.py, -1 where there are none.
 STATUS, WHAT, ITERATION, RATE, DECAY, OTHERS, SETTINGS, PRESENT, OWN_NORM, SHARED_NORM, ADDITIONS, WORDS = range(12)
+# Where a loop goes around the steps (see `looping`), each row has more words, which minimizer/ranks.py explains.
+VALUE, GRADIENT, MOVE, SIZE, SECONDS, STOPS, SHARED_X, SHARED_GRADIENT, MOST_WORDS = range(WORDS, WORDS + 9)
 FINE, FAILED = 0.0, 1.0
-CALLS = "build", "apply", "build of a Sharded", "apply of a Sharded"
+CALLS = (
+    "build", "apply", "start", "evaluate", "callback", "recover", "end", "build of a Sharded", "apply of a Sharded",
+    "save", "load", "restore",
+)  # fmt: skip
 MUST_AGREE = {
     ITERATION: "the iterations differ",
     RATE: "the learning rates differ",
@@ -29,12 +36,15 @@ MUST_AGREE = {
     OTHERS: "the rates of the groups differ",
     SETTINGS: "the hyperparameters differ",
     SHARED_NORM: "the gradients of the replicated variables differ: their norms are",
+    SHARED_X: "the replicated variables differ: their checksums are",
+    SHARED_GRADIENT: "the gradients of the replicated variables differ: their checksums are",
 }
 SETTINGS_NAMES = (
     "beta_1", "beta_2", "epsilon", "amsgrad", "clipnorm", "clipvalue", "global_clipnorm", "use_ema", "ema_momentum",
     "ema_overwrite_frequency", "gradient_accumulation_steps", "nonfinite", "master_weights", "decouple_lr", "maximize",
     "nesterov", "epsilon_mode",
 )  # fmt: skip
+_NOTHING: dict[int, str] = {}
 ROUNDINGS = 64  # on the way from the norms of variables to that of all, at most
 
 
@@ -45,24 +55,33 @@ class Agreement:
     ----------
     comm : communicator
         Of an engine, or `Ranks`.
-    replicated : sequence of str
-        Regular expressions for the names of variables that all ranks have, with the same values.
 
     Attributes
     ----------
     is_shared : array of bool
         Which of this rank's variables are replicated.
+    held : callable or None
+        What an interrupt in the middle of a decision would have called: it is called at its end.
     """
 
-    def __init__(self, comm: Any, replicated: Sequence[str] = ()) -> None:
+    def __init__(self, comm: Any) -> None:
         self.ranks = ranks_of(comm)
-        self._patterns = [re.compile(pattern) for pattern in patterns("replicated", replicated)]
+        self._patterns: list[re.Pattern[str]] = []
         self._pending: float | None = None  # the call that is to be decided on
+        self._around: float | None = None  # the same, between the decisions of a loop
+        self._told: Rows | None = None  # what the next row of a loop says of the step before it
+        self.held: Callable[[], Any] | None = None
         self._settings: tuple[Any, float] = (None, 0.0)  # of which hyperparameters, and their checksum
         self.is_shared = np.zeros(0, bool)
         self._where = np.zeros(0, int)  # of each of this rank's variables, among the names of all ranks
         self._names = 0
         self._groups: list[int] = []  # those that all ranks have, of the groups after the common one
+
+    def share(self, replicated: Sequence[str]) -> list[str]:
+        """Take regular expressions for the names of variables that all ranks have, with the same values."""
+        given = patterns("replicated", replicated)
+        self._patterns = [re.compile(pattern) for pattern in given]
+        return given
 
     # Deciding
 
@@ -73,7 +92,7 @@ class Agreement:
     def fail(self, error: BaseException) -> None:
         """Have the others know of what was raised before the decision; afterwards it concerns this rank alone."""
         if self._pending is not None:
-            self._decide(np.zeros(WORDS), error)
+            self._decide(np.zeros(self._words), error)
 
     @contextmanager
     def deciding(self, call: str) -> Iterator[None]:
@@ -95,7 +114,8 @@ class Agreement:
             if error is not None:
                 return rows
             first = int(np.flatnonzero(rows[:, STATUS])[0])
-            raise RankError(f"rank {first}: {told[first]} (nothing has been written on any rank)")
+            what = "nothing has been written on any rank" if self._around is None else "all ranks have stopped"
+            raise RankError(f"rank {first}: {told[first]} ({what})")
         if not np.all(rows[:, WHAT] == row[WHAT]):
             raise RankError(f"the calls differ: {_values(rows[:, WHAT], lambda k: CALLS[int(k)])}")
         return rows
@@ -112,13 +132,21 @@ class Agreement:
         row[SETTINGS] = number
         return bool((self._decide(row)[:, SETTINGS] == number).all())
 
-    def _compare(self, rows: Rows, hyper: Any) -> None:
-        for word, what in MUST_AGREE.items():
+    def _resume(self) -> None:
+        """After a decision: in a loop, the next one is pending from now on."""
+        self._pending, held, self.held = self._around, self.held, None
+        if held is not None:
+            held()
+
+    def _compare(self, rows: Rows, settings: Callable[[], dict[str, Any]], more: dict[int, str] = _NOTHING) -> None:
+        for word, what in (MUST_AGREE | more).items():
+            if word >= rows.shape[1]:
+                continue
             values = rows[:, word]
             if np.array_equal(values, np.full(len(values), values[0]), equal_nan=True):
                 continue
             if word == SETTINGS:
-                found = [json.loads(text) for text in texts(self.ranks, json.dumps(_settings(hyper)))]
+                found = [json.loads(text) for text in texts(self.ranks, json.dumps(settings()))]
                 names = [name for name in found[0] if any(each[name] != found[0][name] for each in found)]
                 told = "; ".join(f"{name} is {_values([each[name] for each in found], brief)}" for name in names[:4])
             else:
@@ -128,6 +156,63 @@ class Agreement:
     def left(self) -> "Left":
         """What takes its place in a copy."""
         return Left(self.ranks)
+
+    # Deciding again and again
+
+    @contextmanager
+    def looping(self, call: str) -> Iterator[None]:
+        """Around a loop, up to its `leave`: a decision is always pending, so that what one rank raises ends all."""
+        self._around = float(CALLS.index(call))
+        try:
+            with self.deciding(call):
+                yield
+        finally:
+            self._around = self._pending = None
+
+    def leave(self) -> None:
+        """Note that nothing is left to decide: what is raised from now on concerns this rank alone."""
+        self._around = None
+        self._resume()
+
+    @property
+    def is_deciding(self) -> bool:
+        """Whether this rank is in the middle of a decision of a loop, which it cannot leave alone."""
+        return self._around is not None and self._pending is None
+
+    def settle(self, settings: Mapping[str, Any], words: Mapping[int, float]) -> Rows:
+        """The rows of all ranks, which have to have the same settings."""
+        row = self._row_of(words)
+        row[SETTINGS] = zlib.crc32(json.dumps(settings).encode())
+        return self._settled("start", row, lambda: dict(settings), {SETTINGS: "the arguments differ"})
+
+    def decide(self, call: str, engine: Any, words: Mapping[int, float], must_agree: dict[int, str] = _NOTHING) -> Rows:
+        """The rows of all ranks with these words, and with what the last step was taken by.
+
+        Raises
+        ------
+        RankError
+            If a rank has failed, or they do not agree on the step or on what they must.
+        """
+        row, self._told = self._row_of(words), None
+        return self._settled(call, row, partial(_settings, engine.hyper), must_agree)
+
+    def _settled(self, call: str, row: Rows, settings: Callable[[], dict[str, Any]], must_agree: Any) -> Rows:
+        self.begin(call)
+        rows = self._decide(row)
+        self._compare(rows, settings, must_agree)
+        self._resume()
+        return rows
+
+    def _row_of(self, words: Mapping[int, float]) -> Rows:
+        row = np.zeros(self._words) if self._told is None else self._told
+        for word, number in words.items():
+            row[word] = number
+        return row
+
+    @property
+    def _words(self) -> int:
+        """Of a row: rows that may meet, where a rank has failed, are of one length."""
+        return WORDS if self._around is None else MOST_WORDS
 
     # Building
 
@@ -150,7 +235,7 @@ class Agreement:
         }
         rows = self._decide(self._row(engine, engine.state.scalars["iteration"].item(), math.nan, math.nan, ()))
         told = [json.loads(text) for text in texts(self.ranks, json.dumps(mine))]
-        self._compare(rows, engine.hyper)
+        self._compare(rows, partial(_settings, engine.hyper))
         for rank, others in enumerate(told):
             same = [[v for v in each["variables"] if v[0] in each["shared"]] for each in (told[0], others)]
             if sorted(same[0]) != sorted(same[1]):
@@ -165,8 +250,11 @@ class Agreement:
             for name, _, _ in each["variables"]:
                 known.setdefault(name, len(known))
         self._where, self._names = np.array([known[name] for name in names], int), len(known)
-        if not known:
-            raise ValueError("`variables` is empty on all ranks; expected at least one array")
+        has_any = any(math.prod(shape) for each in told for _, shape, _ in each["variables"])
+        if not (known if self._around is None else has_any):
+            what = "`variables`" if self._around is None else "`x0`"
+            raise ValueError(f"{what} is empty on all ranks; expected at least one array")
+        self._resume()
         nowhere = [
             set.intersection(*(set(each["unmatched"][k][1]) for each in told)) for k, _ in enumerate(mine["unmatched"])
         ] if len({len(each["unmatched"]) for each in told}) == 1 else []  # fmt: skip
@@ -189,8 +277,12 @@ class Agreement:
         """
         workspace = engine.workspace
         trained = slice(None) if workspace.trainable is None else workspace.trainable
-        shared, where = self.is_shared[trained], self._where[trained]
+        shared, counts, where = self.is_shared[trained], self.counted()[trained], self._where[trained]
         row = self._row(engine, recipe.number, *rates)
+        if norms is None and self._around is not None:
+            self._told = row
+            self._resume()
+            return 0.0, None, 0.0
         row[PRESENT] = sum(g is not None for g in gradients)
         plans = workspace.plans
         additions = None if norms is None or len(plans) > 1 else plans[0].additions if plans else 0
@@ -198,14 +290,16 @@ class Agreement:
         if norms is not None:
             row[OWN_NORM], row[SHARED_NORM] = _whole(norms[~shared]), _whole(norms[shared])
         rows = self._decide(row)
-        self._compare(rows, engine.hyper)
+        self._compare(rows, partial(_settings, engine.hyper))
         if not rows[:, PRESENT].any():
             raise ValueError("No gradients provided for any variable on any rank.")
-        if norms is None:
-            return 0.0, None, 0.0
-        # Of replicated variables, those of rank 0 count.
-        counts = ~shared if self.ranks.rank else np.ones(len(shared), bool)
-        return self._combined(plans, recipe, norms, (counts, where), rows)
+        found = (0.0, None, 0.0) if norms is None else self._combined(plans, recipe, norms, (counts, where), rows)
+        self._resume()
+        return found
+
+    def counted(self) -> NDArray[np.bool_]:
+        """Which of this rank's variables count in what is added over all ranks: of replicated ones, rank 0's."""
+        return ~self.is_shared if self.ranks.rank else np.ones(len(self.is_shared), bool)
 
     def _combined(self, plans: Any, recipe: Any, norms: Any, own: Any, rows: Rows) -> tuple[float, Any, float]:
         norm, (counts, _) = _whole(np.append(rows[:, OWN_NORM], rows[0, SHARED_NORM])), own
@@ -252,7 +346,7 @@ class Agreement:
         hyper = engine.hyper
         if self._settings[0] is not hyper.token:
             self._settings = hyper.token, float(zlib.crc32(json.dumps(_settings(hyper)).encode()))
-        row = np.zeros(WORDS)
+        row = np.zeros(self._words)
         row[ITERATION], row[RATE], row[DECAY], row[SETTINGS] = number, rate, decay, self._settings[1]
         row[OTHERS] = zlib.crc32(repr([others[k] for k in self._groups]).encode()) if others and self._groups else 0
         return row
