@@ -170,9 +170,11 @@ class LossScaleOptimizer(Saveable):
         """Where every array of `variables` is kept."""
         return self.scale_state.places() + self.inner_optimizer.engine.places()
 
-    def build(self, variables: Container, *, comm: Any = None, replicated: Sequence[str] = ()) -> None:
+    def build(
+        self, variables: Container, *, comm: Any = None, replicated: Sequence[str] = (), pieces: Any = None
+    ) -> None:
         """Build the inner optimizer: see `AdamW.build`."""
-        self.inner_optimizer.build(variables, comm=comm, replicated=replicated)
+        self.inner_optimizer.build(variables, comm=comm, replicated=replicated, pieces=pieces)
 
     def scale_loss(self, loss: Any, optimizer_variables: Sequence[Array] | None = None) -> Any:
         """The loss times the current scale: differentiate this one.

@@ -246,7 +246,9 @@ class AdamW(Saveable, Conventional):
 
     # Setting up
 
-    def build(self, variables: Container, *, comm: Any = None, replicated: Sequence[str] = ()) -> None:
+    def build(
+        self, variables: Container, *, comm: Any = None, replicated: Sequence[str] = (), pieces: Any = None
+    ) -> None:
         """Allocate the state for the variables to train.
 
         Parameters
@@ -258,6 +260,9 @@ class AdamW(Saveable, Conventional):
             Take each step together with other processes, each of which has its own variables, or none.
         replicated : list of str
             With `comm`: regular expressions for the names of variables that all processes have, with the same values.
+        pieces : dict, optional
+            With `comm`: for a variable's name, a slice for each axis of the whole variable whose part it is. Without,
+            the parts follow each other along the first axis, in the order of the processes.
 
         Raises
         ------
@@ -274,7 +279,7 @@ class AdamW(Saveable, Conventional):
                 return
             together = Agreement(comm)
             with together.deciding("build"):
-                together.share(replicated)
+                together.share(replicated, pieces)
                 self.engine.build(*matching.variables_of(self.engine, variables), together)
 
     def exclude_from_weight_decay(

@@ -12,7 +12,7 @@ from ..arrays.brief import brief
 from ..arrays.tree import Container
 from ..hyperparameters.table import choice, integer
 from ..ranks.agreement import Agreement, ranks_of
-from ..ranks.protocol import BulkRanks, RankError, texts
+from ..ranks.protocol import BulkRanks, RankError
 from ..step import gradients as matching
 from .shares import Shares
 
@@ -114,11 +114,13 @@ class Sharded:
                 shares = Shares(self._engine, names, given, self._ranks, self._bucket_bytes)
                 self._together.agree()
             self._compare("variables", shares.described())
-            self._compare("values of the variables", list(zip(names, shares.checksums(), strict=True)), shows=1)
+            self._compare(
+                "values of the variables", [list(each) for each in zip(names, shares.checksums(), strict=True)], shows=1
+            )
             # Arrays that an override lists are not those that the optimizer is going to see.
             hyper = self._engine.hyper
             hyper.overrides = [override.by_names(names, given) for override in hyper.overrides]
-            self.optimizer.build(shares.pieces, comm=self._ranks)
+            self.optimizer.build(shares.own, comm=self._ranks, pieces=shares.pieces)
             self._shares = shares
 
     def verify(self) -> None:
@@ -131,12 +133,12 @@ class Sharded:
         """
         with self._engine.lock:
             shares = self._require_built("verify")
-            found = list(zip(shares.whole.names, shares.checksums(), strict=True))
+            found = [list(each) for each in zip(shares.whole.names, shares.checksums(), strict=True)]
             self._compare("values of the variables", found, shows=1)
 
     def _compare(self, what: str, mine: list[Any], shows: int | None = None) -> None:
         """Refuse what differs between ranks: of the first thing that does, so many words are told."""
-        told = [json.loads(text) for text in texts(self._ranks, json.dumps(mine))]
+        told = self._together.tell(mine)
         for rank, others in enumerate(told):
             if others != told[0]:
                 found = zip([*told[0], None], [*others, None], strict=False)
@@ -212,7 +214,7 @@ class Sharded:
             is_the_same = self._together.agree(zlib.crc32(json.dumps(kinds).encode()))
         if is_the_same:
             return found
-        told = [json.loads(text) for text in texts(self._ranks, json.dumps(kinds))]
+        told = self._together.tell(kinds)
         for i, (name, each) in enumerate(zip(shares.whole.names, zip(*told, strict=True), strict=True)):
             there = set(each) if self._is_reduced else set(each) - {None}
             if len(there) > 1:

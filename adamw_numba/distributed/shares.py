@@ -1,5 +1,6 @@
 """The share of a rank: its pieces of the variables, and the bytes that it exchanges with the others."""
 
+import math
 import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from .. import arrays
 from ..arrays import Array
 from ..arrays.brief import brief
 from ..arrays.overlap import overlapping
+from ..arrays.pieces import Piece
 from ..arrays.runs import real_dtype
 from ..arrays.tree import Container, flatten
 from ..hyperparameters.groups import make_groups
@@ -50,8 +52,10 @@ class Shares:
 
     Attributes
     ----------
-    pieces : list of (name, array) pairs
+    own : list of (name, array) pairs
         Of this rank: flat views of variables.
+    pieces : dict
+        Where they lie in the variables.
     """
 
     def __init__(self, engine: Any, names: list[str], given: list[Array], ranks: BulkRanks, most_bytes: int) -> None:
@@ -67,7 +71,7 @@ class Shares:
         foreign = [i for i, (one, other) in enumerate(zip(given, variables, strict=True)) if one is not other]
         moving = None if all(trainable) else [i for i, moves in enumerate(trainable) if moves]
         self.whole = Workspace(names, variables, slots, which, moving, [], None, None, [], [], [], given, foreign)
-        self.sizes = [int(np.prod(v.shape)) if moves else 0 for v, moves in zip(variables, trainable, strict=True)]
+        self.sizes = [math.prod(v.shape) if moves else 0 for v, moves in zip(variables, trainable, strict=True)]
         self._flat = [_flat(v) for v in variables]
         self._addresses = [arrays.address(v) for v in variables]
         self._rank, self._size, self._most_bytes = ranks.rank, ranks.size, most_bytes
@@ -76,8 +80,9 @@ class Shares:
         # What is not trainable is on rank 0 alone, so that the patterns that name it match something.
         frozen = [] if ranks.rank else [i for i, moves in enumerate(trainable) if not moves]
         self._frozen = range(len(self._own), len(self._own) + len(frozen))
-        pieces = [(names[run.variable], self._flat[run.variable][run.start : run.stop]) for run in self._own]
-        self.pieces = [*pieces, *((names[i], self._flat[i]) for i in frozen)]
+        runs = [*self._own, *(Run(i, 0, math.prod(variables[i].shape)) for i in frozen)]
+        self.own = [(names[i], self._flat[i][start:stop]) for i, start, stop in runs]
+        self.pieces = {names[i]: Piece(tuple(variables[i].shape), (at,), (end - at,)) for i, at, end in runs}
         self._plans: dict[tuple[int, ...], list[_Bucket]] = {}
         self._sums: dict[int, _Sum] = {}
         self._buffer = np.empty(0, np.uint8)
@@ -194,7 +199,7 @@ class Shares:
             return None
         dtype = arrays.SLOT[kind]
         if k not in self._sums or arrays.dtype_name(self._sums[k].array) != dtype:
-            array = arrays.zeros_like(self.pieces[k][1], dtype)
+            array = arrays.zeros_like(self.own[k][1], dtype)
             self._sums[k] = _Sum(array, arrays.as_numpy(array).view(real_dtype(dtype)))
         return self._sums[k]
 

@@ -16,7 +16,10 @@ from numpy.typing import NDArray
 from .. import arrays
 from ..arrays import Array
 from ..arrays.brief import brief, cut
+from ..arrays.pieces import Piece
 from ..hyperparameters.table import patterns
+from . import pieces
+from .left import Left
 from .protocol import RankError, Ranks, Rows, texts
 
 # The words of a row. Norms are those of the variables that are this rank's alone, and of those that all ranks have;
@@ -60,6 +63,10 @@ class Agreement:
     ----------
     is_shared : array of bool
         Which of this rank's variables are replicated.
+    pieces : dict
+        Where this rank's variables lie in the whole ones, by name; None where they do not make a whole.
+    known : dict
+        The ranks that have each variable of any rank, and its pieces there.
     held : callable or None
         What an interrupt in the middle of a decision would have called: it is called at its end.
     """
@@ -73,14 +80,18 @@ class Agreement:
         self.held: Callable[[], Any] | None = None
         self._settings: tuple[Any, float] = (None, 0.0)  # of which hyperparameters, and their checksum
         self.is_shared = np.zeros(0, bool)
+        self.pieces: dict[str, Piece | None] = {}
+        self.known: dict[str, list[tuple[int, Piece | None]]] = {}
+        self._given: Any = None  # what the user says of the pieces
         self._where = np.zeros(0, int)  # of each of this rank's variables, among the names of all ranks
         self._names = 0
         self._groups: list[int] = []  # those that all ranks have, of the groups after the common one
 
-    def share(self, replicated: Sequence[str]) -> list[str]:
-        """Take regular expressions for the names of variables that all ranks have, with the same values."""
+    def share(self, replicated: Sequence[str], places: Any = None) -> list[str]:
+        """Take regular expressions for the names of variables that all ranks have, with the same values; and where in
+        the whole variables this rank's pieces are."""
         given = patterns("replicated", replicated)
-        self._patterns = [re.compile(pattern) for pattern in given]
+        self._patterns, self._given = [re.compile(pattern) for pattern in given], places
         return given
 
     # Deciding
@@ -132,6 +143,10 @@ class Agreement:
         row[SETTINGS] = number
         return bool((self._decide(row)[:, SETTINGS] == number).all())
 
+    def tell(self, own: Any) -> list[Any]:
+        """What each rank tells, of what JSON can hold."""
+        return [json.loads(text) for text in texts(self.ranks, json.dumps(own))]
+
     def _resume(self) -> None:
         """After a decision: in a loop, the next one is pending from now on."""
         self._pending, held, self.held = self._around, self.held, None
@@ -146,14 +161,14 @@ class Agreement:
             if np.array_equal(values, np.full(len(values), values[0]), equal_nan=True):
                 continue
             if word == SETTINGS:
-                found = [json.loads(text) for text in texts(self.ranks, json.dumps(settings()))]
+                found = self.tell(settings())
                 names = [name for name in found[0] if any(each[name] != found[0][name] for each in found)]
                 told = "; ".join(f"{name} is {_values([each[name] for each in found], brief)}" for name in names[:4])
             else:
                 told = _values(values, int if word == ITERATION else float)
             raise RankError(f"{what}: {told}; expected the same on all ranks")
 
-    def left(self) -> "Left":
+    def left(self) -> Left:
         """What takes its place in a copy."""
         return Left(self.ranks)
 
@@ -227,14 +242,18 @@ class Agreement:
             If a rank has failed, or a replicated variable is not the same everywhere.
         """
         self.is_shared = np.array([any(each.search(name) for each in self._patterns) for name in names], bool)
+        places = pieces.read(self._given, names, variables)
         mine: dict[str, list[Any]] = {
-            "variables": [[n, list(v.shape), arrays.dtype_name(v)] for n, v in zip(names, variables, strict=True)],
+            "variables": [
+                [name, list(variable.shape), arrays.dtype_name(variable), place]
+                for name, variable, place in zip(names, variables, places, strict=True)
+            ],
             "shared": [name for name, shared in zip(names, self.is_shared, strict=True) if shared],
             "groups": [", ".join(group.told()) for group in groups[1:]],
             "unmatched": [[called, list(nothing)] for called, nothing in unmatched],
         }
         rows = self._decide(self._row(engine, engine.state.scalars["iteration"].item(), math.nan, math.nan, ()))
-        told = [json.loads(text) for text in texts(self.ranks, json.dumps(mine))]
+        told = self.tell(mine)
         self._compare(rows, partial(_settings, engine.hyper))
         for rank, others in enumerate(told):
             same = [[v for v in each["variables"] if v[0] in each["shared"]] for each in (told[0], others)]
@@ -245,13 +264,12 @@ class Agreement:
                 )
         everywhere = sorted(set.intersection(*(set(each["groups"]) for each in told)))
         self._groups = [mine["groups"].index(group) for group in everywhere]
-        known: dict[str, int] = {}
-        for each in told:
-            for name, _, _ in each["variables"]:
-                known.setdefault(name, len(known))
-        self._where, self._names = np.array([known[name] for name in names], int), len(known)
-        has_any = any(math.prod(shape) for each in told for _, shape, _ in each["variables"])
-        if not (known if self._around is None else has_any):
+        self.known = pieces.placed([each["variables"] for each in told], set(told[0]["shared"]))
+        self.pieces = {name: dict(self.known[name])[self.ranks.rank] for name in names}
+        number = {name: k for k, name in enumerate(self.known)}
+        self._where, self._names = np.array([number[name] for name in names], int), len(number)
+        has_any = any(math.prod(shape) for each in told for _, shape, *_ in each["variables"])
+        if not (number if self._around is None else has_any):
             what = "`variables`" if self._around is None else "`x0`"
             raise ValueError(f"{what} is empty on all ranks; expected at least one array")
         self._resume()
@@ -350,35 +368,6 @@ class Agreement:
         row[ITERATION], row[RATE], row[DECAY], row[SETTINGS] = number, rate, decay, self._settings[1]
         row[OTHERS] = zlib.crc32(repr([others[k] for k in self._groups]).encode()) if others and self._groups else 0
         return row
-
-
-class Left:
-    """In the place of an agreement, in the copy of an optimizer: the copy cannot go on with the others.
-
-    Parameters
-    ----------
-    ranks : Ranks
-        Of which this keeps the numbers alone.
-    """
-
-    def __init__(self, ranks: Any) -> None:
-        self.rank: int = ranks.rank
-        self.size: int = ranks.size
-        self.ranks = self
-
-    def begin(self, call: str) -> None:
-        """Refuse to go on."""
-        raise RuntimeError(
-            "this optimizer is the copy of one that was connected with those of other processes; expected a new one, "
-            "built with `comm`, that takes the state by `load` or `restore`"
-        )
-
-    def fail(self, error: BaseException) -> None:
-        """Nobody is to be told."""
-
-    def left(self) -> "Left":
-        """It has left already."""
-        return self
 
 
 def ranks_of(comm: Any) -> Ranks:
