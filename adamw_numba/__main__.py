@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ._version import __version__
-from .saving import archive, manifest
+from .saving import archive, folders, manifest
 from .saving.stores import targets
 
 _BROKEN_PIPE = 141  # what a shell reports of a process that SIGPIPE has ended
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _inspect(given: Any) -> None:
-    document = archive.describe(given.file)
+    document = folders.describe(given.file)
     if given.json:
         print(json.dumps(document, indent=2))
         return
@@ -78,14 +78,14 @@ def _inspect(given: Any) -> None:
 
 
 def _verify(given: Any) -> None:
-    print(f"{given.file}: {archive.verify(given.file)} bytes of arrays are as they were saved")
+    print(f"{given.file}: {folders.verify(given.file)} bytes of arrays are as they were saved")
 
 
 def _convert(given: Any) -> None:
     targets.check_target(given.target)
     if not given.force and targets.exists(given.target):
         raise FileExistsError(f"{given.target} exists; expected a new target, or `--force` to replace it")
-    saved = archive.read(given.file)
+    saved = folders.read(given.file)
     dtypes = {key: entry["dtype"] for key, entry in saved.document["arrays"].items()}
     document = {key: value for key, value in saved.document.items() if key not in ("crc32", "format", "version")}
     archive.write(given.target, document, saved.arrays, dtypes, durable=True)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,6 +88,21 @@ def copy_common(source: Elements, there: Piece, target: Elements, here: Piece) -
     ]
     target[of_each[1]] = source[of_each[0]]
     return math.prod(high - low for low, high in zip(lows, highs, strict=True))
+
+
+def make_whole(pieces: Sequence[Piece]) -> bool:
+    """Whether every element of the whole is in one of these pieces, and in one alone."""
+    size = math.prod(pieces[0].shape) if pieces else 0
+    if sum(math.prod(piece.own) for piece in pieces) != size:
+        return False
+    runs = [piece.as_run() for piece in pieces if 0 not in piece.own]
+    if all(runs):
+        places = sorted((run.start[0], run.own[0]) for run in runs if run)
+        return all(at + length <= later for (at, length), (later, _) in pairwise(places))
+    marks = np.zeros(size, bool)
+    for piece in pieces:
+        _view(marks, piece)[...] = True
+    return bool(marks.all())
 
 
 def _by_the_whole(source: Elements, there: Piece, target: Elements, here: Piece) -> int:

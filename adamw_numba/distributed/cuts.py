@@ -15,9 +15,14 @@ class Run(NamedTuple):
 
 
 def shares(sizes: Sequence[int], ranks: int) -> list[list[Run]]:
-    """Cut variables of so many elements, one after the other, into as many equal shares as there are ranks."""
+    """Cut variables of so many elements, one after the other, into as many equal shares as there are ranks.
+
+    A variable without elements is an empty run where it stands.
+    """
     total, parts, before = sum(sizes), [[] for _ in range(ranks)], 0  # type: ignore[var-annotated]
     for i, size in enumerate(sizes):
+        if not size:
+            parts[max((rank for rank in range(ranks) if parts[rank]), default=0)].append(Run(i, 0, 0))
         start = 0
         for rank in range(ranks):
             stop = max(total * (rank + 1) // ranks - before, 0)

@@ -120,8 +120,11 @@ class Sharded:
             # Arrays that an override lists are not those that the optimizer is going to see.
             hyper = self._engine.hyper
             hyper.overrides = [override.by_names(names, given) for override in hyper.overrides]
+            may_hold_variables = self._engine.loaded is not None
             self.optimizer.build(shares.own, comm=self._ranks, pieces=shares.pieces)
             self._shares = shares
+            if may_hold_variables:
+                shares.spread(self._ranks)
 
     def verify(self) -> None:
         """Compare the variables of all ranks, bit for bit.
@@ -133,8 +136,7 @@ class Sharded:
         """
         with self._engine.lock:
             shares = self._require_built("verify")
-            found = [list(each) for each in zip(shares.whole.names, shares.checksums(), strict=True)]
-            self._compare("values of the variables", found, shows=1)
+            self._compare("values of the variables", shares.checksums(), shows=1)
 
     def _compare(self, what: str, mine: list[Any], shows: int | None = None) -> None:
         """Refuse what differs between ranks: of the first thing that does, so many words are told."""
@@ -200,6 +202,24 @@ class Sharded:
                 yield
         finally:
             shares.spread(self._ranks)
+
+    # Saving
+
+    def save(self, target: Any, extra: Any = None, variables: bool = False, durable: bool = True) -> None:
+        """Save the state of all ranks in a folder: see `AdamW.save`. Any number of ranks, or one process, can load it.
+
+        To go on with what was saved, give ``AdamW.load(target)`` to a new `Sharded`, whose `build` takes the state.
+        """
+        self._require_built("save")
+        self.optimizer.save(target, extra, variables, durable)
+
+    def restore(self, target: Any) -> Any:
+        """Take a state that any number of ranks have saved: see `AdamW.restore`."""
+        with self._engine.lock:
+            shares = self._require_built("restore")
+            extra = self.optimizer.restore(target)
+            shares.spread(self._ranks)
+            return extra
 
     @property
     def _is_reduced(self) -> bool:

@@ -77,10 +77,8 @@ class Shares:
         self._rank, self._size, self._most_bytes = ranks.rank, ranks.size, most_bytes
         self._shares = shares(self.sizes, ranks.size)
         self._own = self._shares[ranks.rank]
-        # What is not trainable is on rank 0 alone, so that the patterns that name it match something.
-        frozen = [] if ranks.rank else [i for i, moves in enumerate(trainable) if not moves]
-        self._frozen = range(len(self._own), len(self._own) + len(frozen))
-        runs = [*self._own, *(Run(i, 0, math.prod(variables[i].shape)) for i in frozen)]
+        # What is not trainable is cut as if it had no elements, so that one rank has all of it.
+        runs = [run._replace(stop=run.stop or math.prod(variables[run.variable].shape)) for run in self._own]
         self.own = [(names[i], self._flat[i][start:stop]) for i, start, stop in runs]
         self.pieces = {names[i]: Piece(tuple(variables[i].shape), (at,), (end - at,)) for i, at, end in runs}
         self._plans: dict[tuple[int, ...], list[_Bucket]] = {}
@@ -92,9 +90,10 @@ class Shares:
         given = zip(self.whole.names, self.whole.variables, self.whole.slots, strict=True)
         return [[name, list(v.shape), arrays.dtype_name(v), bool(own)] for name, v, own in given]
 
-    def checksums(self) -> list[int]:
-        """Of the elements of all variables."""
-        return [zlib.crc32(_bytes(flat)) for flat in self._flat]  # type: ignore[arg-type]
+    def checksums(self) -> list[list[Any]]:
+        """The variables by name, with the checksums of their elements."""
+        found = (zlib.crc32(_bytes(flat)) for flat in self._flat)  # type: ignore[arg-type]
+        return [[name, crc] for name, crc in zip(self.whole.names, found, strict=True)]
 
     def check(self, engine: Any) -> None:
         """Refuse to go on with variables that have moved, or that have become trainable.
@@ -110,7 +109,9 @@ class Shares:
                     f"variable {brief(name)} lies elsewhere in memory than at `build`; expected arrays that are "
                     "changed in place, or a new `Sharded`"
                 )
-        thawed = [engine.workspace.names[i] for i in self._frozen if engine.workspace.slots[i]]
+        frozen = [self.whole.names[run.variable] for run in self._own if not self.whole.slots[run.variable]]
+        has_state = engine.workspace.slots if frozen else []
+        thawed = [name for name, own in zip(engine.workspace.names, has_state, strict=False) if own and name in frozen]
         if thawed:
             raise ValueError(f"variable {brief(thawed[0])} was not trainable at `build`; expected a new `Sharded`")
 
@@ -143,8 +144,7 @@ class Shares:
     def of_own(self, gradients: Sequence[Array | None]) -> list[Array | None]:
         """The parts of whole gradients that belong to the pieces."""
         found = [gradients[run.variable] for run in self._own]
-        parts = [None if g is None else _flat(g)[run.start : run.stop] for g, run in zip(found, self._own, strict=True)]
-        return [*parts, *(None for _ in self._frozen)]
+        return [None if g is None else _flat(g)[run.start : run.stop] for g, run in zip(found, self._own, strict=True)]
 
     def reduced(self, ranks: BulkRanks, gradients: Sequence[Array | None], divisor: int) -> list[Array | None]:
         """The sums of all ranks' gradients of the pieces, added in the order of the ranks, and divided."""
@@ -171,7 +171,7 @@ class Shares:
         for each in sums:
             if each is not None and arrays.place(each.array) != "cpu":
                 arrays.write(each.array, each.host.view(arrays.dtype_name(each.array)))
-        return [*(None if each is None else each.array for each in sums), *(None for _ in self._frozen)]
+        return [None if each is None else each.array for each in sums]
 
     def spread(self, ranks: BulkRanks) -> None:
         """Give the elements of the pieces to all ranks."""

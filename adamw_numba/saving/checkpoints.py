@@ -4,13 +4,13 @@ import os
 import re
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from ..hyperparameters.table import flag, integer
-from . import archive, restore, snapshot
+from . import archive, folders, snapshot
 from .stores.atomic import CorruptFileError, remove
 from .stores.targets import check_no_url, check_target
 
@@ -45,7 +45,8 @@ class Checkpoints:
     background : bool, default False
         Copy the state and write it from another thread, one file at a time; the next call raises what went wrong.
     suffix : str, default ".npz"
-        The kind of file: see `AdamW.save`.
+        The kind of file: see `AdamW.save`; "" for the folders of optimizers that are connected with other processes,
+        all of which make the same calls.
     durable : bool, default True
 
     Raises
@@ -85,7 +86,10 @@ class Checkpoints:
         self.background, self.durable = flag("background", background), flag("durable", durable)
         check_no_url("directory", str(directory))
         self.directory, self.suffix = Path(directory).absolute(), suffix
-        check_target(self._path(0))
+        if suffix:
+            check_target(self._path(0))
+        elif background:
+            raise ValueError("`background` is True, which processes that save together cannot have; expected False")
         self.directory.mkdir(parents=True, exist_ok=True)
         self._writer: ThreadPoolExecutor | None = None
         self._writing: list[Future[None]] = []  # at most one, until its outcome was reported
@@ -132,9 +136,15 @@ class Checkpoints:
         self._finish()
         path = self._path(step)
         if not self.background:
-            snapshot.save(optimizer, path, extra, variables, self.durable)
-            self._prune(step)
+            optimizer.save(path, extra, variables, self.durable)
+            together = connection_of(optimizer)
+            if together is None or together.ranks.rank == 0:
+                self._prune(step)
             return path
+        if connection_of(optimizer) is not None:
+            raise ValueError(
+                "`background` is True, and the optimizer is connected with other processes; expected False"
+            )
         taken = snapshot.take(optimizer, extra, variables, copy=True)
         if self._writer is None:
             self._writer = ThreadPoolExecutor(1, "adamw_numba checkpoints")
@@ -156,7 +166,7 @@ class Checkpoints:
         OSError
             If one cannot be read, which does not mean that it is damaged.
         """
-        found = self._newest(archive.verify)
+        found = self._newest(folders.verify)
         return None if found is None else self._path(found[0])
 
     def restore_latest(self, optimizer: Any) -> Restored | None:
@@ -184,14 +194,21 @@ class Checkpoints:
         OSError
             If one cannot be read, which does not mean that it is damaged.
         """
-        found = self._newest(lambda path: restore.restore(optimizer, path))
+        together = connection_of(optimizer)
+        if together is None:
+            found = self._newest(optimizer.restore)
+        else:  # each rank reads some of the files, and all decide on the same step
+            steps = together.tell(self._steps())[0]
+            found = self._newest(lambda path: _verify_with(together, path), steps)
+            found = None if found is None else (found[0], optimizer.restore(self._path(found[0])))
         return None if found is None else Restored(*found, self._path(found[0]))
 
-    def _newest(self, act: Callable[[Path], Any]) -> tuple[int, Any] | None:
+    def _newest(self, act: Callable[[Path], Any], steps: Sequence[int] | None = None) -> tuple[int, Any] | None:
         """The newest step whose file can be used, and what `act` returned for it."""
         self._finish()
         damaged = []
-        for step in reversed(self._steps()):
+        steps = self._steps() if steps is None else steps
+        for step in reversed(steps):
             try:
                 return step, act(self._path(step))
             except (CorruptFileError, FileNotFoundError) as error:  # another process may have removed it
@@ -241,6 +258,23 @@ class Checkpoints:
         self._writing.clear()
         for error in filter(None, errors):
             raise error
+
+
+def connection_of(optimizer: Any) -> Any:
+    """What connects an optimizer, or the one inside it, with those of other processes; None if nothing does."""
+    return snapshot.engine_of(getattr(optimizer, "optimizer", optimizer)).together
+
+
+def _verify_with(together: Any, path: Path) -> None:
+    """Read a folder's files, each by one rank; an error of one of them is raised on all."""
+    found = ""
+    try:
+        folders.verify(path, together.ranks.rank, together.ranks.size)
+    except (CorruptFileError, OSError) as error:
+        found = f"{error}"
+    for rank, error_there in enumerate(together.tell(found)):
+        if error_there:
+            raise CorruptFileError(f"{error_there} (seen by rank {rank})")
 
 
 def _tell_unless_told(writing: list[Future[None]]) -> None:

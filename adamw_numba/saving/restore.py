@@ -1,8 +1,8 @@
 """Saved state, back in an optimizer: loaded into a new one, or restored into one that is built."""
 
-import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,16 +11,16 @@ from .. import arrays
 from ..arrays import Array
 from ..arrays.brief import brief, brief_names
 from ..hyperparameters.groups import Group, Override
+from ..ranks.agreement import Agreement
 from ..state import check_scalar
-from . import archive, manifest, overrides
+from . import archive, folders, manifest
 from .archive import Saved
+from .differences import UNUSABLE, differences
 from .manifest import encoded
 from .snapshot import Place, engine_of, scalars_of
 from .stores.atomic import CorruptFileError
 
 Write = tuple[dict[str, Array], str, Array]  # a dict, its key, and the new value
-_OF_A_VARIABLE = ("variables", "momentum", "velocity", "velocity_hat", "average", "gradient_accumulator", "master")
-_UNUSABLE = (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError)
 # Which option a slot belongs to.
 _OPTION_OF = {
     "average": "use_ema",
@@ -28,8 +28,6 @@ _OPTION_OF = {
     "gradient_accumulator": "gradient_accumulation_steps",
     "master": "master_weights",
 }
-# May differ without a warning, or are compared otherwise; a learning rate that is a number is in the state.
-_FREE = ("name", "threads", "learning_rate", "overrides")
 
 
 class Loaded(NamedTuple):
@@ -55,6 +53,7 @@ class Loaded(NamedTuple):
     positional: bool = False
     partial: bool = False
     groups: Sequence[Mapping[str, Any]] = ()
+    pieces: Callable[[Any], "Loaded"] | None = None  # reads, or cuts out, what a rank has of it
 
     def started(self, groups: Sequence[Group]) -> list[int]:
         """For each group, how many updates came before its moments were new.
@@ -67,50 +66,101 @@ class Loaded(NamedTuple):
         of = {name: group["started"] for group in self.groups for name in group["names"]}
         return [_common_start(group, of, self.where) for group in groups]
 
-    def fill(self, names: Sequence[str], variables: Sequence[Array], slots: Sequence[dict[str, Array]]) -> None:
-        """Put the state into the slots of variables, and what it holds of the variables into them: all or nothing."""
-        _write(_writes(self, names, variables, slots))
+    def fill(
+        self,
+        names: Sequence[str],
+        variables: Sequence[Array],
+        slots: Sequence[dict[str, Array]],
+        groups: Sequence[Group],
+        together: Any,
+    ) -> list[int]:
+        """Put the state into the slots of variables, and what it holds of the variables into them: all or nothing.
+
+        Returns
+        -------
+        list of int
+            What each group has started from: see `started`.
+        """
+        with folders.agreeing(together, "load") as agreed:
+            own = self if self.pieces is None else self.pieces(together)
+            writes, started = _writes(own, names, variables, slots), own.started(groups)
+            agreed()
+        _write(writes)
+        return started
 
 
-def load(cls: Any, target: Any, variables: Any, custom_objects: Mapping[str, Any] | None) -> Any:
+def load(
+    cls: Any,
+    target: Any,
+    variables: Any,
+    custom_objects: Mapping[str, Any] | None,
+    comm: Any = None,
+    replicated: Sequence[str] = (),
+    pieces: Any = None,
+) -> Any:
     """A new optimizer from a file; its state goes into the variables given, or into those of the first `build`."""
-    saved = archive.read(target)
+    if comm is None:
+        optimizer = _load(cls, target, custom_objects)
+        if variables is not None:
+            optimizer.build(variables)
+        return optimizer
+    with folders.agreeing(Agreement(comm), "load") as agreed:
+        if variables is None:
+            raise ValueError(
+                "`comm` needs `variables`; expected both, or neither and then `build(variables, comm=...)`"
+            )
+        optimizer = _load(cls, target, custom_objects)
+        agreed()
+    optimizer.build(variables, comm=comm, replicated=replicated, pieces=pieces)
+    return optimizer
+
+
+def _load(cls: Any, target: Any, custom_objects: Mapping[str, Any] | None) -> Any:
+    is_folder = folders.is_folder(target)
+    saved = folders.head(target) if is_folder else archive.read(target)
     _check_class(cls.__mro__, saved)
     try:
         optimizer = cls.from_config(saved.document["config"], custom_objects)
-    except _UNUSABLE as error:
+    except UNUSABLE as error:
         raise ValueError(f"{saved.where} holds a config that cannot be used: {error!s:.400}") from error
     engine = engine_of(optimizer)
     _add_arrays(engine, saved)
     _write(_scalar_writes(optimizer, saved))
-    engine.loaded = _loaded(saved)
+    engine.loaded = _loaded(saved)._replace(pieces=partial(_pieces, target if is_folder else saved))
     excluded = tuple(entry["name"] for entry in saved.document["variables"] if entry["excluded"])
     if excluded and not engine.hyper.overrides:  # otherwise they are among those
         engine.hyper.overrides = [Override([], [], {"weight_decay": 0.0}, exact=excluded, is_exclusion=True)]
     _set_counts(engine, saved)
-    if variables is not None:
-        optimizer.build(variables)
     return optimizer
+
+
+def _pieces(source: Any, together: Any) -> Loaded:
+    """What a rank has of what was read, or of a folder that is yet to be read."""
+    if not isinstance(source, Saved):
+        return _loaded(folders.read(source, together))
+    return _loaded(source if together is None else folders.cut(source, together))
 
 
 def restore(optimizer: Any, target: Any) -> Any:
     """Put a saved state into a built optimizer, all or nothing; the user's own payload is returned."""
     engine = engine_of(optimizer)
     with engine.lock:
-        workspace = engine.require_built("restore")
-        engine.check_not_swapped()
-        engine.catch_up()
-        saved = archive.read(target)
-        _check_class(type(optimizer).__mro__, saved)
-        # Every check comes before the first write.
-        writes, loaded, groups = _scalar_writes(optimizer, saved), _loaded(saved), engine.hyper.groups
-        writes += _writes(loaded, workspace.names, workspace.variables, workspace.slots)
-        started = loaded.started(groups)
-        told = differences(optimizer, workspace, saved)
-        if told:
-            warnings.warn(
-                f"restored from {saved.where} into an optimizer that differs: {'; '.join(told)}", stacklevel=3
-            )
+        workspace, together = engine.require_built("restore"), engine.together
+        with folders.agreeing(together, "restore") as agreed:
+            engine.check_not_swapped()
+            engine.catch_up()
+            saved = folders.read(target, together)
+            _check_class(type(optimizer).__mro__, saved)
+            # Every check comes before the first write.
+            writes, loaded, groups = _scalar_writes(optimizer, saved), _loaded(saved), engine.hyper.groups
+            writes += _writes(loaded, workspace.names, workspace.variables, workspace.slots)
+            started = loaded.started(groups)
+            told = differences(optimizer, saved)
+            if told:
+                warnings.warn(
+                    f"restored from {saved.where} into an optimizer that differs: {'; '.join(told)}", stacklevel=3
+                )
+            agreed()
         _write(writes)
         for group, since in zip(groups, started, strict=True):
             vars(group)["started"] = since
@@ -146,7 +196,7 @@ def saved_variables(target: Any) -> dict[str, np.ndarray[Any, Any]]:
     >>> saved_variables(store)
     {'w': array([1., 1.])}
     """
-    saved = archive.read(target)
+    saved = folders.read(target)
     named = {entry["name"]: f"variables/{encoded(entry['name'])}" for entry in saved.document["variables"]}
     if not named or any(key not in saved.arrays for key in named.values()):
         raise ValueError(f"{saved.where} holds no variables; expected them to be saved with `variables=True`")
@@ -160,36 +210,6 @@ def numbers(array: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
     return (array.astype(np.uint32) << 16).view(np.float32)  # the upper half of a float32's bits
 
 
-def differences(optimizer: Any, workspace: Any, saved: Saved) -> list[str]:
-    """How an optimizer's arguments, groups and exclusions differ from the saved ones: one sentence each."""
-    here, there = _flat(optimizer.get_config()), _flat_saved(saved)
-    different = [key for key in here if key in there and here[key] != there[key] and key not in _FREE]
-    rate = "learning_rate"
-    if rate not in engine_of(optimizer).state.scalars and here[rate] != there.get(rate):
-        different.append(rate)
-    told = [f"{key} is {brief(here[key])}, and was {brief(there.get(key))}" for key in different]
-    return told + _different_groups(engine_of(optimizer).hyper.groups, saved)
-
-
-def _different_groups(groups: Sequence[Group], saved: Saved) -> list[str]:
-    """Which variables have other hyperparameters for themselves than they had."""
-    excluded = [entry["name"] for entry in saved.document["variables"] if entry["excluded"]]
-    was: dict[str, Any] = {name: {"weight_decay": 0.0} for name in excluded}
-    for group in saved.document.get("groups", []):
-        was |= dict.fromkeys(group["names"], group["own"])
-    told = []
-    for group, own in zip(groups, [{}, *(each["own"] for each in overrides.described(groups[1:]))], strict=True):
-        own = json.loads(json.dumps(own, default=manifest.plain))
-        changed = [name for name in group.names if was.get(name, {}) != own]
-        only_decay = all(set(each) <= {"weight_decay"} for each in (own, *(was.get(name, {}) for name in changed)))
-        if changed and only_decay and {*own.values(), *(v for n in changed for v in was.get(n, {}).values())} <= {0.0}:
-            told.append(f"{brief_names(changed)} are excluded from weight decay in only one of them")
-        elif changed:
-            there = was.get(changed[0], {})
-            told.append(f"{brief_names(changed)} have {brief(own)} for themselves, and had {brief(there)}")
-    return told
-
-
 def _common_start(group: Group, of: Mapping[str, int], where: str) -> int:
     found = {of.get(name, 0) for name in group.names} or {0}
     if len(found) > 1:
@@ -200,28 +220,9 @@ def _common_start(group: Group, of: Mapping[str, int], where: str) -> int:
     return found.pop()
 
 
-def _flat_saved(saved: Saved) -> dict[str, Any]:
-    try:
-        return _flat(saved.document["config"])
-    except _UNUSABLE as error:
-        raise ValueError(f"{saved.where} holds a config that cannot be used: {error!r:.400}") from error
-
-
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config as it comes back from JSON, with that of an inner optimizer in the same dict."""
-    plain: dict[str, Any] = json.loads(json.dumps(config, default=manifest.plain))
-    inner: dict[str, Any] = plain.pop("inner_optimizer", {"config": {}})
-    plain.update(inner["config"])
-    return plain
-
-
 def _loaded(saved: Saved) -> Loaded:
-    own = {key: array for key, array in saved.arrays.items() if _is_of_a_variable(key)}
+    own = {key: array for key, array in saved.arrays.items() if folders.is_of_a_variable(key)}
     return Loaded(saved.document["variables"], own, saved.where, groups=saved.document.get("groups", ()))
-
-
-def _is_of_a_variable(key: str) -> bool:
-    return key.partition("/")[0] in _OF_A_VARIABLE
 
 
 def _add_arrays(engine: Any, saved: Saved) -> None:
@@ -268,7 +269,7 @@ def _scalar_writes(optimizer: Any, saved: Saved) -> list[Write]:
 
 
 def _check_keys(places: Mapping[str, Place], saved: Saved) -> None:
-    found = {key for key in saved.arrays if not _is_of_a_variable(key)}
+    found = {key for key in saved.arrays if not folders.is_of_a_variable(key)}
     if found == set(places):
         return
     hint = ""

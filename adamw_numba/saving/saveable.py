@@ -5,7 +5,7 @@ from typing import Any, Self
 
 from ..arrays.torch_graphs import outside_graphs
 from ..arrays.tree import Container
-from . import own_variables, restore, snapshot
+from . import folders, own_variables, restore, snapshot
 from .snapshot import engine_of, places_of
 
 
@@ -20,7 +20,8 @@ class Saveable:
         ----------
         target : path, URL or mapping
             A path ending in ``.npz``, ``.safetensors``, ``.h5``, ``.zarr`` or ``.zarr.zip``; a URL or a store of
-            zarr; a group of h5py or zarr; or any mapping, into which NumPy arrays are put.
+            zarr; a group of h5py or zarr; or any mapping, into which NumPy arrays are put. Of an optimizer that is
+            connected with other processes, a path without suffix: the folder in which all of them save.
         extra : optional
             Your own payload, of what JSON can hold: given back by `extra` and `restore`. Tuples come back as lists.
         variables : bool
@@ -47,11 +48,22 @@ class Saveable:
         >>> AdamW.load(store, {"w": np.ones(2)}).extra
         {'epoch': 3}
         """
-        snapshot.save(self, target, extra, variables, durable)
+        together = engine_of(self).together
+        if together is None or isinstance(target, Mapping):
+            snapshot.save(self, target, extra, variables, durable)
+        else:
+            folders.save(self, target, extra, variables, durable)
 
     @classmethod
     def load(
-        cls, target: Any, variables: Container | None = None, custom_objects: Mapping[str, Any] | None = None
+        cls,
+        target: Any,
+        variables: Container | None = None,
+        custom_objects: Mapping[str, Any] | None = None,
+        *,
+        comm: Any = None,
+        replicated: Sequence[str] = (),
+        pieces: Any = None,
     ) -> Self:
         """A new optimizer with the arguments, the exclusions from decay and the state that `save` has written.
 
@@ -63,6 +75,9 @@ class Saveable:
             the state. Where the variables were saved too, their values are written into these arrays.
         custom_objects : dict, optional
             Your own schedule classes and functions, by name: a function is saved by its name alone.
+        comm, replicated, pieces : optional
+            As for `AdamW.build`: each process takes its own pieces of what one process, or any number of them, have
+            saved.
 
         Raises
         ------
@@ -71,7 +86,7 @@ class Saveable:
         ValueError
             If a name, shape or dtype differs from the variables': the message says which, and nothing is written.
         """
-        optimizer: Self = restore.load(cls, target, variables, custom_objects)
+        optimizer: Self = restore.load(cls, target, variables, custom_objects, comm, replicated, pieces)
         return optimizer
 
     def restore(self, target: Any) -> Any:

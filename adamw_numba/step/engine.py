@@ -103,8 +103,8 @@ class Engine(Rates):
                 stacklevel=4,
             )
         if self.loaded is not None:
-            self.loaded.fill(names, variables, slots)
-            for group, started in zip(groups, self.loaded.started(groups), strict=True):
+            counts = self.loaded.fill(names, variables, slots, groups, together)
+            for group, started in zip(groups, counts, strict=True):
                 vars(group)["started"] = started
             self.loaded = None
         hyper.overrides = [override.by_names(names, given) for override in hyper.overrides]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adamw_numba.arrays.pieces import Piece, copy_common, whole
+from adamw_numba.arrays.pieces import Piece, copy_common, make_whole, whole
 
 
 @st.composite
@@ -40,6 +40,26 @@ def test_what_pieces_have_in_common(drawn):
     assert copy_common(source, there, target, here) == np.isin(cut(values, here), source).sum()
     np.testing.assert_array_equal(target, expected)
     assert there.fault() is None
+
+
+@given(st.data())
+def test_pieces_that_make_a_whole(data):
+    shape = tuple(data.draw(st.lists(st.integers(0, 4), max_size=2)))
+    pieces = data.draw(st.lists(pieces_of(shape), min_size=1, max_size=4))
+    found = np.concatenate([cut(np.arange(math.prod(shape)).reshape(shape), piece).reshape(-1) for piece in pieces])
+    assert make_whole(pieces) == (sorted(found.tolist()) == list(range(math.prod(shape))))
+
+
+@pytest.mark.parametrize("cut_at", [1, 2, 4])
+def test_boxes_that_make_a_whole(cut_at):
+    boxes = [
+        Piece((5, 6), (0, 0), (2, cut_at)),
+        Piece((5, 6), (0, cut_at), (2, 6 - cut_at)),
+        Piece((5, 6), (2, 0), (3, 6)),
+    ]
+    assert make_whole(boxes)
+    assert not make_whole(boxes[1:])
+    assert not make_whole([boxes[0]._replace(start=(1, 0)), *boxes[1:]])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,339 @@
+"""What several processes have saved together: a folder with a file of each, and an index that is written last.
+
+It is read by any number of processes, each its own pieces, and so is every other target.
+"""
+
+import contextlib
+import json
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..arrays.brief import brief, brief_names
+from ..arrays.pieces import Piece, copy_common, make_whole, whole
+from . import archive, manifest, snapshot
+from .archive import Saved
+from .manifest import encoded
+from .stores.atomic import CorruptFileError, naming, remove, replacing
+
+INDEX = "index.json"
+OF_A_VARIABLE = ("variables", "momentum", "velocity", "velocity_hat", "average", "gradient_accumulator", "master")
+_OURS = re.compile(r"rank-\d+-of-\d+\.[0-9a-f]{16}\.npz|index\.json|\..*\.tmp\..*")
+Pieces = Mapping[str, Piece]
+
+
+def is_of_a_variable(key: str) -> bool:
+    """Whether the array of that key is cut like a variable."""
+    return key.partition("/")[0] in OF_A_VARIABLE
+
+
+def is_folder(target: Any) -> bool:
+    """Whether a target is a folder in which several processes have saved."""
+    return _names_folder(target) and Path(target).is_dir()
+
+
+def _names_folder(target: Any) -> bool:
+    """Whether a target is the name of a folder: a path without suffix."""
+    return isinstance(target, (str, os.PathLike)) and "." not in Path(target).name and "://" not in os.fspath(target)
+
+
+@contextlib.contextmanager
+def agreeing(together: Any, call: str) -> Iterator[Callable[[], Any]]:
+    """Around checks that all ranks have to pass, where there are several: the block calls what it is given at its end.
+
+    Whatever is raised before is told to all ranks, and none goes on.
+    """
+    if together is None:
+        yield bool
+    else:
+        with together.deciding(call):
+            yield together.agree
+
+
+# Saving
+
+
+def save(optimizer: Any, target: Any, extra: Any, variables: bool, durable: bool) -> None:
+    """Write the state of all ranks, or on an error of any of them nothing that counts."""
+    engine = snapshot.engine_of(optimizer)
+    together = engine.together
+    with engine.lock:
+        with agreeing(together, "save") as agreed:
+            if not _names_folder(target):
+                raise ValueError(
+                    f"`target` is {brief(target)}, and the optimizer is connected with those of other processes; "
+                    "expected a path without suffix, the folder for the files of all of them"
+                )
+            path = Path(target)
+            taken = snapshot.take(optimizer, extra, variables)
+            mine = _told(taken, together) | {"path": str(path.absolute()), "mark": uuid.uuid4().hex[:16]}
+            path.mkdir(exist_ok=True)
+            _check_ours(path)
+            agreed()
+        told = together.tell(mine)
+        size, mark = len(told), told[0]["mark"]
+        files = [f"rank-{rank:05d}-of-{size:05d}.{mark}.npz" for rank in range(size)]
+        with agreeing(together, "save") as agreed:
+            for key in ("path", "keys"):
+                if any(each[key] != told[0][key] for each in told):
+                    raise ValueError(
+                        f"the ranks save different things: {key} is {brief([each[key] for each in told])} on them, in "
+                        "order; expected the same on all"
+                    )
+            owned = _owned(told, together.ranks.rank)
+            kept = {key: array for key, array in taken.arrays.items() if key in owned or not is_of_a_variable(key)}
+            archive.write(path / files[together.ranks.rank], taken.document, kept, taken.dtypes, durable)
+            agreed()
+        # From here on no file may be removed: the index may name it.
+        with agreeing(together, "save") as agreed:
+            if together.ranks.rank == 0:
+                document = _index(taken, told, files)
+                with replacing(path / INDEX, durable) as temporary:
+                    temporary.write_bytes(manifest.encode(document))
+            agreed()
+        if together.ranks.rank == 0:
+            for found in os.listdir(path):
+                if _OURS.fullmatch(found) and found not in (INDEX, *files):
+                    with contextlib.suppress(OSError):
+                        remove(path / found)
+
+
+def _told(taken: snapshot.Snapshot, together: Any) -> dict[str, Any]:
+    """What the others have to know of this rank's arrays."""
+    variables = []
+    for entry in taken.document["variables"]:
+        piece = together.pieces[entry["name"]]
+        if piece is None:
+            raise ValueError(
+                f"the parts of {brief(entry['name'])} on several ranks make no whole variable (this one has shape "
+                f"{tuple(entry['shape'])}); expected `build(..., pieces=...)`, which says where they are"
+            )
+        code = encoded(entry["name"])
+        slots = {slot: taken.dtypes[f"{slot}/{code}"] for slot in OF_A_VARIABLE if f"{slot}/{code}" in taken.dtypes}
+        variables.append([entry | {"shape": list(piece.shape)}, list(piece.start), list(piece.own), slots])
+    keys = [key for key in taken.arrays if not is_of_a_variable(key)]
+    return {"variables": variables, "groups": taken.document.get("groups", []), "keys": keys}
+
+
+def _owned(told: list[dict[str, Any]], rank: int) -> set[str]:
+    """The keys of the arrays that a rank writes: of a piece that several have, the first does."""
+    seen: set[Any] = set()
+    owned: set[str] = set()
+    for k, each in enumerate(told):
+        for entry, start, own, slots in each["variables"]:
+            piece = entry["name"], tuple(start), tuple(own)
+            if piece not in seen and k == rank:
+                owned.update(f"{slot}/{encoded(entry['name'])}" for slot in slots)
+            seen.add(piece)
+    return owned
+
+
+def _index(taken: snapshot.Snapshot, told: list[dict[str, Any]], files: list[str]) -> dict[str, Any]:
+    """The document of a whole: rank 0's, with the variables and the groups of all."""
+    variables: dict[str, Any] = {}
+    parts: dict[str, list[Any]] = {}
+    arrays: dict[str, Any] = {}
+    groups: dict[str, Any] = {}
+    for rank, each in enumerate(told):
+        for entry, start, own, slots in each["variables"]:
+            name = entry["name"]
+            variables.setdefault(name, entry)
+            where = parts.setdefault(name, [])
+            if all([start, own] != known[1:] for known in where):
+                where.append([rank, start, own])
+            for slot, dtype in slots.items():
+                arrays[f"{slot}/{encoded(name)}"] = {"dtype": dtype, "shape": entry["shape"], "crc32": 0}
+        for group in each["groups"]:
+            own = json.dumps({key: value for key, value in group.items() if key != "names"}, sort_keys=True)
+            groups.setdefault(own, group | {"names": []})["names"] += group["names"]
+    for group in groups.values():
+        group["names"] = list(dict.fromkeys(group["names"]))
+    merged = {"groups": list(groups.values())} if groups else {}
+    whole_ones = {"variables": list(variables.values()), "arrays": arrays, "files": files, "parts": parts}
+    return {**taken.document, **merged, **whole_ones}
+
+
+def _check_ours(path: Path) -> None:
+    others = sorted(found for found in os.listdir(path) if not _OURS.fullmatch(found))
+    if others:
+        raise ValueError(f"the folder {path} holds {brief_names(others)}; expected a new folder, or one saved in")
+
+
+# Reading
+
+
+def head(target: Any) -> Saved:
+    """What belongs to no variable, and the document of the whole."""
+    return read(target, names=())
+
+
+def read(target: Any, together: Any = None, names: Iterable[str] | None = None) -> Saved:
+    """Everything that a target holds; with `together`, the pieces that this rank has of it.
+
+    Raises
+    ------
+    CorruptFileError
+        If it is not what was saved.
+    ValueError
+        If a variable is not one of any rank's, or has another shape.
+    """
+    if is_folder(target):
+        path = Path(target)
+        document = describe(path)
+        wanted = _wanted(document, together, names, str(path))
+        needed = [k for k in range(len(document["files"])) if k == 0 or _is_needed(document["parts"], k, wanted)]
+        sources = ((_file(path, document, k), _of_file(document, k)) for k in needed)
+        return _assembled(document, sources, wanted, str(path))
+    saved = archive.read(target)
+    if together is None and names is None:
+        return saved
+    return cut(saved, together, names)
+
+
+def cut(saved: Saved, together: Any, names: Iterable[str] | None = None) -> Saved:
+    """The pieces that a rank has of what was read as a whole."""
+    wanted = _wanted(saved.document, together, names, saved.where)
+    pieces = {entry["name"]: whole(entry["shape"]) for entry in saved.document["variables"]}
+    return _assembled(saved.document, [(saved, pieces)], wanted, saved.where)
+
+
+def describe(target: Any) -> dict[str, Any]:
+    """The document of a target alone; of a folder its index."""
+    if not is_folder(target):
+        return archive.describe(target)
+    path = Path(target)
+    if not (path / INDEX).exists():
+        raise CorruptFileError(f"{path} lacks {INDEX}, which is written last; expected a folder that was saved")
+    with naming(str(path)):
+        data = (path / INDEX).read_bytes()
+    document = manifest.decode(data, str(path))
+    _check_index(document, str(path))
+    return document
+
+
+def verify(target: Any, part: int = 0, parts: int = 1) -> int:
+    """Read everything once, or of a folder some of the files; the number of bytes of the arrays.
+
+    Raises
+    ------
+    CorruptFileError
+        If it is not what was saved.
+    """
+    if not is_folder(target):
+        return archive.verify(target)
+    document = describe(target)
+    return sum(archive.verify(Path(target) / file) for file in document["files"][part::parts])
+
+
+def _check_index(document: dict[str, Any], where: str) -> None:
+    files, parts = document.get("files"), document.get("parts")
+    names = [entry["name"] for entry in document["variables"]]
+    if (
+        type(files) is not list
+        or not files
+        or not all(type(file) is str and _OURS.fullmatch(file) and file.endswith(".npz") for file in files)
+        or type(parts) is not dict
+        or set(parts) != set(names)
+    ):
+        raise CorruptFileError(f"{where}: {INDEX} names the files {brief(files)}; expected a file of each rank")
+    for entry in document["variables"]:
+        try:
+            found = [Piece(tuple(entry["shape"]), tuple(start), tuple(own)) for _, start, own in parts[entry["name"]]]
+            fits = all(part.fault() is None for part in found) and make_whole(found)
+            fits = fits and all(0 <= file < len(files) for file, *_ in parts[entry["name"]])
+        except (TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise CorruptFileError(
+                f"{where}: {INDEX} says that the parts of {brief(entry['name'])} are {brief(parts[entry['name']])}; "
+                "expected parts that make a whole"
+            )
+
+
+def _wanted(document: dict[str, Any], together: Any, names: Any, where: str) -> dict[str, Piece]:
+    """The pieces to be read, of variables that are known to some rank."""
+    entries = {entry["name"]: entry for entry in document["variables"]}
+    if together is None:
+        chosen = entries if names is None else names
+        return {name: whole(entries[name]["shape"]) for name in chosen}
+    unknown = [name for name in entries if name not in together.known]
+    if unknown:
+        raise ValueError(f"{where} holds {brief_names(unknown)}, which are not among the variables of any rank")
+    wanted = {}
+    for name, piece in together.pieces.items():
+        if name not in entries:
+            continue  # which the restore has an error for
+        if piece is None:
+            raise ValueError(
+                f"where the parts of {brief(name)} on several ranks lie in the whole variable is not known; expected "
+                "`build(..., pieces=...)`"
+            )
+        if piece.shape != tuple(entries[name]["shape"]):
+            raise ValueError(
+                f"{where} does not fit the variables: {brief(name)} was of shape {tuple(entries[name]['shape'])}, "
+                f"and is of shape {piece.shape} on all ranks together"
+            )
+        wanted[name] = piece
+    return wanted
+
+
+def _of_file(document: dict[str, Any], file: int) -> dict[str, Piece]:
+    """The pieces that a file of a folder has."""
+    shapes = {entry["name"]: tuple(entry["shape"]) for entry in document["variables"]}
+    return {
+        name: Piece(shapes[name], tuple(start), tuple(own))
+        for name, parts in document["parts"].items()
+        for number, start, own in parts
+        if number == file
+    }
+
+
+def _is_needed(parts: Mapping[str, list[Any]], file: int, wanted: Pieces) -> bool:
+    return any(number == file for name in wanted for number, *_ in parts[name])
+
+
+def _file(path: Path, document: dict[str, Any], number: int) -> Saved:
+    try:
+        saved = archive.read(path / document["files"][number])
+    except FileNotFoundError:
+        raise CorruptFileError(f"{path} lacks {document['files'][number]}, which its {INDEX} names") from None
+    if saved.document["step"] != document["step"]:
+        raise CorruptFileError(
+            f"{saved.where} is of step {saved.document['step']}, and its {INDEX} of {document['step']}"
+        )
+    return saved
+
+
+def _assembled(document: dict[str, Any], sources: Iterable[tuple[Saved, Pieces]], wanted: Pieces, where: str) -> Saved:
+    """What was read as if it had been saved in the pieces that are wanted."""
+    declared: dict[str, Any] = {}
+    found: dict[str, np.ndarray[Any, Any]] = {}
+    copied: dict[str, int] = {}
+    by_code = {encoded(name): name for name in wanted}
+    for key, entry in document["arrays"].items():
+        name = by_code.get(key.partition("/")[2])
+        if is_of_a_variable(key) and name is not None:
+            found[key], copied[key] = np.empty(wanted[name].own, manifest.DTYPES[entry["dtype"]]), 0
+            declared[key] = entry | {"shape": list(wanted[name].own)}
+    for number, (saved, pieces) in enumerate(sources):
+        for key, array in saved.arrays.items():
+            if not is_of_a_variable(key):
+                if number == 0:
+                    found[key], declared[key] = array, saved.document["arrays"][key]
+            elif key in copied:
+                name = by_code[key.partition("/")[2]]
+                if name not in pieces or array.shape != pieces[name].own or array.dtype != found[key].dtype:
+                    raise CorruptFileError(f"{saved.where}: {brief(key)} is not as {INDEX} of {where} says")
+                copied[key] += copy_common(array, pieces[name], found[key], wanted[name])
+    short = [key for key, count in copied.items() if count != found[key].size]
+    if short:
+        raise CorruptFileError(f"{where} holds not all elements of {brief(short[0])}")
+    variables = [
+        entry | {"shape": list(wanted[entry["name"]].own)} for entry in document["variables"] if entry["name"] in wanted
+    ]
+    return Saved({**document, "variables": variables, "arrays": declared}, found, where)

@@ -1,0 +1,421 @@
+"""What ranks save together: loaded by any number of them, cut in any way, as if they had never stopped."""
+
+import contextlib
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from helpers.thread_ranks import on_ranks
+
+from adamw_numba import AdamW, Checkpoints, LossScaleOptimizer, saved_variables
+from adamw_numba.distributed import RankError, Sharded
+from adamw_numba.saving.stores.atomic import CorruptFileError
+
+SIZES = [1, 2, 3, 4]
+SHAPES = {"a": (70, 3), "b": (5,), "c": (), "d": (0, 3), "e": (1000,)}
+OPTIONS = {"global_clipnorm": 0.5, "amsgrad": True, "use_ema": True, "gradient_accumulation_steps": 2}
+
+
+def values(seed, dtype="float32"):
+    generator = np.random.default_rng(seed)
+    found = {name: generator.standard_normal(shape) for name, shape in SHAPES.items()}
+    return {name: np.asarray(value, dtype) for name, value in found.items()}
+
+
+def rows(array, ranks):
+    """A rank's part along the first axis, of uneven lengths; of what has no axis the whole."""
+    if not array.shape:
+        return array.copy()
+    bounds = [0, *(len(array) * (k + 1) ** 2 // ranks.size**2 for k in range(ranks.size))]
+    return array[bounds[ranks.rank] : bounds[ranks.rank + 1]].copy()
+
+
+class Strips:
+    """Each rank has some rows of every variable; the one without axes is everybody's."""
+
+    def __init__(self, make, ranks):
+        self.ranks, self.optimizer = ranks, make()
+
+    def cut(self, whole):
+        return {name: rows(array, self.ranks) for name, array in whole.items()}
+
+    def build(self, whole):
+        self.variables = self.cut(whole)
+        self.optimizer.build(self.variables, comm=self.ranks, replicated=["^c$"])
+
+    def apply(self, whole):
+        self.optimizer.apply(self.cut(whole))
+
+    def __getattr__(self, name):
+        return getattr(self.optimizer, name)
+
+    def check(self, expected):
+        for name, array in self.cut(expected).items():
+            np.testing.assert_array_equal(self.variables[name], array, err_msg=name)
+
+
+class Shared(Strips):
+    """Each rank has all variables, and a share of the state."""
+
+    def __init__(self, make, ranks):
+        self.ranks, self.optimizer = ranks, Sharded(make(), ranks, gradients="reduced")
+
+    def build(self, whole):
+        self.variables = {name: array.copy() for name, array in whole.items()}
+        self.optimizer.build(self.variables)
+
+    def cut(self, whole):
+        return whole
+
+
+class Alone(Shared):
+    """One process without ranks."""
+
+    def __init__(self, make, ranks):
+        self.optimizer = make()
+
+
+def new(dtype):
+    return LossScaleOptimizer(AdamW(0.1, **OPTIONS), initial_scale=4.0) if dtype == "float16" else AdamW(0.1, **OPTIONS)
+
+
+def steps(run, first, count, dtype):
+    for step in range(first, first + count):
+        run.apply(values(100 + step, dtype))
+
+
+def together(size, work):
+    found = on_ranks(size, work)
+    for each in found:
+        if isinstance(each, BaseException):
+            raise each
+    return found
+
+
+KINDS = {"strips": Strips, "shared": Shared, "alone": Alone}
+WAYS = [
+    (saved, savers, loaded, loaders)
+    for saved in KINDS
+    for savers in ([1] if saved == "alone" else SIZES)
+    for loaded in KINDS
+    for loaders in ([1] if loaded == "alone" else SIZES)
+]
+
+
+@pytest.mark.parametrize(
+    ("saved", "savers", "loaded", "loaders", "dtype"),
+    [(*way, "float32") for way in WAYS] + [(*way, "float16") for way in WAYS if {way[1], way[3]} in ({2, 3}, {1, 3})],
+)
+def test_saved_by_some_and_loaded_by_others(saved, savers, loaded, loaders, dtype, tmp_path):
+    whole = Alone(lambda: new(dtype), None)
+    whole.build(values(0, dtype))
+    steps(whole, 0, 6, dtype)
+    folder = tmp_path / ("state.npz" if saved == "alone" else "state")
+
+    def save(ranks):
+        run = KINDS[saved](lambda: new(dtype), ranks)
+        run.build(values(0, dtype))
+        steps(run, 0, 3, dtype)
+        run.save(folder, extra={"epoch": 3}, variables=True)
+
+    def load(ranks):
+        kind = type(new(dtype))
+        run = KINDS[loaded](lambda: kind.load(folder), ranks)
+        run.build(values(7, dtype))
+        inner = getattr(run.optimizer, "optimizer", run.optimizer)
+        assert inner.extra == {"epoch": 3}
+        steps(run, 3, 3, dtype)
+        run.check(whole.variables)
+        assert inner.iterations == whole.iterations
+
+    def restore(ranks):
+        run = KINDS[loaded](lambda: new(dtype), ranks)
+        run.build(values(7, dtype))
+        steps(run, 50, 1, dtype)
+        assert run.restore(folder) == {"epoch": 3}
+        steps(run, 3, 3, dtype)
+        run.check(whole.variables)
+
+    together(savers, save)
+    together(loaders, load)
+    together(loaders, restore)
+    assert [*saved_variables(folder)] == [*SHAPES]
+    assert saved_variables(folder)["a"].shape == (70, 3)
+
+
+def test_boxes_of_a_grid(tmp_path):
+    """Of a variable that is cut along both axes, the ranks say where their boxes are."""
+    whole, boxes = np.arange(30, dtype=float).reshape(5, 6), [(0, 2, 0, 4), (0, 2, 4, 6), (2, 5, 0, 3), (2, 5, 3, 6)]
+
+    def work(ranks):
+        top, bottom, left, right = boxes[ranks.rank]
+        part = whole[top:bottom, left:right].copy()
+        optimizer = AdamW(0.1, clipnorm=1.0)
+        optimizer.build({"w": part}, comm=ranks, pieces={"w": (slice(top, bottom), slice(left, right))})
+        optimizer.apply({"w": part.copy()})
+        optimizer.save(tmp_path / "state", variables=True)
+        return optimizer.state["momentum/w"], part
+
+    found = together(4, work)
+    optimizer = AdamW(0.1, clipnorm=1.0)
+    variables = {"w": whole.copy()}
+    optimizer.build(variables)
+    optimizer.apply({"w": whole.copy()})
+    loaded = AdamW.load(tmp_path / "state", {"w": np.zeros((5, 6))})
+    for (top, bottom, left, right), (momentum, part) in zip(boxes, found, strict=True):
+        np.testing.assert_array_equal(loaded.state["momentum/w"][top:bottom, left:right], momentum)
+        np.testing.assert_array_equal(saved_variables(tmp_path / "state")["w"][top:bottom, left:right], part)
+    np.testing.assert_allclose(loaded.state["momentum/w"], optimizer.state["momentum/w"], rtol=1e-12)
+
+    def again(ranks):
+        rows = [whole[:3], whole[3:]][ranks.rank].copy()
+        again = AdamW.load(tmp_path / "state", {"w": rows}, comm=ranks)
+        return again.state["momentum/w"]
+
+    np.testing.assert_array_equal(np.concatenate(together(2, again)), loaded.state["momentum/w"])
+
+
+def test_checkpoints(tmp_path):
+    """Folders are kept and removed together, and what one rank finds damaged is left out by all."""
+
+    def work(ranks):
+        run = Strips(lambda: AdamW(0.1), ranks)
+        run.build(values(0))
+        checkpoints = Checkpoints(tmp_path, keep=2, suffix="")
+        for step in range(3):
+            steps(run, step, 1, "float32")
+            checkpoints.save(run.optimizer, step + 1, extra=step, variables=True)
+        return run.variables
+
+    together(3, work)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000000002", "step-000000000003"]
+    newest = tmp_path / "step-000000000003"
+    damaged = sorted(newest.glob("rank-00002*"))[0]
+    damaged.write_bytes(damaged.read_bytes()[:-50])
+
+    def restore(ranks):
+        run = Shared(lambda: AdamW(0.1), ranks)
+        run.build(values(5))
+        found = Checkpoints(tmp_path, suffix="").restore_latest(run.optimizer)
+        return found.step, found.extra, run.variables["a"]
+
+    with pytest.warns(UserWarning, match="a checkpoint is left out"):
+        found = together(2, restore)
+    whole = Alone(lambda: AdamW(0.1), None)
+    whole.build(values(0))
+    steps(whole, 0, 2, "float32")
+    for step, extra, a in found:
+        assert (step, extra) == (2, 1)
+        np.testing.assert_array_equal(a, whole.variables["a"])
+    with pytest.warns(UserWarning, match="a checkpoint is left out"):
+        assert Checkpoints(tmp_path, suffix="").latest().name == "step-000000000002"
+
+
+def saved(folder, size=3):
+    def work(ranks):
+        run = Strips(lambda: AdamW(0.1), ranks)
+        run.build(values(0))
+        steps(run, 0, 2, "float32")
+        run.save(folder, variables=True)
+
+    together(size, work)
+
+
+DAMAGES = {
+    "no index": (lambda folder: (folder / "index.json").unlink(), "lacks index.json"),
+    "an index cut short": (lambda folder: _cut(folder / "index.json"), "damaged"),
+    "a file is missing": (lambda folder: _file(folder, 1).unlink(), "lacks rank-00001-of-00003"),
+    "a file cut short": (lambda folder: _cut(_file(folder, 2)), "rank-00002-of-00003"),
+    "a file of another rank": (lambda folder: shutil.copy(_file(folder, 0), _file(folder, 1)), "is not as index.json"),
+    "a part that overlaps": (lambda folder: _forge(folder, lambda parts: parts["a"][1].__setitem__(1, [0, 0])), "says that the parts of 'a' are"),
+    "a part that is missing": (lambda folder: _forge(folder, lambda parts: parts["a"].pop()), "says that the parts of 'a' are"),
+    "a part outside": (lambda folder: _forge(folder, lambda parts: parts["a"][0].__setitem__(1, [69, 0])), "says that the parts of 'a' are"),
+    "parts that are none": (lambda folder: _forge(folder, lambda parts: parts.__setitem__("a", [3])), "says that the parts of 'a' are [3]"),
+}  # fmt: skip
+
+
+def _file(folder, rank):
+    return next(folder.glob(f"rank-{rank:05d}*"))
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def _forge(folder, change):
+    """An index that knows its checksum, and is wrong."""
+    from adamw_numba.saving import manifest
+
+    document = json.loads((folder / "index.json").read_bytes())
+    change(document["parts"])
+    for key in ("crc32", "format", "version", "versions"):
+        del document[key]
+    (folder / "index.json").write_bytes(manifest.encode(document))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_folders(damage, tmp_path):
+    """All ranks refuse, and nothing has changed."""
+    spoil, text = DAMAGES[damage]
+    folder = tmp_path / "state"
+    saved(folder)
+    spoil(folder)
+    with pytest.raises(CorruptFileError, match=re.escape(text)):
+        AdamW.load(folder, values(0))
+
+    def work(ranks):
+        run = Shared(lambda: AdamW(0.1), ranks)
+        run.build(values(3))
+        with pytest.raises((CorruptFileError, RankError), match=re.escape(text)):
+            run.restore(folder)
+        run.check(values(3))
+        steps(run, 0, 1, "float32")
+
+    together(2, work)
+
+
+@pytest.mark.parametrize("at_fault", [0, 1, 2])
+@pytest.mark.parametrize("moment", ["before", "its file", "the index"])
+def test_a_rank_that_cannot_save(moment, at_fault, tmp_path, monkeypatch):
+    """What was saved before counts still, on all ranks, and a later save leaves nothing behind."""
+    from adamw_numba.saving import archive, folders
+
+    folder = tmp_path / "state"
+    saved(folder)
+    expected = saved_variables(folder)
+    if moment == "the index" and at_fault:
+        pytest.skip("rank 0 writes it")
+    broken = []
+    write, replacing = archive.write, folders.replacing
+
+    def failing_write(target, *arguments):
+        if broken and f"rank-{at_fault:05d}" in str(target):
+            raise OSError("the disk is full")
+        return write(target, *arguments)
+
+    @contextlib.contextmanager
+    def failing_index(path, durable):
+        if broken:
+            raise OSError("the disk is full")
+        with replacing(path, durable) as temporary:
+            yield temporary
+
+    monkeypatch.setattr(archive, "write", failing_write if moment == "its file" else write)
+    monkeypatch.setattr(folders, "replacing", failing_index if moment == "the index" else replacing)
+
+    def work(ranks):
+        run = Strips(lambda: AdamW(0.1), ranks)
+        run.build(values(0))
+        steps(run, 0, 3, "float32")
+        broken.append(True)
+        extra = object() if moment == "before" and ranks.rank == at_fault else None
+        with pytest.raises((OSError, TypeError, RankError)) as caught:
+            run.save(folder, extra=extra)
+        assert isinstance(caught.value, RankError) == (ranks.rank != at_fault)
+        found = saved_variables(folder)
+        for name, array in expected.items():
+            np.testing.assert_array_equal(found[name], array)
+        ranks.gather(np.zeros(1))
+        broken.clear()
+        ranks.gather(np.zeros(1))
+        run.save(folder)
+
+    together(3, work)
+    assert len(list(folder.iterdir())) == 4
+    assert AdamW.load(folder, values(0)).iterations == 3
+
+
+MISFITS = {
+    "another shape": (lambda v: v | {"e": np.zeros(999, "float32")}, "'e' was of shape (1000,), and is of shape (999,)"),
+    "a dtype": (lambda v: v | {"e": v["e"].astype(float)}, "'e' was float32"),
+    "a variable fewer": (lambda v: {n: x for n, x in v.items() if n != "e"}, "['e'], which are not among the variables of any"),
+    "one more": (lambda v: v | {"new": np.zeros(3, "float32")}, "lacks the variables ['new']"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["shared", "strips"])
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_variables_that_do_not_fit(misfit, kind, tmp_path):
+    spoil, text = MISFITS[misfit]
+    folder = tmp_path / "state"
+    saved(folder)
+
+    def work(ranks):
+        run = KINDS[kind](lambda: AdamW(0.1), ranks)
+        run.build(spoil(values(0)))
+        with pytest.raises((ValueError, RankError), match=re.escape(text)):
+            run.restore(folder)
+        again = KINDS[kind](lambda: AdamW.load(folder), ranks)
+        with pytest.raises((ValueError, RankError), match=re.escape(text)):
+            again.build(spoil(values(0)))
+
+    together(2, work)
+
+
+def test_targets(tmp_path):
+    """A file is for one process; a mapping is a rank's own; other things that stand in a folder are left alone."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("")
+
+    def work(ranks):
+        run = Strips(lambda: AdamW(0.1), ranks)
+        run.build(values(0))
+        for target, text in [("a.npz", "expected a path without suffix"), (3, "expected a path without suffix")]:
+            with pytest.raises(ValueError, match=text):
+                run.save(tmp_path / target if isinstance(target, str) else target)
+        with pytest.raises((ValueError, RankError), match=r"holds \['thesis\.tex'\]"):
+            run.save(tmp_path / "home")
+        with pytest.raises((ValueError, RankError), match="path is"):
+            run.save(tmp_path / f"own{ranks.rank}")
+        with pytest.raises((FileNotFoundError, RankError)):
+            run.save(tmp_path / "nowhere" / "state")
+        own = {}
+        run.save(own)
+        assert own["momentum/e"].shape == run.variables["e"].shape
+        with pytest.raises(ValueError, match="needs `variables`"):
+            AdamW.load(own, comm=ranks)
+        with pytest.raises(ValueError, match="expected False"):
+            Checkpoints(tmp_path / "c", suffix="", background=True)
+        with pytest.raises(ValueError, match="expected False"), Checkpoints(tmp_path / "c", background=True) as those:
+            those.save(run.optimizer, 1)
+
+    together(2, work)
+
+
+PIECES = {
+    "no mapping": ([3], TypeError, "`pieces` is [3]"),
+    "an unknown name": ({"x": slice(0, 2)}, ValueError, "`pieces` names 'x'"),
+    "too few slices": ({"w": (slice(0, 2),)}, ValueError, "expected a slice of the whole variable"),
+    "another length": ({"w": (slice(0, 3), slice(None))}, ValueError, "expected a slice of the whole variable"),
+    "no slices": ({"w": (0, 1)}, ValueError, "expected a slice of the whole variable"),
+    "a step": ({"w": (slice(0, 4, 2), slice(None))}, ValueError, "expected a slice of the whole variable"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PIECES)
+def test_pieces_that_do_not_fit(case):
+    pieces, kind, text = PIECES[case]
+
+    def work(ranks):
+        with pytest.raises((kind, RankError), match=re.escape(text)):
+            AdamW().build({"w": np.ones((2, 3))}, comm=ranks, pieces=pieces if ranks.rank == 1 else None)
+
+    together(2, work)
+
+
+def test_pieces_that_make_no_whole(tmp_path):
+    """Ranks may have unrelated variables of one name: they are trained, but cannot be saved together."""
+
+    def work(ranks):
+        optimizer = AdamW()
+        optimizer.build({"w": np.ones((2, 3 + ranks.rank))}, comm=ranks)
+        optimizer.apply({"w": np.ones((2, 3 + ranks.rank))})
+        with pytest.raises((ValueError, RankError), match="make no whole variable"):
+            optimizer.save(tmp_path / "state")
+        other = AdamW()
+        with pytest.raises(RankError, match="`pieces` says nothing of 'w' on rank 1"):
+            other.build({"w": np.ones(2)}, comm=ranks, pieces=None if ranks.rank else {"w": slice(0, 2)})
+
+    together(2, work)
