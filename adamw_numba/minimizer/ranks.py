@@ -112,7 +112,7 @@ class RunOnRanks(Run):
         """Agree on what the message says; from then on, what is raised concerns this rank alone."""
         status, _ = stopping.STATUS[self.reason]
         slots = self.optimizer.engine.state.slots
-        counted = compress(slots, self.agreement.counted()) if status in (1, 2) else ()
+        counted = compress(slots, self.agreement.counts) if status in (1, 2) else ()
         found = self._decide("end", dict(zip((FIRST, SECOND), stopping.sums_of(counted), strict=True)))
         self.agreement.leave()
         square, total = (reduce(add, found[:, word].tolist()) for word in (FIRST, SECOND))

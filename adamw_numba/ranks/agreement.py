@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .. import arrays
 from ..arrays import Array
@@ -63,6 +62,8 @@ class Agreement:
     ----------
     is_shared : array of bool
         Which of this rank's variables are replicated.
+    counts : array of bool
+        Which of them count in what is added over all ranks: of replicated ones, rank 0's.
     pieces : dict
         Where this rank's variables lie in the whole ones, by name; None where they do not make a whole.
     known : dict
@@ -79,7 +80,8 @@ class Agreement:
         self._told: Rows | None = None  # what the next row of a loop says of the step before it
         self.held: Callable[[], Any] | None = None
         self._settings: tuple[Any, float] = (None, 0.0)  # of which hyperparameters, and their checksum
-        self.is_shared = np.zeros(0, bool)
+        self.is_shared = self.counts = np.zeros(0, bool)
+        self._shares_any = False
         self.pieces: dict[str, Piece | None] = {}
         self.known: dict[str, list[tuple[int, Piece | None]]] = {}
         self._given: Any = None  # what the user says of the pieces
@@ -120,6 +122,8 @@ class Agreement:
         row[WHAT], self._pending = self._pending, None
         row[STATUS] = FINE if error is None else FAILED
         rows = self.ranks.gather(row)
+        if error is None and (rows[:, :PRESENT] == row[:PRESENT]).all():  # most decisions: nobody has failed, all agree
+            return rows
         if not np.all(rows[:, STATUS] == FINE):
             told = texts(self.ranks, "" if error is None else cut(f"{type(error).__name__}: {error}", 2000))
             if error is not None:
@@ -157,8 +161,8 @@ class Agreement:
         for word, what in (MUST_AGREE | more).items():
             if word >= rows.shape[1]:
                 continue
-            values = rows[:, word]
-            if np.array_equal(values, np.full(len(values), values[0]), equal_nan=True):
+            values = rows[:, word].tolist()
+            if values.count(values[0]) == len(values) or all(map(math.isnan, values)):
                 continue
             if word == SETTINGS:
                 found = self.tell(settings())
@@ -265,6 +269,9 @@ class Agreement:
         everywhere = sorted(set.intersection(*(set(each["groups"]) for each in told)))
         self._groups = [mine["groups"].index(group) for group in everywhere]
         self.known = pieces.placed([each["variables"] for each in told], set(told[0]["shared"]))
+        # Of replicated variables, those of rank 0 count in what is added over all ranks.
+        self.counts = ~self.is_shared if self.ranks.rank else np.ones(len(names), bool)
+        self._shares_any = bool(self.is_shared.any())
         self.pieces = {name: dict(self.known[name])[self.ranks.rank] for name in names}
         number = {name: k for k, name in enumerate(self.known)}
         self._where, self._names = np.array([number[name] for name in names], int), len(number)
@@ -294,35 +301,33 @@ class Agreement:
             If no rank has a gradient.
         """
         workspace = engine.workspace
-        trained = slice(None) if workspace.trainable is None else workspace.trainable
-        shared, counts, where = self.is_shared[trained], self.counted()[trained], self._where[trained]
         row = self._row(engine, recipe.number, *rates)
         if norms is None and self._around is not None:
             self._told = row
             self._resume()
             return 0.0, None, 0.0
-        row[PRESENT] = sum(g is not None for g in gradients)
+        row[PRESENT] = any(g is not None for g in gradients)
         plans = workspace.plans
-        additions = None if norms is None or len(plans) > 1 else plans[0].additions if plans else 0
-        row[ADDITIONS] = -1 if additions is None else additions
         if norms is not None:
-            row[OWN_NORM], row[SHARED_NORM] = _whole(norms[~shared]), _whole(norms[shared])
+            trained = slice(None) if workspace.trainable is None else workspace.trainable
+            shared, counts, where = self.is_shared[trained], self.counts[trained], self._where[trained]
+            row[OWN_NORM] = _whole((norms[~shared] if self._shares_any else norms).tolist())
+            row[SHARED_NORM] = _whole(norms[shared].tolist()) if self._shares_any else 0
+            additions = plans[0].additions if len(plans) == 1 else 0 if not plans else None
+            row[ADDITIONS] = -1 if additions is None else additions
         rows = self._decide(row)
         self._compare(rows, partial(_settings, engine.hyper))
-        if not rows[:, PRESENT].any():
+        if not row[PRESENT] and not rows[:, PRESENT].any():
             raise ValueError("No gradients provided for any variable on any rank.")
         found = (0.0, None, 0.0) if norms is None else self._combined(plans, recipe, norms, (counts, where), rows)
         self._resume()
         return found
 
-    def counted(self) -> NDArray[np.bool_]:
-        """Which of this rank's variables count in what is added over all ranks: of replicated ones, rank 0's."""
-        return ~self.is_shared if self.ranks.rank else np.ones(len(self.is_shared), bool)
-
     def _combined(self, plans: Any, recipe: Any, norms: Any, own: Any, rows: Rows) -> tuple[float, Any, float]:
-        norm, (counts, _) = _whole(np.append(rows[:, OWN_NORM], rows[0, SHARED_NORM])), own
-        is_single = bool((rows[:, ADDITIONS] >= 0).all())
-        additions = rows[:, ADDITIONS].max() + ROUNDINGS + self.ranks.size
+        (counts, _), found = own, rows[:, ADDITIONS].tolist()
+        norm = _whole([*rows[:, OWN_NORM].tolist(), rows.item(0, SHARED_NORM)])
+        is_single = min(found) >= 0
+        additions = max(found) + ROUNDINGS + self.ranks.size
         if recipe.clips_each and recipe.is_update:
             norms = self._each(plans, recipe, norms, own, additions if is_single else None)
         if not is_single or not recipe.is_update or not math.isfinite(norm):
@@ -341,7 +346,7 @@ class Agreement:
         row = np.zeros(self._names)
         row[where[counts]] = norms[counts]
         rows = self.ranks.gather(row)
-        whole = np.array([_whole(column) for column in rows.T])
+        whole = np.array([_whole(column) for column in rows.T.tolist()])
         if additions is not None and np.isfinite(whole).all():
             from ..cpu import exact
 
@@ -400,12 +405,12 @@ def _settings(hyper: Any) -> dict[str, Any]:
     return {name: getattr(hyper, name) for name in SETTINGS_NAMES}
 
 
-def _whole(norms: Any) -> float:
+def _whole(norms: list[float]) -> float:
     """The norm of norms: the same in whatever order they are, on every machine."""
-    peak = float(np.max(norms, initial=0.0))
-    if not 0 < peak < math.inf:
-        return peak
-    return peak * math.sqrt(math.fsum((norm / peak) ** 2 for norm in norms.tolist()))
+    if not all(map(math.isfinite, norms)):
+        return math.nan if any(map(math.isnan, norms)) else math.inf
+    peak = max(norms, default=0.0)
+    return peak and peak * math.sqrt(math.fsum((norm / peak) ** 2 for norm in norms))
 
 
 def _values(values: Iterable[Any], form: Callable[[Any], Any]) -> str:
