@@ -131,8 +131,10 @@ class Agreement:
                 continue
             if word == SETTINGS:
                 found = [json.loads(text) for text in texts(self.ranks, json.dumps(settings()))]
-                names = [name for name in found[0] if any(each[name] != found[0][name] for each in found)]
-                told = "; ".join(f"{name} is {_values([each[name] for each in found], brief)}" for name in names[:4])
+                known = dict.fromkeys(name for each in found for name in each)
+                given = {name: [each.get(name) for each in found] for name in known}
+                names = [name for name, each in given.items() if any(value != each[0] for value in each)]
+                told = "; ".join(f"{name} is {_values(given[name], brief)}" for name in names[:4])
             else:
                 told = _values(values, int if word == ITERATION else float)
             raise RankError(f"{what}: {told}; expected the same on all ranks")

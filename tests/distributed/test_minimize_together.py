@@ -136,7 +136,7 @@ RUNS = {
     "no iteration": RATE | {"maxiter": 0},
     "maxfev": RATE | {"maxfev": 20},
     "gtol": {"learning_rate": 0.01, "gtol": 2.0},
-    "ftol": {"learning_rate": 1e-3, "ftol": 1e-3, "gtol": None, "maxiter": 300},
+    "ftol": {"learning_rate": 1e-3, "ftol": 1e-2, "gtol": None, "maxiter": 300},
     "xtol": {"learning_rate": CosineDecay(0.1, 100), "xtol": 2e-2, "gtol": None, "maxiter": 300},
     "patience": {"learning_rate": CosineDecay(0.5, 60), "patience": 7, "gtol": None, "maxiter": 300},
     "the best point": {"learning_rate": 2.0, "maxiter": 15},
@@ -542,7 +542,7 @@ def test_an_error_on_one_rank_ends_all(clip, place, evaluation, at, kind):
         assert error.intermediate_result.nit <= 8
 
 
-def test_an_error_after_the_end_concerns_one_rank():
+def test_an_error_after_the_last_iteration_ends_all():
     def work(ranks):
         x0, fun, _ = separable(ranks)
 
@@ -550,12 +550,9 @@ def test_an_error_after_the_end_concerns_one_rank():
             if ranks.rank == 1 and intermediate_result.nit == 4:
                 raise _WrongError
 
-        found = adamw_numba.minimize(fun, x0, jac=True, comm=ranks, maxiter=4, progress=progress)
-        return found
+        return adamw_numba.minimize(fun, x0, jac=True, comm=ranks, maxiter=4, progress=progress)
 
-    found = on_ranks(2, work)
-    assert isinstance(found[1], _WrongError)
-    assert isinstance(found[0], RankError)  # the last iteration is not the end yet
+    assert [type(each) for each in on_ranks(2, work)] == [RankError, _WrongError]
 
 
 WRONG = {
@@ -709,20 +706,21 @@ class _Counting(One):
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])
-@pytest.mark.parametrize("at", range(30))
+@pytest.mark.parametrize("at", range(18))
 def test_an_interrupt_in_the_middle_of_a_decision_waits_for_its_end(at, clip):
     """A rank that left alone would let the others wait: it tells them with its next row."""
     ranks = _Counting([at])
     with pytest.raises(KeyboardInterrupt):
         called(ranks, {"maxiter": 12, "gtol": None, "learning_rate": 0.1, "global_clipnorm": clip})
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    statuses = [row[STATUS] for row in ranks.rows if row.size == MOST_WORDS]
-    last = len(ranks.rows) - 1 if statuses[-1] == 0 else None
-    if last == at:  # in the last decision of all: nobody waits
+    if at == len(ranks.rows) - 1:  # in the last decision of all: nobody waits
         return
-    assert statuses[-1] == 1
-    assert statuses[:-1] == [0] * (len(statuses) - 1)
-    assert all(row.size == MOST_WORDS for row in ranks.rows[at + 1 : at + 2])
+    *before, failed, length, text = ranks.rows
+    assert failed[STATUS] == 1
+    assert [length.size, text.size] == [1, len("KeyboardInterrupt: ")]
+    assert len(failed) == MOST_WORDS
+    in_start = 4  # messages: the arguments, the variables, and their names
+    assert at == len(before) - 1 or at < in_start
 
 
 def test_the_third_interrupt_does_not_wait():
