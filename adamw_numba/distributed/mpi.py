@@ -1,5 +1,6 @@
 """MPI, by mpi4py."""
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,15 @@ class MpiRanks:
     Parameters
     ----------
     comm : mpi4py.MPI.Comm
-        It is duplicated, so that our messages and the user's own do not meet.
+        It is duplicated, so that our messages and the user's own do not meet: once, however often it is given, since
+        MPI has only some thousands.
     """
 
     def __init__(self, comm: Any) -> None:
-        self._comm = comm.Dup()
+        self._comm = comm.Get_attr(_key())
+        if self._comm is None:
+            self._comm = comm.Dup()
+            comm.Set_attr(_key(), self._comm)
         self.rank: int = comm.rank
         self.size: int = comm.size
 
@@ -26,3 +31,11 @@ class MpiRanks:
         rows = np.empty((self.size, row.size))
         self._comm.Allgather(row, rows)
         return rows
+
+
+@cache
+def _key() -> int:
+    """Under which a communicator keeps its duplicate, up to its own end."""
+    from mpi4py import MPI
+
+    return int(MPI.Comm.Create_keyval(delete_fn=lambda comm, key, duplicate: duplicate.Free()))
