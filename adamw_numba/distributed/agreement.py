@@ -123,12 +123,13 @@ class Agreement:
             held()
 
     def _compare(self, rows: Rows, settings: Callable[[], dict[str, Any]], more: dict[int, str] = _NOTHING) -> None:
+        first = rows[0]
+        # Both may be NaN. All words at once: most rows agree in what they must.
+        differs = ((rows != first) & ((rows == rows) | (first == first))).any(axis=0).tolist()
         for word, what in (MUST_AGREE | more).items():
-            if word >= rows.shape[1]:
+            if word >= len(differs) or not differs[word]:
                 continue
             values = rows[:, word]
-            if np.array_equal(values, np.full(len(values), values[0]), equal_nan=True):
-                continue
             if word == SETTINGS:
                 found = [json.loads(text) for text in texts(self.ranks, json.dumps(settings()))]
                 known = dict.fromkeys(name for each in found for name in each)

@@ -9,7 +9,7 @@ Rows = NDArray[np.float64]
 
 
 class RankError(RuntimeError):
-    """Another rank has failed, or ranks do not agree: nothing has been written on any of them."""
+    """Another rank has failed, or ranks do not agree: none has written anything of a step; all stop minimizing."""
 
 
 @runtime_checkable

@@ -113,6 +113,11 @@ def joined(arrays, size):
     return found
 
 
+def test_the_stages_above_are_several():
+    nits = [alone(problem, **RUNS["auto in stages"]).nit for problem in PROBLEMS.values()]
+    assert nits == [400, 400]  # the second begins at 345
+
+
 def check_same(found, expected, size):
     for key in ("x", "x_last", "jac", "x_average"):
         if key in expected:
@@ -142,7 +147,10 @@ RUNS = {
     "the best point": {"learning_rate": 2.0, "maxiter": 15},
     "the last point": {"learning_rate": 2.0, "maxiter": 15, "return_best": False},
     "auto": {"maxiter": 60},
-    "auto in stages": {"maxiter": 3100, "gtol": 1e-4},
+    "auto in stages": {
+        "maxiter": 3100, "gtol": None, "callback": lambda intermediate_result: intermediate_result.nit == 400,
+        "callback_every": 100,
+    },
     "bounds": {"maxiter": 60, "bounds": own_of(np.stack([TARGET / 2 - 0.5, TARGET / 2 + 0.2], -1))},
     "x_scale": RATE | {"maxiter": 30, "x_scale": own_of(np.linspace(0.2, 3, N))},
     "x_scale and bounds": RATE | {
@@ -212,6 +220,26 @@ def test_batches(size):
 
     options = {"learning_rate": 0.1, "maxiter": 12, "batches": batches}
     check_same(together(size, separable, with_batch, **options), alone(separable, with_batch, **options), size)
+
+
+@pytest.mark.parametrize(("values", "total"), [((1e16, 1.0, -1e16), 0.0), ((1e16, -1e16, 1.0), 1.0), ((1, 2, 4), 7.0)])
+def test_values_are_added_in_the_order_of_the_ranks(values, total):
+    found = on_ranks(3, lambda ranks: called(ranks, {"fun": lambda x: (values[ranks.rank], x), "maxiter": 1}))
+    assert [each.fun for each in found] == [total] * 3
+
+
+def test_numba_functions():
+    numba = pytest.importorskip("numba")
+
+    @numba.njit
+    def fun(x, target):
+        return ((x - target) ** 2).sum(), 2 * (x - target)
+
+    def work(ranks):
+        return called(ranks, {"fun": fun, "args": (1.0 + ranks.rank,), "learning_rate": 0.1, "maxiter": 50})
+
+    expected = adamw_numba.minimize(fun, np.ones(4), (2.0,), jac=True, learning_rate=0.1, maxiter=50)
+    np.testing.assert_array_equal(on_ranks(2, work)[1].x, expected.x)
 
 
 def test_a_run_goes_on_from_an_earlier_result():
@@ -461,6 +489,19 @@ def test_nan_on_one_rank_is_skipped_on_all(at):
     found = together(3, separable, broken, learning_rate=0.1, maxiter=9, nonfinite="skip", gtol=None)
     assert {each.nit for each in found} == {9}
     assert {int(each.state["iteration"]) for each in found} == {7}
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_nan_on_one_rank_can_be_an_error(at):
+    def fun(ranks):
+        calls = iter(range(100))
+        return lambda x: (1.0, x * (np.nan if next(calls) == 3 and ranks.rank == at else 1))
+
+    options = {"nonfinite": "raise", "gtol": None}
+    for rank, error in enumerate(on_ranks(3, lambda ranks: called(ranks, {"fun": fun(ranks), **options}))):
+        assert type(error) is (FloatingPointError if rank == at else RankError)
+        assert "gradients of ['0'] hold values that are not finite" in str(error)
+        assert error.intermediate_result.nit == 3
 
 
 # Errors
