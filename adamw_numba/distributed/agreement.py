@@ -148,18 +148,13 @@ class Agreement:
 
     @contextmanager
     def looping(self, call: str) -> Iterator[None]:
-        """Around a loop, up to its `leave`: a decision is always pending, so that what one rank raises ends all."""
+        """Around a loop, up to its end: a decision is always pending, so that what one rank raises ends all."""
         self._around = float(CALLS.index(call))
         try:
             with self.deciding(call):
                 yield
         finally:
             self._around = self._pending = None
-
-    def leave(self) -> None:
-        """Note that nothing is left to decide: what is raised from now on concerns this rank alone."""
-        self._around = None
-        self._resume()
 
     @property
     def is_deciding(self) -> bool:
@@ -187,6 +182,8 @@ class Agreement:
         self.begin(call)
         rows = self._decide(row)
         self._compare(rows, settings, must_agree)
+        if call == "end":  # what is raised from now on concerns this rank alone: the others may have gone
+            self._around = None
         self._resume()
         return rows
 

@@ -124,7 +124,6 @@ class RunOnRanks(Run):
         slots = self.optimizer.engine.state.slots
         counted = compress(slots, self.agreement.counted()) if status in (1, 2) else ()
         found = self._decide("end", dict(zip((FIRST, SECOND), stopping.sums_of(counted), strict=True)))
-        self.agreement.leave()
         square, total = (reduce(add, found[:, word].tolist()) for word in (FIRST, SECOND))
         self._is_moving = stopping.is_one_way(square, total, self.optimizer)
 

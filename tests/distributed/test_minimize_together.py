@@ -697,21 +697,31 @@ def test_replicated_arrays_that_differ(what):
         calls = iter(range(100))
 
         def fun(x):
-            late = next(calls) == 3
-            return 0.0, {
-                "w": 2 * x["w"],
-                "b": 2 * x["b"] + 1e-9 * (bad and (what == "gradients" or (late and "late" in what))),
-            }
+            is_now = what == "gradients" or (what == "later gradients" and next(calls) == 3)
+            return 0.0, {"w": 2 * x["w"], "b": 1 + 0 * x["b"] + 1e-9 * (bad and is_now)}
 
         x0 = {"w": np.ones(2), "b": shared}
         return adamw_numba.minimize(fun, x0, jac=True, comm=ranks, replicated=["^b$"], learning_rate=0.1, maxiter=10)
 
-    message = (
-        "the gradients of the replicated variables differ" if "gradient" in what else "the replicated variables differ"
-    )
+    message = f"the {'gradients of the ' * ('gradient' in what)}replicated variables differ: "
     for error in on_ranks(3, work):
         assert type(error) is RankError
-        assert message in str(error)
+        assert str(error).startswith(message)
+
+
+def test_what_is_replicated_counts_once_in_the_message():
+    """The replicated gradient points one way, the others to and fro: three times the first would be the most."""
+
+    def work(ranks):
+        calls = iter(range(100))
+
+        def fun(x):
+            return 0.0, {"w": (-1.0) ** next(calls) * np.ones_like(x["w"]), "b": np.ones(1)}
+
+        x0 = {"w": np.zeros(3 * (ranks.rank == 0)), "b": np.zeros(1)}
+        return adamw_numba.minimize(fun, x0, jac=True, comm=ranks, replicated=["^b$"], learning_rate=0.1, maxiter=50)
+
+    assert {each.message for each in on_ranks(3, work)} == {"Maximum number of iterations has been exceeded."}
 
 
 @pytest.mark.parametrize("comm", [3, "world", object(), [1], adamw_numba.AdamW])
@@ -750,18 +760,21 @@ class _Counting(One):
 @pytest.mark.parametrize("at", range(18))
 def test_an_interrupt_in_the_middle_of_a_decision_waits_for_its_end(at, clip):
     """A rank that left alone would let the others wait: it tells them with its next row."""
+    options = {"maxiter": 12, "gtol": None, "learning_rate": 0.1, "global_clipnorm": clip}
+    called(calm := _Counting([]), options)
     ranks = _Counting([at])
     with pytest.raises(KeyboardInterrupt):
-        called(ranks, {"maxiter": 12, "gtol": None, "learning_rate": 0.1, "global_clipnorm": clip})
+        called(ranks, options)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if at == len(ranks.rows) - 1:  # in the last decision of all: nobody waits
+    if at == len(calm.rows) - 1:  # in the last decision of all: nobody waits
+        assert len(ranks.rows) == len(calm.rows)
         return
     *before, failed, length, text = ranks.rows
     assert failed[STATUS] == 1
     assert [length.size, text.size] == [1, len("KeyboardInterrupt: ")]
     assert len(failed) == MOST_WORDS
-    in_start = 4  # messages: the arguments, the variables, and their names
-    assert at == len(before) - 1 or at < in_start
+    start = 4  # messages: the arguments, the variables, and their names
+    assert len(before) == (at + 1 if at in (0, *range(start - 1, 18)) else start)
 
 
 def test_the_third_interrupt_does_not_wait():
