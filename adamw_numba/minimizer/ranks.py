@@ -42,14 +42,24 @@ class RunOnRanks(Run):
     Parameters
     ----------
     agreement : Agreement
-    adds : bool
-        Whether the value of the objective is the sum of what all ranks find, instead of the same on all.
+    arguments : dict
+        What has to be the same on all ranks. ``value`` says whether the value of the objective is the sum of what all
+        ranks find, or the same on all.
+    callback : callable or None
     *described
         As of `Run`.
+
+    Attributes
+    ----------
+    asks : bool
+        Whether any rank has a callback.
     """
 
-    def __init__(self, agreement: Agreement, adds: bool, *described: Any) -> None:
-        self.agreement, self._adds = agreement, adds
+    def __init__(
+        self, agreement: Agreement, arguments: dict[str, Any], callback: Callback | None, *described: Any
+    ) -> None:
+        self.agreement, self._adds, self._callback = agreement, arguments["value"] == "sum", callback
+        self.asks = bool(agreement.settle(arguments, {rows.STOPS: callback is not None})[:, rows.STOPS].any())
         self._seconds = 0.0  # since the start, of the slowest rank up to the last row
         self._gradient_at_best = np.nan
         self._is_moving = False
@@ -101,9 +111,9 @@ class RunOnRanks(Run):
         found: list[float] = self._decide("recover", words)[:, [FIRST, SECOND]].max(axis=0).tolist()
         return found
 
-    def ask(self, callback: Callback | None) -> bool:
+    def ask(self) -> bool:
         """Whether the callback of any rank wants to stop."""
-        wants = callback is not None and wants_to_stop(callback, self)
+        wants = self._callback is not None and wants_to_stop(self._callback, self)
         return bool(self._decide("callback", {rows.STOPS: wants})[:, rows.STOPS].any())
 
     # What comes out
@@ -114,7 +124,6 @@ class RunOnRanks(Run):
         slots = self.optimizer.engine.state.slots
         counted = compress(slots, self.agreement.counts) if status in (1, 2) else ()
         found = self._decide("end", dict(zip((FIRST, SECOND), stopping.sums_of(counted), strict=True)))
-        self.agreement.leave()
         square, total = (reduce(add, found[:, word].tolist()) for word in (FIRST, SECOND))
         self._is_moving = stopping.is_one_way(square, total, self.optimizer)
 
@@ -161,13 +170,12 @@ def minimize_on_ranks(
         settings, callback = read()
         fun, x0, args, jac, bounds = problem
         _refuse(settings, jac)
-        described = _described(settings) | {"value": value, "replicated": names}
-        asks = agreement.settle(described, {rows.STOPS: callback is not None})[:, rows.STOPS].any()
+        arguments = _described(settings) | {"value": value, "replicated": names}
         is_first = agreement.ranks.rank == 0
         settings["compiled"] = False  # which knows of one process
         settings["progress"] = settings["progress"] if is_first or callable(settings["progress"]) else False
-        run = prepare(fun, x0, args, jac, bounds, settings, partial(RunOnRanks, agreement, value == "sum"))
-        result = drive(run, settings, (lambda run: run.ask(callback)) if asks else None)  # type: ignore[attr-defined]
+        run: Any = prepare(fun, x0, args, jac, bounds, settings, partial(RunOnRanks, agreement, arguments, callback))
+        result = drive(run, settings, RunOnRanks.ask if run.asks else None)  # type: ignore[arg-type]
     return result, bool(settings["disp"]) and is_first
 
 
@@ -203,8 +211,8 @@ def _check_stateless(optimizer: Any, leaf: Array) -> None:
 
 def _described(settings: Settings) -> dict[str, Any]:
     """What has to be the same on all ranks, as JSON takes it."""
-    shared = {key: value for key, value in settings.items() if key not in _OWN}
-    shared |= {key: value for key, value in settings["hyper"].items() if key != "threads"}
+    shared = {key: value for key, value in settings["hyper"].items() if key != "threads"}
+    shared |= {key: value for key, value in settings.items() if key not in _OWN}
     shared["batches"] = settings["batches"] is not None
     return {key: _plain(value) for key, value in shared.items()}
 

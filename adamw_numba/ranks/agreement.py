@@ -166,8 +166,9 @@ class Agreement:
                 continue
             if word == SETTINGS:
                 found = self.tell(settings())
-                names = [name for name in found[0] if any(each[name] != found[0][name] for each in found)]
-                told = "; ".join(f"{name} is {_values([each[name] for each in found], brief)}" for name in names[:4])
+                given = {name: [each.get(name) for each in found] for each in found for name in each}
+                names = [name for name, each in given.items() if any(value != each[0] for value in each)]
+                told = "; ".join(f"{name} is {_values(given[name], brief)}" for name in names[:4])
             else:
                 told = _values(values, int if word == ITERATION else float)
             raise RankError(f"{what}: {told}; expected the same on all ranks")
@@ -180,18 +181,13 @@ class Agreement:
 
     @contextmanager
     def looping(self, call: str) -> Iterator[None]:
-        """Around a loop, up to its `leave`: a decision is always pending, so that what one rank raises ends all."""
+        """Around a loop, up to its end: a decision is always pending, so that what one rank raises ends all."""
         self._around = float(CALLS.index(call))
         try:
             with self.deciding(call):
                 yield
         finally:
             self._around = self._pending = None
-
-    def leave(self) -> None:
-        """Note that nothing is left to decide: what is raised from now on concerns this rank alone."""
-        self._around = None
-        self._resume()
 
     @property
     def is_deciding(self) -> bool:
@@ -219,6 +215,8 @@ class Agreement:
         self.begin(call)
         rows = self._decide(row)
         self._compare(rows, settings, must_agree)
+        if call == "end":  # what is raised from now on concerns this rank alone: the others may have gone
+            self._around = None
         self._resume()
         return rows
 

@@ -1,6 +1,7 @@
 """MPI, by mpi4py."""
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -15,13 +16,17 @@ class MpiRanks:
     Parameters
     ----------
     comm : mpi4py.MPI.Comm
-        It is duplicated, so that our messages and the user's own do not meet.
+        It is duplicated, so that our messages and the user's own do not meet: once, however often it is given, since
+        MPI has only some thousands.
     """
 
     def __init__(self, comm: Any) -> None:
         from mpi4py import MPI
 
-        self._comm = comm.Dup()
+        self._comm = comm.Get_attr(_key())
+        if self._comm is None:
+            self._comm = comm.Dup()
+            comm.Set_attr(_key(), self._comm)
         self._byte, self._in_place = MPI.BYTE, MPI.IN_PLACE
         self.rank: int = comm.rank
         self.size: int = comm.size
@@ -42,3 +47,11 @@ class MpiRanks:
 
     def _parts(self, buffer: Bytes, counts: Sequence[int]) -> list[Any]:
         return [buffer, counts, [0, *accumulate(counts[:-1])], self._byte]
+
+
+@cache
+def _key() -> int:
+    """Under which a communicator keeps its duplicate, up to its own end."""
+    from mpi4py import MPI
+
+    return int(MPI.Comm.Create_keyval(delete_fn=lambda comm, key, duplicate: duplicate.Free()))

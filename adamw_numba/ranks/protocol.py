@@ -11,7 +11,7 @@ Bytes = NDArray[np.uint8]
 
 
 class RankError(RuntimeError):
-    """Another rank has failed, or ranks do not agree: nothing has been written on any of them."""
+    """Another rank has failed, or ranks do not agree: none has written anything of a step; all stop minimizing."""
 
 
 @runtime_checkable

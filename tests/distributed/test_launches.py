@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers import launched
 
-from adamw_numba import AdamW
+from adamw_numba import AdamW, minimize
 
 SCRIPT = Path(launched.__file__)
 SECONDS = 300  # a hang is a failure
@@ -60,3 +60,15 @@ def test_as_one_process(launch, size, tmp_path):
             np.testing.assert_array_equal(np.array(values, np.float32), whole[name])
         at_fault = each["rank"] == size - 1
         assert each["told"].startswith("TypeError: " if at_fault else f"RankError: rank {size - 1}: TypeError: ")
+        told = {"error": "ZeroDivisionError: division by zero", "interrupt": "KeyboardInterrupt: "}
+        for key, text in told.items():
+            assert each[key] == (text if at_fault else f"RankError: rank {size - 1}: {text} (all ranks have stopped)")
+    x0, fun = launched.chain(launched.Alone())
+    expected = minimize(fun, x0, jac=True, maxiter=launched.ITERATIONS, compiled=False)
+    found.sort(key=lambda each: each["rank"])
+    for when in ("minimized", "again"):  # after errors on one rank, too
+        x = np.concatenate([each[when]["x"] for each in found])
+        np.testing.assert_array_equal(x.astype(np.float32), expected.x)
+        for each in found:
+            for key in ("fun", "nit", "message"):
+                assert each[when][key] == expected[key]

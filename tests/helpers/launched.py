@@ -1,20 +1,27 @@
-"""One rank of a real launch: steps with a clip over a cut set of variables, and an error on one rank.
+"""One rank of a real launch: steps with a clip over a cut set of variables, minimizations, and errors on one rank.
 
     python launched.py mpi                  under mpiexec
     python launched.py torch RANK SIZE FILE
 
-It prints one line of JSON: what its variables have become, and what it was told when another rank failed.
+It prints one line of JSON: what its variables have become, what it has found, and what it was told when another rank
+failed.
 """
 
 import json
+import math
+import os
+import signal
 import sys
 
 import numpy as np
 
-from adamw_numba import AdamW
+from adamw_numba import AdamW, minimize
+from adamw_numba.ranks.agreement import ranks_of
 
 SIZES = (1000, 3, 1, 50)
 STEPS = 4
+UNKNOWNS = 11
+ITERATIONS = 60
 
 
 def communicator(arguments):
@@ -42,6 +49,56 @@ def of_rank(tree, rank, size):
     return {name: array for k, (name, array) in enumerate(tree.items()) if k % size == rank}
 
 
+class Alone:
+    rank, size = 0, 1
+
+    def gather(self, row):
+        return row[None]
+
+
+def chain(ranks):
+    """Where a rank starts, and Rosenbrock's function of all ranks' unknowns."""
+    own = np.array_split(np.arange(UNKNOWNS), ranks.size)[ranks.rank]
+
+    def fun(x):
+        row = np.zeros(UNKNOWNS)
+        row[own] = x
+        y = ranks.gather(row).sum(axis=0)
+        a, b = y[1:] - y[:-1] ** 2, 1 - y[:-1]
+        gradient = np.zeros(UNKNOWNS)
+        gradient[:-1] = -40 * a * y[:-1] - 2 * b
+        gradient[1:] += 20 * a
+        return math.fsum(10 * a**2 + b**2), gradient[own].astype(x.dtype)
+
+    return np.full(len(own), -0.5, np.float32), fun
+
+
+def minimized(comm):
+    """Of this rank: where it has come, and how."""
+    x0, fun = chain(ranks_of(comm))
+    found = minimize(fun, x0, jac=True, maxiter=ITERATIONS, comm=comm, value="same")
+    return {"x": found.x.tolist(), "fun": found.fun, "nit": found.nit, "message": found.message}
+
+
+def told_of(comm, fails):
+    """What a rank raises where a function fails on one after some evaluations."""
+    calls = iter(range(100))
+
+    def fun(x):
+        if next(calls) == 5:
+            fails()
+        return float((x**2).sum()), 2 * x
+
+    try:
+        minimize(fun, np.ones(2), jac=True, comm=comm)
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def fails(at_fault, how):
+    return how if at_fault else lambda: None
+
+
 def main(arguments):
     comm, rank, size = communicator(arguments)
     own = of_rank(variables(), rank, size)
@@ -54,7 +111,17 @@ def main(arguments):
         told = ""
     except (RuntimeError, TypeError) as error:
         told = f"{type(error).__name__}: {error}"
-    print(json.dumps({"rank": rank, "values": {name: array.tolist() for name, array in own.items()}, "told": told}))
+    at_fault = rank == size - 1
+    report = {
+        "rank": rank,
+        "values": {name: array.tolist() for name, array in own.items()},
+        "told": told,
+        "minimized": minimized(comm),
+        "error": told_of(comm, fails(at_fault, lambda: 1 / 0)),
+        "interrupt": told_of(comm, fails(at_fault, lambda: os.kill(os.getpid(), signal.SIGINT))),
+        "again": minimized(comm),
+    }
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":
