@@ -28,14 +28,14 @@ def under_mpi(size, folder):
     mpiexec = Path(sys.executable).parent / "mpiexec"
     if not mpiexec.exists():
         pytest.skip("no mpiexec beside this Python")
-    command = [mpiexec, "-n", str(size), "--bind-to", "none", sys.executable, "-m", "mpi4py", SCRIPT, "mpi"]
+    command = [mpiexec, "-n", str(size), "--bind-to", "none", sys.executable, "-m", "mpi4py", SCRIPT, "mpi", folder]
     done = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, timeout=SECONDS, check=True)
     return done.stdout
 
 
 def under_gloo(size, folder):
     pytest.importorskip("torch")
-    commands = [[sys.executable, SCRIPT, "torch", str(rank), str(size), folder / "meeting"] for rank in range(size)]
+    commands = [[sys.executable, SCRIPT, "torch", folder, str(rank), str(size)] for rank in range(size)]
     children = [subprocess.Popen(c, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) for c in commands]
     try:
         return "".join(child.communicate(timeout=SECONDS)[0] for child in children)
@@ -63,6 +63,7 @@ def test_as_one_process(launch, size, tmp_path):
         told = {"error": "ZeroDivisionError: division by zero", "interrupt": "KeyboardInterrupt: "}
         for key, text in told.items():
             assert each[key] == (text if at_fault else f"RankError: rank {size - 1}: {text} (all ranks have stopped)")
+    check_sharded(found, size, tmp_path)
     x0, fun = launched.chain(launched.Alone())
     expected = minimize(fun, x0, jac=True, maxiter=launched.ITERATIONS, compiled=False)
     found.sort(key=lambda each: each["rank"])
@@ -72,3 +73,19 @@ def test_as_one_process(launch, size, tmp_path):
         for each in found:
             for key in ("fun", "nit", "message"):
                 assert each[when][key] == expected[key]
+
+
+def check_sharded(found, size, folder):
+    """The same bits as in one process, which can also load what the ranks have saved."""
+    whole = launched.variables()
+    optimizer = AdamW(0.1, global_clipnorm=0.5)
+    optimizer.build(whole)
+    for step in range(2 * launched.STEPS):
+        if step == launched.STEPS:
+            loaded = AdamW.load(folder / "state", {name: np.zeros_like(array) for name, array in whole.items()})
+            for name, array in optimizer.state.items():
+                np.testing.assert_array_equal(loaded.state[name], array)
+        optimizer.apply(launched.mean_gradients(step, size))
+    for each in found:
+        for name, values in each["sharded"].items():
+            np.testing.assert_array_equal(np.array(values, np.float32), whole[name])

@@ -1,7 +1,7 @@
 """One rank of a real launch: steps with a clip over a cut set of variables, minimizations, and errors on one rank.
 
-    python launched.py mpi                  under mpiexec
-    python launched.py torch RANK SIZE FILE
+    python launched.py mpi FOLDER                  under mpiexec
+    python launched.py torch FOLDER RANK SIZE
 
 It prints one line of JSON: what its variables have become, what it has found, and what it was told when another rank
 failed.
@@ -16,6 +16,7 @@ import sys
 import numpy as np
 
 from adamw_numba import AdamW, minimize
+from adamw_numba.distributed import Sharded
 from adamw_numba.ranks.agreement import ranks_of
 
 SIZES = (1000, 3, 1, 50)
@@ -31,8 +32,8 @@ def communicator(arguments):
         return MPI.COMM_WORLD, MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
     from torch import distributed
 
-    rank, size = int(arguments[1]), int(arguments[2])
-    distributed.init_process_group("gloo", init_method=f"file://{arguments[3]}", rank=rank, world_size=size)
+    rank, size = int(arguments[2]), int(arguments[3])
+    distributed.init_process_group("gloo", init_method=f"file://{arguments[1]}/meeting", rank=rank, world_size=size)
     return distributed.group.WORLD, rank, size
 
 
@@ -40,13 +41,40 @@ def variables():
     return {f"w{k}": np.linspace(-1, 1, size, dtype=np.float32) for k, size in enumerate(SIZES)}
 
 
-def gradients(step):
-    generator = np.random.default_rng(step)
+def gradients(step, rank=0):
+    generator = np.random.default_rng(100 * step + rank)
     return {f"w{k}": generator.standard_normal(size).astype(np.float32) for k, size in enumerate(SIZES)}
 
 
 def of_rank(tree, rank, size):
     return {name: array for k, (name, array) in enumerate(tree.items()) if k % size == rank}
+
+
+def mean_gradients(step, size):
+    """Added in the order of the ranks."""
+    each = [gradients(step, rank) for rank in range(size)]
+    found = {name: each[0][name].copy() for name in each[0]}
+    for other in each[1:]:
+        for name, array in found.items():
+            array += other[name]
+    return {name: array / np.float32(size) for name, array in found.items()}
+
+
+def sharded(comm, rank, folder):
+    """What the variables have become that all ranks have, some steps before and some after a save and a load."""
+    own = variables()
+    optimizer = Sharded(AdamW(0.1, global_clipnorm=0.5), comm, bucket_bytes=1024)
+    optimizer.build(own)
+    for step in range(STEPS):
+        optimizer.apply(gradients(step, rank))
+    optimizer.save(f"{folder}/state", variables=True)
+    again = Sharded(AdamW.load(f"{folder}/state"), comm)
+    own = {name: np.zeros_like(array) for name, array in own.items()}
+    again.build(own)
+    for step in range(STEPS, 2 * STEPS):
+        again.apply(gradients(step, rank))
+    again.verify()
+    return {name: array.tolist() for name, array in own.items()}
 
 
 class Alone:
@@ -116,6 +144,7 @@ def main(arguments):
         "rank": rank,
         "values": {name: array.tolist() for name, array in own.items()},
         "told": told,
+        "sharded": sharded(comm, rank, arguments[1]),
         "minimized": minimized(comm),
         "error": told_of(comm, fails(at_fault, lambda: 1 / 0)),
         "interrupt": told_of(comm, fails(at_fault, lambda: os.kill(os.getpid(), signal.SIGINT))),
