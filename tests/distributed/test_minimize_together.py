@@ -821,6 +821,14 @@ def test_one_rank_prints(capsys):
     assert printed.count("Current function value") == printed.count("terminated successfully") == 1
 
 
+def test_one_rank_has_a_bar(monkeypatch):
+    tqdm = pytest.importorskip("tqdm.auto")
+    made = []
+    monkeypatch.setattr(tqdm, "tqdm", lambda *args, bar=tqdm.tqdm, **given: made.append(1) or bar(*args, **given))
+    together(3, separable, maxiter=10, progress=True)
+    assert made == [1]
+
+
 def test_nothing_changes_without_a_communicator():
     """`value` and `replicated` say nothing of one process."""
     expected = alone(separable, maxiter=30)
