@@ -7,6 +7,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,19 @@ from .. import arrays
 from ..arrays import Array
 from ..arrays.brief import brief, cut
 from ..hyperparameters.table import patterns
+from .mesh import Cut, MeshRanks, cut_of, mesh_of
 from .ranks import RankError, Ranks, Rows, texts
 
-# The words of a row. Norms are those of the variables that are this rank's alone, and of those that all ranks have;
-# additions as in cpu/plan.py, -1 where there are none.
-STATUS, WHAT, ITERATION, RATE, DECAY, OTHERS, SETTINGS, PRESENT, OWN_NORM, SHARED_NORM, ADDITIONS, WORDS = range(12)
+# The words of a row. Norms are those of the variables that this rank counts, of those that all ranks have, and of those
+# that some have; additions as in cpu/plan.py, -1 where there are none; the last two are of DTensors alone.
+(
+    STATUS, WHAT, ITERATION, RATE, DECAY, OTHERS, SETTINGS, PRESENT, OWN_NORM, SHARED_NORM, ADDITIONS, CUT, TWIN_NORM,
+    WORDS,
+) = range(14)  # fmt: skip
 FINE, FAILED = 0.0, 1.0
 CALLS = "build", "apply"
 MUST_AGREE = {
+    CUT: "the variables, or which of them have gradients, differ",
     ITERATION: "the iterations differ",
     RATE: "the learning rates differ",
     DECAY: "the weight decays differ",
@@ -52,6 +58,8 @@ class Agreement:
     ----------
     is_shared : array of bool
         Which of this rank's variables are replicated.
+    cut : Cut or None
+        How DTensors are cut over their mesh.
     """
 
     def __init__(self, comm: Any, replicated: Sequence[str] = ()) -> None:
@@ -59,7 +67,10 @@ class Agreement:
         self._patterns = [re.compile(pattern) for pattern in patterns("replicated", replicated)]
         self._pending: float | None = None  # the call that is to be decided on
         self._settings: tuple[Any, float] = (None, 0.0)  # of which hyperparameters, and their checksum
-        self.is_shared = np.zeros(0, bool)
+        self.is_shared = self._counts = np.zeros(0, bool)
+        self.cut: Cut | None = None
+        self._cut_sum = 0  # the checksum of what has to be the same of it
+        self._present: tuple[Any, bytes] = slice(0), b""  # which variables are trained, and have a gradient
         self._where = np.zeros(0, int)  # of each of this rank's variables, among the names of all ranks
         self._names = 0
 
@@ -104,13 +115,29 @@ class Agreement:
             values = rows[:, word]
             if np.array_equal(values, np.full(len(values), values[0]), equal_nan=True):
                 continue
-            if word == SETTINGS:
+            if word == CUT:
+                told = _different([json.loads(text) for text in texts(self.ranks, json.dumps(self._told()))])
+            elif word == SETTINGS:
                 found = [json.loads(text) for text in texts(self.ranks, json.dumps(_settings(hyper)))]
                 names = [name for name in found[0] if any(each[name] != found[0][name] for each in found)]
                 told = "; ".join(f"{name} is {_values([each[name] for each in found], brief)}" for name in names[:4])
             else:
                 told = _values(values, int if word == ITERATION else float)
             raise RankError(f"{what}: {told}; expected the same on all ranks")
+        for twins in () if self.cut is None else self.cut.twins:
+            norms = rows[twins, TWIN_NORM]
+            if not np.array_equal(norms, np.full(len(norms), norms[0]), equal_nan=True):
+                raise RankError(
+                    f"the gradients of the same parts differ: their norms are {_values(norms, float, twins.tolist())}; expected "
+                    "the same on these ranks"
+                )
+
+    def _told(self) -> list[Any]:
+        """Of each variable what it is, and whether it has a gradient."""
+        told: list[Any] = [] if self.cut is None else self.cut.told
+        trained, present = self._present
+        has = dict(zip(np.arange(len(told))[trained].tolist(), present, strict=True))
+        return [[*each, "with a gradient" if has.get(k) else "without a gradient"] for k, each in enumerate(told)]
 
     def left(self) -> "Left":
         """What takes its place in a copy."""
@@ -118,7 +145,19 @@ class Agreement:
 
     # Building
 
-    def meet(self, engine: Any, names: list[str], variables: list[Array], unmatched: list[Any]) -> list[Any]:
+    def arrange(self, names: Sequence[str], given: Sequence[Array]) -> None:
+        """Note which variables there are, and which of them other ranks have as well."""
+        self.is_shared = np.array([any(each.search(name) for each in self._patterns) for name in names], bool)
+        self._counts = ~self.is_shared | (self.ranks.rank == 0)  # of replicated variables, those of rank 0
+        self._where, self._names = np.arange(len(names)), len(names)
+        if isinstance(self.ranks, MeshRanks):
+            self.cut = cut_of(self.ranks, names, given)
+            self.is_shared, self._counts = self.cut.is_shared, self.cut.counts
+            self._cut_sum = zlib.crc32(json.dumps(self.cut.told).encode())
+
+    def meet(
+        self, engine: Any, names: list[str], variables: list[Array], unmatched: list[Any], given: list[Array]
+    ) -> list[Any]:
         """Tell the others of this rank's variables; returns what of `unmatched` matches none of theirs either.
 
         Raises
@@ -126,7 +165,7 @@ class Agreement:
         RankError
             If a rank has failed, or a replicated variable is not the same everywhere.
         """
-        self.is_shared = np.array([any(each.search(name) for each in self._patterns) for name in names], bool)
+        self.arrange(names, given)
         mine: dict[str, list[Any]] = {
             "variables": [[n, list(v.shape), arrays.dtype_name(v)] for n, v in zip(names, variables, strict=True)],
             "shared": [name for name, shared in zip(names, self.is_shared, strict=True) if shared],
@@ -171,22 +210,22 @@ class Agreement:
         """
         workspace = engine.workspace
         trained = slice(None) if workspace.trainable is None else workspace.trainable
-        shared, where = self.is_shared[trained], self._where[trained]
+        shared, where, counts = self.is_shared[trained], self._where[trained], self._counts[trained]
+        self._present = trained, bytes(g is not None for g in gradients)
         row = self._row(engine, recipe.number, *rates)
-        row[PRESENT] = sum(g is not None for g in gradients)
+        row[PRESENT] = sum(self._present[1])
         plans = workspace.plans
         additions = None if norms is None or len(plans) > 1 else plans[0].additions if plans else 0
         row[ADDITIONS] = -1 if additions is None else additions
         if norms is not None:
-            row[OWN_NORM], row[SHARED_NORM] = _whole(norms[~shared]), _whole(norms[shared])
+            row[OWN_NORM], row[SHARED_NORM] = _whole(norms[~shared & counts]), _whole(norms[shared])
+            row[TWIN_NORM] = 0 if self.cut is None else _whole(norms[self.cut.has_twins[trained]])
         rows = self._decide(row)
         self._compare(rows, engine.hyper)
         if not rows[:, PRESENT].any():
             raise ValueError("No gradients provided for any variable on any rank.")
         if norms is None:
             return 0.0, None, 0.0
-        # Of replicated variables, those of rank 0 count.
-        counts = ~shared if self.ranks.rank else np.ones(len(shared), bool)
         return self._combined(plans, recipe, norms, (counts, where), rows)
 
     def _combined(self, plans: Any, recipe: Any, norms: Any, own: Any, rows: Rows) -> tuple[float, Any, float]:
@@ -236,8 +275,44 @@ class Agreement:
             self._settings = hyper.token, float(zlib.crc32(json.dumps(_settings(hyper)).encode()))
         row = np.zeros(WORDS)
         row[ITERATION], row[RATE], row[DECAY], row[SETTINGS] = number, rate, decay, self._settings[1]
+        if self.cut is not None:
+            row[CUT] = zlib.crc32(self._present[1], self._cut_sum)
         row[OTHERS] = zlib.crc32(repr(list(others)).encode()) if others else 0
         return row
+
+
+@contextmanager
+def joining(together: Agreement | None, names: Sequence[str], variables: Sequence[Any]) -> Iterator[Agreement | None]:
+    """The agreement for the variables that are built inside: the one given, or for DTensors that of their mesh.
+
+    Raises
+    ------
+    ValueError
+        If there are both.
+    """
+    mesh = mesh_of(names, variables)
+    if mesh is None:
+        yield together
+        return
+    if together is not None:
+        raise ValueError(
+            "`comm` is given, and there are DTensors, whose mesh connects the ranks; expected DTensors without `comm`, "
+            "or their local tensors (`to_local()`) with it"
+        )
+    joined = Agreement(MeshRanks(mesh))
+    with joined.deciding("build"):
+        yield joined
+
+
+def rejoined(together: Agreement | None, names: Sequence[str], variables: Sequence[Any]) -> Agreement | None:
+    """The agreement for variables that replace others, or None without DTensors: no message is sent."""
+    mesh = mesh_of(names, variables)
+    if mesh is None:
+        return None
+    if together is None or not isinstance(together.ranks, MeshRanks) or together.ranks.mesh != mesh:
+        together = Agreement(MeshRanks(mesh))
+    together.arrange(names, variables)
+    return together
 
 
 class Left:
@@ -307,10 +382,19 @@ def _whole(norms: Any) -> float:
     return peak * math.sqrt(math.fsum((norm / peak) ** 2 for norm in norms.tolist()))
 
 
-def _values(values: Iterable[Any], form: Callable[[Any], Any]) -> str:
+def _different(told: list[Any]) -> str:
+    """The first variable that is not the same everywhere, of what each rank has told of its own."""
+    for k in range(max(map(len, told))):
+        found = [brief(each[k]) if k < len(each) else "nothing" for each in told]
+        if len(set(found)) > 1:
+            return f"number {k} is {_values(found, str)}"
+    return "in a way that cannot be told"
+
+
+def _values(values: Iterable[Any], form: Callable[[Any], Any], ranks: Sequence[int] | None = None) -> str:
     """Which values there are on which ranks."""
     found: dict[Any, list[int]] = {}
-    for rank, value in enumerate(values):
+    for rank, value in zip(count() if ranks is None else ranks, values, strict=False):
         found.setdefault(form(value), []).append(rank)
     return ", ".join(f"{value} on {_ranks(those)}" for value, those in list(found.items())[:4])
 
