@@ -50,7 +50,7 @@ def check_placements(what: str, tensor: Array) -> None:
         raise ValueError(f"{what} is a DTensor of placement {odd[0]!r}; expected Shard and Replicate alone{hint}")
 
 
-def check_alike(what: str, name: str, tensor: Array, model: Array) -> None:
+def check_alike(what: str, name: str | None, tensor: Array, model: Array) -> None:
     """Refuse a DTensor that is not cut, over the processes, as another is.
 
     Raises
@@ -63,9 +63,13 @@ def check_alike(what: str, name: str, tensor: Array, model: Array) -> None:
     if not is_dtensor(tensor):
         return
     if not is_dtensor(model):
-        raise TypeError(f"{what} {brief(name)} is {described(tensor)}; expected a {type(model).__name__}")
+        raise TypeError(f"{_called(what, name)} is {described(tensor)}; expected a {type(model).__name__}")
     if tensor.placements != model.placements or tensor.device_mesh != model.device_mesh or tensor.shape != model.shape:
-        raise ValueError(f"{what} {brief(name)} is {described(tensor)}; expected {described(model)}")
+        raise ValueError(f"{_called(what, name)} is {described(tensor)}; expected {described(model)}")
+
+
+def _called(what: str, name: str | None) -> str:
+    return what if name is None else f"{what} {brief(name)}"
 
 
 def described(tensor: Array) -> str:

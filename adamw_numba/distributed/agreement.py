@@ -128,8 +128,8 @@ class Agreement:
             norms = rows[twins, TWIN_NORM]
             if not np.array_equal(norms, np.full(len(norms), norms[0]), equal_nan=True):
                 raise RankError(
-                    f"the gradients of the same parts differ: their norms are {_values(norms, float, twins.tolist())}; expected "
-                    "the same on these ranks"
+                    f"the gradients of parts that ranks have alike differ: their norms are "
+                    f"{_values(norms, float, twins)}; expected the same"
                 )
 
     def _told(self) -> list[Any]:

@@ -52,7 +52,7 @@ class Cut(NamedTuple):
     is_shared: NDArray[np.bool_]  # which variables all ranks have whole
     counts: NDArray[np.bool_]  # which of them this rank counts: what several have counts once
     has_twins: NDArray[np.bool_]  # of which there are as many copies as some dimensions of the mesh are long
-    twins: list[NDArray[np.int_]]  # the ranks that have the same parts, where there are such
+    twins: list[list[int]]  # the ranks that have the same parts, where there are such
     told: list[Any]  # of each variable, what has to be the same on all ranks
 
 
@@ -89,11 +89,11 @@ def cut_of(ranks: MeshRanks, names: Sequence[str], variables: Sequence[Array]) -
     )  # variable by dimension: whether there are copies along it
     at_first = np.array(ranks.coordinate) == 0
     is_shared, has_some = np.asarray(copied.all(axis=1)), np.asarray(copied.any(axis=1))
-    has_twins = has_some & ~is_shared
-    along = copied[has_twins].all(axis=0) & has_twins.any()  # where all that have twins have them
+    has_twins = np.asarray(has_some & ~is_shared)
+    along = np.asarray(copied[has_twins].all(axis=0) & has_twins.any())  # where all that have twins have them
     where = np.array(np.unravel_index(np.arange(ranks.size), ranks.shape)).reshape(len(ranks.shape), -1)
     parts = np.ravel_multi_index(tuple(np.where(along[:, None], 0, where)), ranks.shape)
-    twins = [np.flatnonzero(parts == part) for part in np.unique(parts)] if along.any() else []
+    twins = [np.flatnonzero(parts == part).tolist() for part in np.unique(parts)] if along.any() else []
     told = [
         [name, list(variable.shape), str(variable.placements) if is_dtensor(variable) else "whole"]
         for name, variable in zip(names, variables, strict=True)

@@ -17,7 +17,7 @@ from ..arrays.garbage import without_collections
 from ..arrays.torch_graphs import tell_torch
 from ..arrays.tree import Container, Form
 from ..coefficients import MOST_STEPS, Recipe, Recipes
-from ..distributed.agreement import joining, rejoined
+from ..distributed.agreement import joining
 from ..hyperparameters.groups import Group, make_groups, parted
 from ..state import Place, Slots, State, new_slots
 from . import gradients as matching
@@ -135,8 +135,8 @@ class Engine(Rates):
             )
         if given is None:
             given = self.workspace.given  # type: ignore[union-attr]
-        else:
-            self.together = rejoined(self.together, names, given)
+        elif self.together is not None:
+            self.together.arrange(names, given)
         with without_collections():
             workspace = building.build(names, variables, slots, which, len(groups), given)
         for k, group in enumerate(groups):
