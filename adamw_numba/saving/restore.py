@@ -97,10 +97,18 @@ def restore(optimizer: Any, target: Any) -> Any:
     """Put a saved state into a built optimizer, all or nothing; the user's own payload is returned."""
     engine = engine_of(optimizer)
     with engine.lock:
+        engine.require_built("restore")
+        engine.check_not_swapped()
+        return take(optimizer, archive.read(target))
+
+
+def take(optimizer: Any, saved: Saved) -> Any:
+    """Put what was read into a built optimizer, all or nothing; the user's own payload is returned."""
+    engine = engine_of(optimizer)
+    with engine.lock:
         workspace = engine.require_built("restore")
         engine.check_not_swapped()
         engine.catch_up()
-        saved = archive.read(target)
         _check_class(type(optimizer).__mro__, saved)
         # Every check comes before the first write.
         writes, loaded, groups = _scalar_writes(optimizer, saved), _loaded(saved), engine.hyper.groups
@@ -109,7 +117,7 @@ def restore(optimizer: Any, target: Any) -> Any:
         told = differences(optimizer, workspace, saved)
         if told:
             warnings.warn(
-                f"restored from {saved.where} into an optimizer that differs: {'; '.join(told)}", stacklevel=3
+                f"restored from {saved.where} into an optimizer that differs: {'; '.join(told)}", stacklevel=4
             )
         _write(writes)
         for group, since in zip(groups, started, strict=True):
