@@ -145,15 +145,10 @@ def _check_writable(what: str, array: Array) -> None:
 
 
 def _check_leaf(what: str, array: Array) -> None:
-    if array.requires_grad and not array.is_leaf and not _is_of_dtensor(array):
+    if array.requires_grad and not dtensors.is_local(array) and not array.is_leaf:
         raise ValueError(f"{what} is not a leaf of the autograd graph; expected a leaf tensor")
     if array.is_conj() or array.is_neg():
         raise ValueError(f"{what} is a lazy conjugate or negative; pass `resolve_conj().resolve_neg()`")
-
-
-def _is_of_dtensor(array: Array) -> bool:
-    """Whether a tensor is what `to_local()` has given of a DTensor, whose memory it shares."""
-    return array.grad_fn is not None and array.grad_fn.name() == "_ToTorchTensorBackward"  # torch tells nothing else
 
 
 def _check_dtype(what: str, array: Array) -> None:

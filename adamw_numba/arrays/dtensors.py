@@ -33,6 +33,15 @@ def local(tensor: Array) -> Array:
     return found.wait() if hasattr(type(found), "wait") else found  # where it is still on its way
 
 
+def is_local(array: Array) -> bool:
+    """Whether a tensor is what `to_local()` has given, in autograd's graph, of a DTensor: it shares its memory."""
+    try:
+        made_by = str(getattr(array, "grad_fn", None))
+    except RuntimeError as error:  # so torch says once the DTensor was written in place
+        made_by = str(error)
+    return "_ToTorchTensor" in made_by  # torch tells nothing else
+
+
 def like(array: Array, model: Array) -> Array:
     """A local tensor as a DTensor of the mesh, placements and shape of another, over the same memory."""
     return type(model).from_local(

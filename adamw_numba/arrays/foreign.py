@@ -73,6 +73,7 @@ def seen(array: Array, what: str = "the array", name: str | None = None) -> Arra
 def seen_all(names: Sequence[str], variables: list[Array]) -> list[Array]:
     """What is seen of each variable: the same list, if all are known themselves."""
     found = [seen(variable, "variable", name) for name, variable in zip(names, variables, strict=True)]
+    found = [each.detach() if dtensors.is_local(each) else each for each in found]
     return variables if all(one is other for one, other in zip(found, variables, strict=True)) else found
 
 

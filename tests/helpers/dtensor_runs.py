@@ -30,8 +30,14 @@ from adamw_numba.torch import AdamW as Front
 SECONDS = 100  # a hang is a failure
 STEPS = 6
 NAN = 3  # the step in which one gradient holds a NaN
+ODD = 5  # steps
 HALF = 10  # steps of the transformer before it is saved, and after
-SHAPES = {"uneven": (7, 5), "single": (1, 7), "three": (3,), "cube": (4, 2, 3)}  # of two ranks, one has none of `single`
+SHAPES = {
+    "uneven": (7, 5),
+    "single": (1, 7),
+    "three": (3,),
+    "cube": (4, 2, 3),
+}  # of two ranks, one has none of `single`
 OPTIONS = {
     "plain": {},
     "global clip": {"global_clipnorm": 0.5},
@@ -93,7 +99,7 @@ WAYS = {"built": built, "front": front}
 def put_nan(model):
     """In the first element of the whole: on one rank."""
     gradient = model.uneven.grad
-    if not isinstance(gradient, DTensor) or 0 in (gradient.device_mesh.get_local_rank("shard"),):
+    if not isinstance(gradient, DTensor) or gradient.device_mesh.get_local_rank("shard") == 0:
         local(gradient)[0, 0] = math.nan
 
 
@@ -174,6 +180,14 @@ def state_of(model, optimizer):
     return {"model": get_model_state_dict(model), "optimizer": interop.dcp_state(optimizer)}
 
 
+def load(model, optimizer, folder):
+    state = state_of(model, optimizer)
+    dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    set_model_state_dict(model, state["model"])
+    if isinstance(optimizer, Front):
+        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+
+
 def begin(cut, way, checkpoints, rank=0, size=1):
     """The first half of the steps, and a checkpoint; then the second half."""
     model, optimizer = transformer(cut, way)
@@ -189,13 +203,27 @@ def resume(cut, way, checkpoints, rank=0, size=1):
     with torch.no_grad():
         for p in model.parameters():
             local(p).zero_()
-    state = state_of(model, optimizer)
-    dcp.load(state, checkpoint_id=checkpoints / way)
-    set_model_state_dict(model, state["model"])
-    if isinstance(optimizer, Front):
-        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    load(model, optimizer, checkpoints / way)
     steps(model, optimizer, HALF, rank, size)
     return {name: whole(p) for name, p in model.named_parameters()}
+
+
+def all_of_it(cut, way, checkpoints=None, save=False):
+    """As many steps of a 16-bit model with every option, in the middle of a window of accumulation saved and loaded."""
+    model = Parts(torch.bfloat16)
+    cut(model)
+    optimizer, take = WAYS[way](model, OPTIONS["all"])
+    if checkpoints is None or save:
+        for step in range(ODD):
+            train(model, lambda _: take(), step)
+    if checkpoints is not None:
+        folder = checkpoints / f"{way} of 16 bits"
+        dcp.save(state_of(model, optimizer), checkpoint_id=folder) if save else load(model, optimizer, folder)
+    for step in range(ODD, 2 * ODD):
+        train(model, lambda _: take(), step)
+    with optimizer.averaged():
+        averages = {f"average of {name}": whole(p) for name, p in model.named_parameters()}
+    return averages | {name: whole(p) for name, p in model.named_parameters()}
 
 
 # Two ranks alone
@@ -290,11 +318,13 @@ def main(folder, checkpoints, what):
     found = {"ways": all_ways(cut)}
     if what == "save":
         found["begun"] = {way: begin(cut, way, checkpoints, rank, size) for way in WAYS}
+        found["16 bits"] = {way: all_of_it(cut, way, checkpoints, save=True) for way in WAYS}
         found["errors"], found["torch"], found["local"] = errors(cut, rank), torch_and_back(cut), by_local(cut, mesh)
     else:
         square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
         found["hybrid"] = all_ways(lambda module: fully_shard(module, mesh=square))
         found["resumed"] = {way: resume(cut, way, checkpoints, rank, size) for way in WAYS}
+        found["16 bits"] = {way: all_of_it(cut, way, checkpoints) for way in WAYS}
         found["mixed"] = mixed(mesh)
         found["replicas"] = replicas(square, rank)
     torch.save(found, folder / str(rank))
