@@ -261,7 +261,7 @@ def test_autograd_is_told(mesh):
     of_itself, of_local = variable.square().sum(), variable.to_local().square().sum()
     optimizer.apply([torch.ones_like(variable)])
     for loss in (of_itself, of_local):
-        with pytest.raises(RuntimeError, match="modified (by an )?in-?place"):
+        with pytest.raises(RuntimeError, match=r"modified (by an )?in-?place"):
             loss.backward()
 
 
