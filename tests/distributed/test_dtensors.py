@@ -373,6 +373,7 @@ def test_what_the_front_shows_counts(mesh):
     np.testing.assert_allclose(runs.local(own["exp_avg"]), 0.1, rtol=1e-6)
     np.testing.assert_allclose(runs.local(own["exp_avg_sq"]), 7 * 0.999 + 0.001, rtol=1e-6)
     assert own["step"] == 6
+    assert own["exp_avg"] is shown
     before = runs.whole(model.weight)
     own["exp_avg"] = torch.zeros(2, 3)
     with pytest.raises(ValueError, match=r"'exp_avg': it is a Tensor; expected a DTensor.*set_optimizer_state_dict"):
