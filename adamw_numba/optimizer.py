@@ -255,7 +255,8 @@ class AdamW(Saveable, Conventional):
         ----------
         variables : array, list of arrays, list of ``(name, array)`` pairs, or nested dict or list of arrays
             Arrays of floats or complex numbers that do not overlap: of any Array-API library, or that tell where they
-            lie (docs/arrays.md). On the CPU, NumPy's, torch's and the latter are updated in place by compiled code.
+            lie (docs/arrays.md). On the CPU, NumPy's, torch's and the latter are updated in place by compiled code. Of
+            DTensors it is the local part; their mesh connects the processes (docs/distributed.md).
         comm : communicator of mpi4py, process group or device mesh of torch, or distributed.Ranks, optional
             Take each step together with other processes, each of which has its own variables, or none.
         replicated : list of str

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import array_api_compat
 import numpy as np
 
-from . import gpu
+from . import dtensors, gpu
 from .advice import advice
 from .brief import brief
 from .foreign import origin, seen
@@ -29,6 +29,9 @@ def check_variable(name: str, array: Array) -> None:
     what = f"variable {brief(name)}"
     if not is_array(array):
         raise TypeError(f"{what} is {brief(array)} of type {type(array).__name__}; {advice(array)}")
+    if dtensors.is_dtensor(array):
+        dtensors.check_placements(what, array)
+        _check_leaf(what, array)
     given, array = array, seen(array, what)
     kind = family(array)
     if kind == "cuda":
@@ -142,7 +145,7 @@ def _check_writable(what: str, array: Array) -> None:
 
 
 def _check_leaf(what: str, array: Array) -> None:
-    if array.requires_grad and not array.is_leaf:
+    if array.requires_grad and not dtensors.is_local(array) and not array.is_leaf:
         raise ValueError(f"{what} is not a leaf of the autograd graph; expected a leaf tensor")
     if array.is_conj() or array.is_neg():
         raise ValueError(f"{what} is a lazy conjugate or negative; pass `resolve_conj().resolve_neg()`")

@@ -3,7 +3,8 @@
 On the host these are objects with NumPy's array interface (NVIDIA Warp's arrays, ROOT's vectors) or with DLPack alone
 (nanobind's arrays), and what is seen of them is a NumPy array: it is made when the optimizer is built, and again
 where the object has moved. On a GPU they are those that say shape and dtype in words of their own, as Warp's do (the
-others are left to gpu.py). Everything else, from the checks to the kernels, only meets what is seen.
+others are left to gpu.py). Of a DTensor, it is the local tensor. Everything else, from the checks to the kernels, only
+meets what is seen.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from . import gpu
+from . import dtensors, gpu
 from .brief import brief
 
 Array = Any
@@ -56,6 +57,8 @@ def seen(array: Array, what: str = "the array", name: str | None = None) -> Arra
         return array
     if type(array) in _BY_INTERFACE and _has_interface(array):
         return _view(array, what, name)
+    if dtensors.is_dtensor(array):
+        return dtensors.local(array)
     if array_api_compat.is_array_api_obj(array):
         return array
     if gpu.is_cuda_array(array):
@@ -70,11 +73,14 @@ def seen(array: Array, what: str = "the array", name: str | None = None) -> Arra
 def seen_all(names: Sequence[str], variables: list[Array]) -> list[Array]:
     """What is seen of each variable: the same list, if all are known themselves."""
     found = [seen(variable, "variable", name) for name, variable in zip(names, variables, strict=True)]
+    found = [each.detach() if dtensors.is_local(each) else each for each in found]
     return variables if all(one is other for one, other in zip(found, variables, strict=True)) else found
 
 
 def seen_again(name: str, array: Array, before: Array) -> Array:
     """What is seen of a variable now: the same object as before, if nothing but values has changed."""
+    if dtensors.is_dtensor(array):
+        return dtensors.local(array)
     if not isinstance(before, np.ndarray):  # on a GPU: it asks the array itself
         return before
     found = getattr(array, "__array_interface__", None)

@@ -69,7 +69,7 @@ def write(array: Array, value: Array) -> None:
     if type(array) is type(value) is np.ndarray and array.shape == value.shape:  # most, and ten times as fast
         array[...] = value
         return
-    array = seen(array)
+    given, array = array, seen(array)
     if not is_mutable(array):
         raise TypeError(f"arrays of {library_name(array)} are immutable; use `stateless_apply` and its return values")
     value = seen(value) if is_array(value) else np.asarray(value)
@@ -80,7 +80,7 @@ def write(array: Array, value: Array) -> None:
     if array_api_compat.is_torch_array(array):
         array.detach().copy_(value.detach() if library_name(value) == "torch" else namespace(array).asarray(value))
         if has_version(array):
-            note_writes([array])
+            note_writes([array] if given is array else [array, given])
     elif array_api_compat.is_numpy_array(array):
         array[...] = value
     elif family(array) == "cuda" and gpu.is_foreign(array):

@@ -11,7 +11,8 @@ from ..arrays import Array
 from ..arrays.brief import brief
 from ..arrays.tree import Container
 from ..hyperparameters.table import choice, integer
-from ..ranks.agreement import Agreement, ranks_of
+from ..ranks.agreement import Agreement
+from ..ranks.engines import ranks_of
 from ..ranks.protocol import BulkRanks, RankError
 from ..step import gradients as matching
 from .shares import Shares

@@ -3,9 +3,8 @@
 import json
 import math
 import re
-import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,12 +17,18 @@ from ..arrays.brief import brief, cut
 from ..arrays.pieces import Piece
 from ..hyperparameters.table import patterns
 from . import pieces
+from .engines import ranks_of
 from .left import Left
-from .protocol import RankError, Ranks, Rows, texts
+from .mesh import Cut, MeshRanks, cut_of
+from .protocol import RankError, Rows, texts
+from .telling import different, values
 
-# The words of a row. Norms are those of the variables that are this rank's alone, and of those that all ranks have;
-# additions as in cpu/plan.py, -1 where there are none.
-STATUS, WHAT, ITERATION, RATE, DECAY, OTHERS, SETTINGS, PRESENT, OWN_NORM, SHARED_NORM, ADDITIONS, WORDS = range(12)
+# The words of a row. Norms are those of the variables that this rank counts, of those that all ranks have, and of those
+# that some have; additions as in cpu/plan.py, -1 where there are none; the cut and the last norm are of DTensors alone.
+(
+    STATUS, WHAT, ITERATION, RATE, DECAY, OTHERS, SETTINGS, CUT, PRESENT, OWN_NORM, SHARED_NORM, ADDITIONS, TWIN_NORM,
+    WORDS,
+) = range(14)  # fmt: skip
 # Where a loop goes around the steps (see `looping`), each row has more words, which minimizer/ranks.py explains.
 VALUE, GRADIENT, MOVE, SIZE, SECONDS, STOPS, SHARED_X, SHARED_GRADIENT, MOST_WORDS = range(WORDS, WORDS + 9)
 FINE, FAILED = 0.0, 1.0
@@ -32,6 +37,7 @@ CALLS = (
     "save", "load", "restore",
 )  # fmt: skip
 MUST_AGREE = {
+    CUT: "the variables, or which of them have gradients, differ",
     ITERATION: "the iterations differ",
     RATE: "the learning rates differ",
     DECAY: "the weight decays differ",
@@ -70,6 +76,8 @@ class Agreement:
         The ranks that have each variable of any rank, and its pieces there.
     held : callable or None
         What an interrupt in the middle of a decision would have called: it is called at its end.
+    cut : Cut or None
+        How DTensors are cut over their mesh.
     """
 
     def __init__(self, comm: Any) -> None:
@@ -85,6 +93,9 @@ class Agreement:
         self.pieces: dict[str, Piece | None] = {}
         self.known: dict[str, list[tuple[int, Piece | None]]] = {}
         self._given: Any = None  # what the user says of the pieces
+        self.cut: Cut | None = None
+        self._cut_sum = 0  # the checksum of what has to be the same of it
+        self._present: tuple[Any, bytes] = slice(0), b""  # which variables are trained, and have a gradient
         self._where = np.zeros(0, int)  # of each of this rank's variables, among the names of all ranks
         self._names = 0
         self._groups: list[int] = []  # those that all ranks have, of the groups after the common one
@@ -132,7 +143,7 @@ class Agreement:
             what = "nothing has been written on any rank" if self._around is None else "all ranks have stopped"
             raise RankError(f"rank {first}: {told[first]} ({what})")
         if not np.all(rows[:, WHAT] == row[WHAT]):
-            raise RankError(f"the calls differ: {_values(rows[:, WHAT], lambda k: CALLS[int(k)])}")
+            raise RankError(f"the calls differ: {values(rows[:, WHAT], lambda k: CALLS[int(k)])}")
         return rows
 
     def agree(self, number: float = 0.0) -> bool:
@@ -161,17 +172,33 @@ class Agreement:
         for word, what in (MUST_AGREE | more).items():
             if word >= rows.shape[1]:
                 continue
-            values = rows[:, word].tolist()
-            if values.count(values[0]) == len(values) or all(map(math.isnan, values)):
+            found = rows[:, word].tolist()
+            if found.count(found[0]) == len(found) or all(map(math.isnan, found)):
                 continue
-            if word == SETTINGS:
-                found = self.tell(settings())
-                given = {name: [each.get(name) for each in found] for each in found for name in each}
+            if word == CUT:
+                told = different(self.tell(self._of_cut()))
+            elif word == SETTINGS:
+                each_has = self.tell(settings())
+                given = {name: [own.get(name) for own in each_has] for own in each_has for name in own}
                 names = [name for name, each in given.items() if any(value != each[0] for value in each)]
-                told = "; ".join(f"{name} is {_values(given[name], brief)}" for name in names[:4])
+                told = "; ".join(f"{name} is {values(given[name], brief)}" for name in names[:4])
             else:
-                told = _values(values, int if word == ITERATION else float)
+                told = values(found, int if word == ITERATION else float)
             raise RankError(f"{what}: {told}; expected the same on all ranks")
+        for twins in () if self.cut is None else self.cut.twins:
+            norms = rows[twins, TWIN_NORM].tolist()
+            if norms.count(norms[0]) < len(norms) and not all(map(math.isnan, norms)):
+                raise RankError(
+                    f"the gradients of parts that ranks have alike differ: their norms are "
+                    f"{values(norms, float, twins)}; expected the same"
+                )
+
+    def _of_cut(self) -> list[Any]:
+        """Of each variable what it is, and whether it has a gradient."""
+        told: list[Any] = [] if self.cut is None else self.cut.told
+        trained, present = self._present
+        has = dict(zip(np.arange(len(told))[trained].tolist(), present, strict=True))
+        return [[*each, "with a gradient" if has.get(k) else "without a gradient"] for k, each in enumerate(told)]
 
     def left(self) -> Left:
         """What takes its place in a copy."""
@@ -233,8 +260,26 @@ class Agreement:
 
     # Building
 
+    def arrange(self, names: Sequence[str], given: Sequence[Array]) -> None:
+        """Note which variables there are, and which of them other ranks have as well."""
+        self.is_shared = np.array([any(each.search(name) for each in self._patterns) for name in names], bool)
+        # Of replicated variables, those of rank 0 count in what is added over all ranks.
+        self.counts = ~self.is_shared | (self.ranks.rank == 0)
+        self._where, self._names = np.arange(len(names)), len(names)
+        if isinstance(self.ranks, MeshRanks):
+            self.cut = cut_of(self.ranks, names, given)
+            self.is_shared, self.counts, self._given = self.cut.is_shared, self.cut.counts, self.cut.pieces
+            self._cut_sum = zlib.crc32(json.dumps(self.cut.told).encode())
+        self._shares_any = bool(self.is_shared.any())
+
     def meet(
-        self, engine: Any, names: list[str], variables: list[Array], groups: list[Any], unmatched: list[Any]
+        self,
+        engine: Any,
+        names: list[str],
+        variables: list[Array],
+        given: list[Array],
+        groups: list[Any],
+        unmatched: list[Any],
     ) -> list[Any]:
         """Tell the others of this rank's variables; returns what of `unmatched` matches none of theirs either.
 
@@ -243,7 +288,7 @@ class Agreement:
         RankError
             If a rank has failed, or a replicated variable is not the same everywhere.
         """
-        self.is_shared = np.array([any(each.search(name) for each in self._patterns) for name in names], bool)
+        self.arrange(names, given)
         places = pieces.read(self._given, names, variables)
         mine: dict[str, list[Any]] = {
             "variables": [
@@ -267,9 +312,6 @@ class Agreement:
         everywhere = sorted(set.intersection(*(set(each["groups"]) for each in told)))
         self._groups = [mine["groups"].index(group) for group in everywhere]
         self.known = pieces.placed([each["variables"] for each in told], set(told[0]["shared"]))
-        # Of replicated variables, those of rank 0 count in what is added over all ranks.
-        self.counts = ~self.is_shared if self.ranks.rank else np.ones(len(names), bool)
-        self._shares_any = bool(self.is_shared.any())
         self.pieces = {name: dict(self.known[name])[self.ranks.rank] for name in names}
         number = {name: k for k, name in enumerate(self.known)}
         self._where, self._names = np.array([number[name] for name in names], int), len(number)
@@ -299,6 +341,9 @@ class Agreement:
             If no rank has a gradient.
         """
         workspace = engine.workspace
+        trained = slice(None) if workspace.trainable is None else workspace.trainable
+        if self.cut is not None:
+            self._present = trained, bytes(g is not None for g in gradients)
         row = self._row(engine, recipe.number, *rates)
         if norms is None and self._around is not None:
             self._told = row
@@ -307,10 +352,11 @@ class Agreement:
         row[PRESENT] = any(g is not None for g in gradients)
         plans = workspace.plans
         if norms is not None:
-            trained = slice(None) if workspace.trainable is None else workspace.trainable
             shared, counts, where = self.is_shared[trained], self.counts[trained], self._where[trained]
-            row[OWN_NORM] = _whole((norms[~shared] if self._shares_any else norms).tolist())
+            is_simple = not self._shares_any and self.cut is None
+            row[OWN_NORM] = _whole((norms if is_simple else norms[~shared & counts]).tolist())
             row[SHARED_NORM] = _whole(norms[shared].tolist()) if self._shares_any else 0
+            row[TWIN_NORM] = 0 if self.cut is None else _whole(norms[self.cut.has_twins[trained]].tolist())
             additions = plans[0].additions if len(plans) == 1 else 0 if not plans else None
             row[ADDITIONS] = -1 if additions is None else additions
         rows = self._decide(row)
@@ -369,34 +415,10 @@ class Agreement:
             self._settings = hyper.token, float(zlib.crc32(json.dumps(_settings(hyper)).encode()))
         row = np.zeros(self._words)
         row[ITERATION], row[RATE], row[DECAY], row[SETTINGS] = number, rate, decay, self._settings[1]
+        if self.cut is not None:
+            row[CUT] = zlib.crc32(self._present[1], self._cut_sum)
         row[OTHERS] = zlib.crc32(repr([others[k] for k in self._groups]).encode()) if others and self._groups else 0
         return row
-
-
-def ranks_of(comm: Any) -> Ranks:
-    """The processes behind a communicator.
-
-    Raises
-    ------
-    TypeError
-        If it is none.
-    """
-    mpi, distributed = sys.modules.get("mpi4py.MPI"), sys.modules.get("torch.distributed")
-    if mpi is not None and isinstance(comm, mpi.Comm):
-        from .mpi import MpiRanks
-
-        return MpiRanks(comm)
-    if distributed is not None:
-        from . import torch as engine
-
-        if (found := engine.ranks_of(comm)) is not None:
-            return found
-    if isinstance(comm, Ranks) and not isinstance(comm, type):
-        return comm
-    raise TypeError(
-        f"`comm` is {brief(comm)} of type {type(comm).__name__}; expected a communicator of mpi4py, a process group "
-        "or a device mesh of one dimension of torch, or an object with `rank`, `size` and `gather`"
-    )
 
 
 def _settings(hyper: Any) -> dict[str, Any]:
@@ -409,16 +431,3 @@ def _whole(norms: list[float]) -> float:
         return math.nan if any(map(math.isnan, norms)) else math.inf
     peak = max(norms, default=0.0)
     return peak and peak * math.sqrt(math.fsum((norm / peak) ** 2 for norm in norms))
-
-
-def _values(values: Iterable[Any], form: Callable[[Any], Any]) -> str:
-    """Which values there are on which ranks."""
-    found: dict[Any, list[int]] = {}
-    for rank, value in enumerate(values):
-        found.setdefault(form(value), []).append(rank)
-    return ", ".join(f"{value} on {_ranks(those)}" for value, those in list(found.items())[:4])
-
-
-def _ranks(numbers: Sequence[int]) -> str:
-    shown = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
-    return f"rank {shown}" if len(numbers) == 1 else f"ranks {shown}"

@@ -34,7 +34,7 @@ def is_of_a_variable(key: str) -> bool:
 
 def is_folder(target: Any) -> bool:
     """Whether a target is a folder in which several processes have saved."""
-    return _names_folder(target) and Path(target).is_dir()
+    return _names_folder(target) and os.path.isdir(target)
 
 
 def _names_folder(target: Any) -> bool:

@@ -144,12 +144,19 @@ def _pieces(source: Any, together: Any) -> Loaded:
 def restore(optimizer: Any, target: Any) -> Any:
     """Put a saved state into a built optimizer, all or nothing; the user's own payload is returned."""
     engine = engine_of(optimizer)
+    engine.require_built("restore")
+    return take(optimizer, lambda: folders.read(target, engine.together))
+
+
+def take(optimizer: Any, read: Callable[[], Saved]) -> Any:
+    """Put what is read into a built optimizer, all or nothing, on all ranks; the user's own payload is returned."""
+    engine = engine_of(optimizer)
     with engine.lock:
         workspace, together = engine.require_built("restore"), engine.together
         with folders.agreeing(together, "restore") as agreed:
             engine.check_not_swapped()
             engine.catch_up()
-            saved = folders.read(target, together)
+            saved = read()
             _check_class(type(optimizer).__mro__, saved)
             # Every check comes before the first write.
             writes, loaded, groups = _scalar_writes(optimizer, saved), _loaded(saved), engine.hyper.groups
@@ -158,7 +165,7 @@ def restore(optimizer: Any, target: Any) -> Any:
             told = differences(optimizer, saved)
             if told:
                 warnings.warn(
-                    f"restored from {saved.where} into an optimizer that differs: {'; '.join(told)}", stacklevel=3
+                    f"restored from {saved.where} into an optimizer that differs: {'; '.join(told)}", stacklevel=4
                 )
             agreed()
         _write(writes)

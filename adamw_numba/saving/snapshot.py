@@ -59,15 +59,31 @@ def take(optimizer: Any, extra: Any = None, variables: bool = False, copy: bool 
         return Snapshot(document, {k: a.copy() for k, a in ready.items()} if copy else ready, dtypes)
 
 
+def of_no_variable(optimizer: Any) -> Snapshot:
+    """The document, and copies of the arrays that belong to no variable alone."""
+    engine = engine_of(optimizer)
+    with engine.lock:
+        engine.check_not_swapped()
+        engine.catch_up()
+        live = {key: own[name] for key, (own, name) in scalars_of(optimizer).items()}
+        dtypes = {key: arrays.dtype_name(array) for key, array in live.items()}
+        ready = {key: arrays.as_numpy(array).copy() for key, array in live.items()}
+        return Snapshot(_document(optimizer, engine.workspace, None), ready, dtypes)
+
+
+def key_of(slot: str, name: str) -> str:
+    """The key of an array of the state of a variable."""
+    return f"{slot}/{encoded(name)}"
+
+
 def _live(optimizer: Any, workspace: Any, variables: bool) -> dict[str, Array]:
     """Every array to be saved, by the key that it has in a file."""
     live = {key: own[name] for key, (own, name) in scalars_of(optimizer).items()}
     for name, variable, own in zip(workspace.names, workspace.variables, workspace.slots, strict=True):
-        key = encoded(name)
         for slot, array in own.items():
-            live[f"{slot}/{key}"] = array
+            live[key_of(slot, name)] = array
         if variables:
-            live[f"variables/{key}"] = variable
+            live[key_of("variables", name)] = variable
     return live
 
 

@@ -1,10 +1,8 @@
 """Everything behind the surface of an optimizer: its state, its rates, and the way a step is taken."""
 
 import copy
-import os
 import threading
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import starmap
@@ -20,11 +18,13 @@ from ..arrays.torch_graphs import tell_torch
 from ..arrays.tree import Container, Form
 from ..coefficients import MOST_STEPS, Recipe, Recipes
 from ..hyperparameters.groups import Group, make_groups, parted
+from ..ranks.joining import joining
 from ..state import Place, Slots, State, new_slots
 from . import gradients as matching
 from . import workspace as building
 from .commit import Call, commit, exhaust
 from .description import described
+from .forked import renew_lock
 from .norms import judge
 from .rates import Rates
 from .record import Record
@@ -72,7 +72,7 @@ class Engine(Rates):
         self.recipes: Recipes | None = None  # of the hyperparameters as they were at the last step
         self.together: Any = None
         self.form: Form | None = None  # of the gradients last given in a container other than a list
-        _ENGINES.add(self)
+        renew_lock(self)
         tell_torch()
 
     # Building
@@ -85,8 +85,8 @@ class Engine(Rates):
             return self.workspace
         if not variables and together is None:
             raise ValueError("`variables` is empty; expected at least one array")
-        with without_collections():
-            return self._build(names, variables, together)
+        with without_collections(), joining(together, names, variables) as joined:
+            return self._build(names, variables, joined)
 
     def _build(self, names: list[str], variables: list[Array], together: Any) -> Workspace:
         arrays.check_variables(names, variables)
@@ -96,7 +96,7 @@ class Engine(Rates):
         slots = [self.new_slots(v) if groups[k].trainable else {} for v, k in zip(variables, which, strict=True)]
         workspace = building.build(names, variables, slots, which, len(groups), given, together is not None)
         if together is not None:
-            unmatched = together.meet(self, names, variables, groups, unmatched)
+            unmatched = together.meet(self, names, variables, given, groups, unmatched)
         for called, nothing in unmatched:
             warnings.warn(
                 f"{called}: each of {brief_names(nothing, 20)} matches none of the variables {brief_names(names)}",
@@ -113,9 +113,15 @@ class Engine(Rates):
         return workspace
 
     def lay_out(
-        self, names: list[str], variables: list[Array], slots: list[Slots], which: list[int], groups: list[Group]
+        self,
+        names: list[str],
+        variables: list[Array],
+        slots: list[Slots],
+        which: list[int],
+        groups: list[Group],
+        given: list[Array] | None = None,
     ) -> None:
-        """Go on with these variables, with that state, in those groups.
+        """Go on with these variables, with that state, in those groups; others than they were have been given.
 
         Raises
         ------
@@ -127,7 +133,10 @@ class Engine(Rates):
                 "which variables have a state, and what they count, cannot change once a graph was captured; expected "
                 "that before it"
             )
-        given = self.workspace.given if self.workspace and self.workspace.foreign else variables
+        if given is None:
+            given = self.workspace.given  # type: ignore[union-attr]
+        elif self.together is not None:
+            self.together.arrange(names, given)
         with without_collections():
             workspace = building.build(names, variables, slots, which, len(groups), given, self.together is not None)
         for k, group in enumerate(groups):
@@ -189,6 +198,7 @@ class Engine(Rates):
                     gradients = list(gradients) if type(gradients) is list else ()  # the caller's may change meanwhile
                 else:
                     gradients = matching.match(self, grads, trainable_variables)
+                    together = self.together  # which may have been built here
                     if not gradients and together is None:
                         return
                 workspace: Any = self.workspace
@@ -253,8 +263,8 @@ class Engine(Rates):
                     _check_counter(iteration)
                     raise
             except BaseException as error:
-                if together is not None:
-                    together.fail(error)
+                if self.together is not None:
+                    self.together.fail(error)
                 raise
 
     def skip(self) -> None:
@@ -404,7 +414,7 @@ class Engine(Rates):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, lock=threading.RLock())
-        _ENGINES.add(self)
+        renew_lock(self)
         tell_torch()
         # What was pickled out of band may be read-only.
         for own in (self.state.scalars, *self.state.added, *self.state.slots):
@@ -434,16 +444,3 @@ class Engine(Rates):
 def _check_counter(iteration: Array) -> None:
     if not 0 <= iteration.item() < MOST_STEPS or not iteration.flags.writeable:
         raise ValueError(f"the iteration is {iteration} or read-only; expected a counter that can go on")
-
-
-_ENGINES: "weakref.WeakSet[Engine]" = weakref.WeakSet()
-
-
-def _renew_locks() -> None:
-    """In a forked child: the threads that held them do not exist there."""
-    for engine in list(_ENGINES):
-        engine.lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_locks)

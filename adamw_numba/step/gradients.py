@@ -40,7 +40,11 @@ def _match(engine: Any, grads: Container, variables: Container | None) -> Sequen
         grads = materialized(grads, "grads")
         if not flatten(grads, "grads", absent=True)[1]:
             return []
-        workspace = engine.workspace or engine.build(names, given)
+        if engine.workspace is None:
+            engine.build(names, given)
+            if engine.together is not None:  # by the mesh of DTensors
+                engine.together.begin("apply")
+        workspace = engine.workspace
         return gradients_of(workspace, grads, names, given, engine.together is not None)
     if engine.workspace is None:
         raise ValueError(

@@ -8,6 +8,7 @@ import numpy as np
 from .. import arrays
 from ..arrays import Array
 from ..arrays.brief import brief
+from ..arrays.dtensors import check_alike, is_dtensor
 from ..arrays.overlap import overlapping
 from ..coefficients import Recipe
 from .commit import Call
@@ -63,6 +64,7 @@ class Workspace(NamedTuple):
         found = list(gradients)
         for i in self.foreign:
             if found[i] is not None:
+                check_alike("the gradient of", self.names[i], found[i], self.given[i])
                 found[i] = arrays.seen(found[i], "the gradient of", self.names[i])
         return found
 
@@ -81,10 +83,11 @@ class Workspace(NamedTuple):
             if now is before:
                 continue
             arrays.check_variable(name, given)
-            if (now.shape, now.dtype) != (before.shape, before.dtype):
+            if (now.shape, now.dtype, arrays.device(now)) != (before.shape, before.dtype, arrays.device(before)):
                 raise ValueError(
-                    f"variable {brief(name)} has become an array of shape {now.shape} and dtype {now.dtype}; "
-                    f"expected shape {before.shape} and dtype {before.dtype}, as built"
+                    f"variable {brief(name)} has become an array of shape {tuple(now.shape)} and dtype {now.dtype} on "
+                    f"{arrays.device(now)}; expected shape {tuple(before.shape)} and dtype {before.dtype} on "
+                    f"{arrays.device(before)}, as built"
                 )
         has_moved = any(now is not before for now, before in zip(found, self.variables, strict=True))
         return found if has_moved else None
@@ -159,6 +162,10 @@ def build(
     foreign = [i for i, (one, other) in enumerate(zip(given, variables, strict=True)) if one is not other]
     alone = alone if (has_kernels or gpus) and not foreign else None  # gradients of the latter have to be seen first
     versioned = [(i, variable) for i, variable in enumerate(trained[1]) if arrays.has_version(variable)]
+    # A DTensor has a version of its own, besides that of its local tensor.
+    versioned += [
+        (k, given[i]) for k, i in enumerate(trainable) if given[i] is not variables[i] and is_dtensor(given[i])
+    ]
     tensors = [variable for _, variable in versioned]
     some = trainable if len(trainable) < len(names) else None
     return Workspace(

@@ -1,15 +1,15 @@
 """Torch's groups of parameters in our words, and ours in torch's."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
 import torch
 
-from ..arrays.brief import brief
+from ..arrays.brief import brief, brief_names
 from ..hyperparameters import table as hp
 from ..hyperparameters.conventions import pair
-from ..hyperparameters.groups import Group, check_clips
+from ..hyperparameters.groups import Group, check_clips, make_groups
 
 Own = dict[str, Any]
 Noted = list[tuple[Own, tuple[Any, ...] | None]]
@@ -130,3 +130,23 @@ def described(group: Group, common: Any) -> Own:
         "maximize": common.maximize,
         **{key: clip for key, clip in clips.items() if clip is not None},
     }
+
+
+def groups_of(optimizer: Any, params: Iterable[Any]) -> list[Own]:
+    """Groups of parameters, by what an `adamw_numba.AdamW` says of some variables; the common group first.
+
+    Raises
+    ------
+    ValueError
+        If a rate is a schedule, a variable is not trainable, or something that it names is none of the parameters.
+    """
+    params = list(params)
+    named = [each if isinstance(each, tuple) else (str(i), each) for i, each in enumerate(params)]
+    names, tensors = [name for name, _ in named], [tensor for _, tensor in named]
+    groups, which, unmatched = make_groups(optimizer.engine, optimizer.hyper.overrides, names, tensors)
+    for called, nothing in unmatched:
+        raise ValueError(f"{called}: {brief_names(nothing)} match none of the parameters {brief_names(names)}")
+    found = [described(group, optimizer) | {"params": []} for group in groups]
+    for each, k in zip(params, which, strict=True):
+        found[k]["params"].append(each)
+    return found

@@ -16,11 +16,13 @@ from torch.optim import optimizer as torch_optimizer
 from .. import arrays
 from .. import optimizer as surface
 from ..arrays.brief import brief, brief_names
+from ..arrays.dtensors import check_alike, is_dtensor
 from ..arrays.torch_graphs import outside_graphs
-from ..hyperparameters.groups import Group, make_groups
+from ..hyperparameters.groups import Group
+from ..ranks.joining import rejoined
 from ..step.record import LastStep
-from .groups import CLIPS, OURS, Noted, are_as_noted, check_common, checked, described, layout, listed, noted
-from .state import Shown, Started, apart, are_same, hold, released, restored
+from .groups import CLIPS, OURS, Noted, are_as_noted, check_common, checked, groups_of, layout, listed, noted
+from .state import Shown, Started, apart, are_same, hold, released, restored, started_of
 
 _IGNORED = {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
 # Torch says nowhere else whether it wants to look at a step.
@@ -136,20 +138,11 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
             raise TypeError(f"`optimizer` is {brief(optimizer)}; expected an adamw_numba.AdamW")
         if optimizer.built:
             raise ValueError("`optimizer` is built already; expected one that is not")
-        params = list(params)
-        named = [each if isinstance(each, tuple) else (str(i), each) for i, each in enumerate(params)]
-        names, tensors = [name for name, _ in named], [tensor for _, tensor in named]
-        groups, which, unmatched = make_groups(optimizer.engine, optimizer.hyper.overrides, names, tensors)
-        for called, nothing in unmatched:
-            raise ValueError(f"{called}: {brief_names(nothing)} match none of the parameters {brief_names(names)}")
-        in_torch = [described(group, optimizer) for group in groups]
-        members: list[list[Any]] = [[] for _ in groups]
-        for each, k in zip(params, which, strict=True):
-            members[k].append(each)
+        groups = groups_of(optimizer, params)
+        common = {key: value for key, value in groups[0].items() if key != "params"}
         new = cls.__new__(cls)
-        new._begin({key: getattr(optimizer, key) for key in surface.HYPERPARAMETERS if key not in in_torch[0]})
-        used = [group | {"params": own} for group, own in zip(in_torch, members, strict=True) if own]
-        new._start(used, in_torch[0] | _IGNORED)
+        new._begin({key: getattr(optimizer, key) for key in surface.HYPERPARAMETERS if key not in common})
+        new._start([group for group in groups if group["params"]], common | _IGNORED)
         return new
 
     # Setting up
@@ -194,6 +187,15 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
         if len(set(params)) < len(params):
             del self.param_groups[-1]
             raise ValueError(f"`params` has {len(params)} parameters, some of them twice; expected each of them once")
+        if any(map(is_dtensor, params)):
+            self._join()
+
+    def _join(self) -> None:
+        """Be connected with the ranks that have the other parts of DTensors, if there are any."""
+        found = listed(self.param_groups)
+        self._engine.together = rejoined(
+            self._engine.together, [each[0] for each in found], [each[1] for each in found]
+        )
 
     def _translate(self) -> None:
         """Tell the engine of the groups as they are now."""
@@ -251,8 +253,11 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
             found = vars(self).get("found_inf")
             if found is not None and found.item():
                 self._engine.skip()
-            elif gradients := self._gradients():
-                self._apply(gradients)
+            elif self._engine.together is not None:
+                with self._engine.together.deciding("apply"):
+                    self._apply(self._gradients())
+            else:
+                self._apply(self._gradients())
         return loss
 
     def _gradients(self) -> list[Any]:
@@ -279,6 +284,8 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
         return params
 
     def _apply(self, gradients: list[Any]) -> None:
+        if not gradients:
+            return
         scale = vars(self).get("grad_scale")
         if scale is not None:
             scale = float(scale) * (self._adamw.loss_scale_factor or 1.0)
@@ -306,35 +313,26 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
     def state(self, value: Any) -> None:
         self._shown.replace(value)
 
-    def _started(self) -> dict[torch.Tensor, Started]:
-        """What the engine has of the parameters."""
-        workspace, groups, updates = self._engine.workspace, self._engine.hyper.groups, self._engine.updates()
-        if workspace is None:
-            return {}
-        return {
-            param: Started(slots, updates - groups[k].started)
-            for param, slots, k in zip(workspace.variables, workspace.slots, workspace.which, strict=True)
-        }
-
     def _grow(self, gradients: Sequence[Any]) -> None:
         """Have a state for the parameters that have a gradient for the first time."""
-        started, params = self._started(), listed(self.param_groups)
+        started, params = started_of(self._engine), listed(self.param_groups)
         for i in self._new:
             name, param, k = params[i]
             if gradients[i] is not None:
                 arrays.check_variable(name, param)
-                arrays.check_gradient(name, gradients[i], param)
-                started[param] = Started(self._engine.new_slots(param, self._own[k]["amsgrad"]), 0)
+                check_alike("the gradient of", name, gradients[i], param)
+                arrays.check_gradient(name, arrays.seen(gradients[i]), arrays.seen(param))
+                started[param] = Started(self._engine.new_slots(arrays.seen(param), self._own[k]["amsgrad"]), 0)
         self._arrange(started, self._engine.count())
 
     def _install(self) -> None:
         """Go on with what the state says, which somebody has loaded or changed."""
-        before, started, micro_steps = self._started(), {}, 0
+        before, started, micro_steps = started_of(self._engine), {}, 0
         for name, param, k in listed(self.param_groups):
             own = self._shown.contents.get(param)
             if own:
                 arrays.check_variable(name, param)
-                slots = self._engine.new_slots(param, self._own[k]["amsgrad"])
+                slots = self._engine.new_slots(arrays.seen(param), self._own[k]["amsgrad"])
                 started[param] = restored(name, param, own, slots, before[param].slots if param in before else {})
                 micro_steps = int(own.get("micro_steps", 0))
         count = max((each.steps for each in started.values()), default=0)
@@ -356,7 +354,8 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
             Group(engine, (), (), hyper, updates - steps) for hyper, (_, steps) in zip(hypers, numbers, strict=True)
         ]
         if params:
-            engine.lay_out(names, params, [each.slots for each in own], [numbers[kind] for kind in kinds], groups)
+            variables, which = arrays.seen_all(names, params), [numbers[kind] for kind in kinds]
+            engine.lay_out(names, variables, [each.slots for each in own], which, groups, params)
         else:
             engine.workspace = engine.alone = None
         engine.state.scalars["iteration"][...] = iteration
@@ -408,6 +407,7 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
                 for key, value in self.defaults.items():
                     group.setdefault(key, value)
                 group["decoupled_weight_decay"] = True  # also where it was torch's Adam
+            self._join()
             self._translate()
             self._shown = Shown(self._engine, self._adamw.gradient_accumulation_steps or 1)
             self._shown.contents = released(new)

@@ -16,6 +16,7 @@ import torch
 
 from .. import arrays
 from ..arrays.brief import brief
+from ..arrays.dtensors import check_alike, is_dtensor, like
 from ..state import Slots
 from ..step.commit import exhaust
 
@@ -124,7 +125,11 @@ class Shown:
             own = self.contents.get(param) or {}
             # A count that somebody holds stays the one that counts.
             held = {"step": own["step"] if self._is_ours(own.get("step"), place) else counts[place]}
-            held |= {theirs: each.slots[ours] for theirs, ours in SLOTS.items() if ours in each.slots}
+            held |= {
+                theirs: shown_as(each.slots[ours], param, own.get(theirs))
+                for theirs, ours in SLOTS.items()
+                if ours in each.slots
+            }
             held |= {"micro_steps": micro_steps} if self.window > 1 else {}
             if param in self.contents:
                 self.contents[param].update(held)
@@ -156,6 +161,17 @@ def are_same(some: Sequence[Any], others: Sequence[Any]) -> bool:
     return len(some) == len(others) and all(map(is_, some, others))
 
 
+def started_of(engine: Any) -> dict[torch.Tensor, Started]:
+    """What an engine has of the parameters."""
+    workspace, groups, updates = engine.workspace, engine.hyper.groups, engine.updates()
+    if workspace is None:
+        return {}
+    return {
+        param: Started(slots, updates - groups[k].started)
+        for param, slots, k in zip(workspace.given, workspace.slots, workspace.which, strict=True)
+    }
+
+
 def restored(name: str, param: torch.Tensor, own: Own, slots: Slots, before: Slots) -> Started:
     """The state of a parameter as somebody has given it, in new slots; arrays that the engine has already stay.
 
@@ -176,18 +192,50 @@ def restored(name: str, param: torch.Tensor, own: Own, slots: Slots, before: Slo
                 arrays.write(slots[ours], param)
         else:
             try:
-                if isinstance(own[theirs], torch.Tensor):
-                    arrays.check_tensor("it", own[theirs])  # all of it is in its storage, whatever was done to that
-                if own[theirs] is before.get(ours) and _is_laid_out_like(own[theirs], slots[ours]):
+                given = _part(own[theirs], param)
+                if isinstance(given, torch.Tensor):
+                    arrays.check_tensor("it", given)  # all of it is in its storage, whatever was done to that
+                known = before.get(ours)
+                is_known = given is known or (given is not own[theirs] and _lies_at(known, given))
+                if is_known and _is_laid_out_like(given, slots[ours]):
                     slots[ours] = before[ours]
                 else:
-                    arrays.write(slots[ours], own[theirs])
+                    arrays.write(slots[ours], given)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{what}: {theirs!r}: {error}") from None
     count = float(own["step"])
     if not 0 <= count < 2**62 or count != int(count):
         raise ValueError(f"{what}: 'step' is {count}; expected an integer >= 0")
     return Started(slots, int(count))
+
+
+def shown_as(slot: torch.Tensor, param: torch.Tensor, before: Any) -> torch.Tensor:
+    """A slot as the user sees it: of a DTensor a DTensor over its memory, and the one that was seen before if it is."""
+    if not is_dtensor(param):
+        return slot
+    if is_dtensor(before):
+        known = arrays.seen(before)
+        if _lies_at(known, slot) and _is_laid_out_like(known, slot):
+            return before
+    return like(slot, param)
+
+
+def _part(value: Any, param: torch.Tensor) -> Any:
+    """What this process has of a state that somebody has given."""
+    if not is_dtensor(param):
+        return value
+    if not is_dtensor(value):
+        raise ValueError(
+            f"it is a {type(value).__name__}; expected a DTensor, as the parameter is: "
+            "`torch.distributed.checkpoint.state_dict.set_optimizer_state_dict` makes it of a whole tensor"
+        )
+    check_alike("it", None, value, param)
+    return arrays.seen(value)
+
+
+def _lies_at(some: Any, other: torch.Tensor) -> bool:
+    """Whether a tensor, which may be None, lies where another does: DTensors wrap views."""
+    return some is not None and some.data_ptr() == other.data_ptr()
 
 
 def _is_laid_out_like(some: torch.Tensor, other: torch.Tensor) -> bool:

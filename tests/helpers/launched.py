@@ -17,7 +17,7 @@ import numpy as np
 
 from adamw_numba import AdamW, minimize
 from adamw_numba.distributed import Sharded
-from adamw_numba.ranks.agreement import ranks_of
+from adamw_numba.ranks.engines import ranks_of
 
 SIZES = (1000, 3, 1, 50)
 STEPS = 4

@@ -14,13 +14,17 @@ OURS, THEIRS = "from adamw_numba.torch import AdamW", "from torch.optim import A
 PACKAGES = {
     "DistributedDataParallel": "torch",
     "ZeroRedundancyOptimizer": "torch",
+    "FSDP2": "torch",
     "Lightning": "pytorch_lightning",
     "Accelerate": "accelerate",
     "transformers": "transformers",
     "skorch": "skorch",
 }
 
-pytestmark = [pytest.mark.usefixtures("one_thread", "group_of_one"), *WARNINGS]
+pytestmark = [
+    *(pytest.mark.usefixtures("one_thread", "group_of_one"), *WARNINGS),
+    pytest.mark.filterwarnings("ignore:Detected an existing checkpoint:UserWarning"),  # each example runs twice
+]
 
 
 @pytest.fixture
