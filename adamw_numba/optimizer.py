@@ -256,7 +256,8 @@ class AdamW(Saveable, Conventional):
             lie (docs/arrays.md). On the CPU, NumPy's, torch's and the latter are updated in place by compiled code. Of
             DTensors it is the local part; their mesh connects the processes (docs/distributed.md).
         comm : communicator of mpi4py, process group or device mesh of torch, or distributed.Ranks, optional
-            Take each step together with other processes, each of which has its own variables, or none. Not for DTensors.
+            Take each step together with other processes, each of which has its own variables, or none; not
+            for DTensors.
         replicated : list of str
             With `comm`: regular expressions for the names of variables that all processes have, with the same values.
 

@@ -83,10 +83,9 @@ def mesh_of(names: Sequence[str], variables: Sequence[Any]) -> Any:
 
 def cut_of(ranks: MeshRanks, names: Sequence[str], variables: Sequence[Array]) -> Cut:
     """How variables are cut. What is no DTensor counts as replicated: torch takes it so where it meets DTensors."""
+    # Variable by dimension: whether there are copies along it.
     copied = np.array([_copied(variable, len(ranks.shape)) for variable in variables], bool)
-    copied = copied.reshape(
-        len(variables), len(ranks.shape)
-    )  # variable by dimension: whether there are copies along it
+    copied = copied.reshape(len(variables), len(ranks.shape))
     at_first = np.array(ranks.coordinate) == 0
     is_shared, has_some = np.asarray(copied.all(axis=1)), np.asarray(copied.any(axis=1))
     has_twins = np.asarray(has_some & ~is_shared)
