@@ -405,6 +405,13 @@ def test_a_copy_cannot_go_on(mesh):
         copy.deepcopy(optimizer).apply([torch.ones(2)])
 
 
+def test_parts_are_not_exported_as_if_they_were_all(mesh):
+    optimizer = adamw_numba.AdamW(epsilon_mode="corrected")
+    optimizer.build([made(mesh, 2)])
+    with pytest.raises(ValueError, match="the variables are DTensors, of which each process has a part"):
+        interop.to_torch(optimizer)
+
+
 def test_what_the_front_shows_counts(mesh):
     """Also what is put there; a tensor that is no DTensor is refused."""
     model = torch.nn.Linear(3, 2)
