@@ -9,6 +9,7 @@ import numpy as np
 from .. import arrays
 from ..arrays import Array
 from ..arrays.brief import brief
+from ..arrays.dtensors import is_dtensor
 from ..arrays.tree import Container, flatten, materialized
 from ..hyperparameters.groups import Override
 from ..optimizer import AdamW
@@ -119,6 +120,11 @@ def exportable(optimizer: AdamW, library: str, leave_out: Iterable[str], amsgrad
             f"`optimizer` is a {type(optimizer).__name__}; expected an AdamW, `inner_optimizer` for example"
         )
     built = optimizer.engine.require_built(f"to_{library}")
+    if any(map(is_dtensor, built.given)):
+        raise ValueError(
+            "the variables are DTensors, of which each process has a part; expected whole arrays: `interop.dcp_state`, "
+            "or an `adamw_numba.torch.AdamW`, saves the state of DTensors"
+        )
     left_out = set(leave_out)
     lacking = [key for key in _OURS if getattr(optimizer, key) and key not in left_out]
     if lacking:

@@ -110,7 +110,7 @@ def _piece(ranks: MeshRanks, variable: Array) -> Piece:
     start, own = [0] * len(variable.shape), [int(length) for length in variable.shape]
     placements = variable.placements if is_dtensor(variable) else ()
     for placement, size, at in zip(placements, ranks.shape, ranks.coordinate, strict=False):
-        if not placement.is_replicate():
+        if placement.is_shard():
             length = own[placement.dim]
             chunk = -(-length // size)
             first, stop = (min(chunk * k, length) for k in (at, at + 1))

@@ -70,7 +70,7 @@ class Shown:
         self._counts = self._told = np.zeros(0, self._dtype)  # what the user sees, and a copy
         self._micro_steps = np.zeros((), self._dtype)
         self._known: tuple[list[Any], list[Any]] = [], []
-        self._variables: Any = None  # of the engine, when this was made for it
+        self._given: Any = None  # of the engine, when this was made for it
 
     def show(self) -> Any:
         """The contents as they are now, for somebody to look at."""
@@ -93,7 +93,7 @@ class Shown:
     def tell(self) -> None:
         """Write the steps that were taken into the counts."""
         workspace, groups = self._engine.workspace, self._engine.hyper.groups
-        if workspace is None or workspace.variables is not self._variables:
+        if workspace is None or workspace.given is not self._given:
             return
         self._engine.catch_up()
         updates, micro_steps = divmod(self._engine.state.scalars["iteration"].item(), self.window)
@@ -117,7 +117,7 @@ class Shown:
 
     def put(self, params: Sequence[torch.Tensor], started: Sequence[Started]) -> None:
         """Show the arrays of these parameters, which are what the engine has now."""
-        self._variables = None
+        self._given = None
         self._make_places(params)
         self._counts[self._own] = self._told[self._own] = [each.steps for each in started]
         counts, micro_steps = torch.from_numpy(self._counts), torch.from_numpy(self._micro_steps)
@@ -137,7 +137,7 @@ class Shown:
                 self.contents[param] = held
         self._known, workspace = self._now(), self._engine.workspace
         if workspace is not None:
-            self._variables = workspace.variables
+            self._given = workspace.given
             if self.is_shown:
                 workspace.lend()
 

@@ -13,6 +13,11 @@ torch = pytest.importorskip("torch")
 
 from helpers import dtensor_runs as runs  # noqa: E402
 from torch import distributed  # noqa: E402
+from torch.distributed.checkpoint.state_dict import (  # noqa: E402
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor  # noqa: E402
@@ -107,6 +112,7 @@ def test_a_transformer_goes_on_with_other_ranks(way, of_two, of_four, one_thread
         assert_close(each["begun"][way], expected, 2e-6)
     for each in of_four:
         assert_close(each["resumed"][way], expected, 2e-6)
+        assert_close(each["resumed hybrid"][way], expected, 2e-6)
     assert_close(runs.resume(lambda module: None, way, checkpoints), expected, 2e-6)
 
 
@@ -123,6 +129,12 @@ def test_masters_averages_and_half_a_window_are_in_the_checkpoint(way, of_two, o
 def test_state_goes_to_torch_and_comes_back(of_two):
     for each in of_two:
         assert_close(*each["torch"], 1e-6)
+
+
+@pytest.mark.slow
+def test_a_grad_scaler_skips_on_all_ranks(of_two):
+    for each in of_two:
+        assert each["scaled"] == [(2.0, 2.0)] * 2  # steps, and the scale
 
 
 @pytest.mark.slow
@@ -155,7 +167,7 @@ def test_an_error_reaches_all(way, of_two):
             each["errors"]["rate", way], "RankError: the learning rates differ: 0.1 on rank 0, 0.2 on rank 1"
         )
         assert_matches(
-            each["errors"]["missing", "front"],
+            each["errors"]["missing", way],
             "RankError: the variables, or which of them have gradients, differ: number 0 is .* on rank 0",
         )
 
@@ -306,6 +318,45 @@ def test_a_local_tensor_that_was_replaced(mesh):
         ours.apply([distribute_tensor(gradient, mesh, [Shard(0)])])
 
 
+def test_the_front_goes_on_with_a_local_tensor_that_was_replaced(mesh):
+    variable, other = made(mesh, 4, 2), torch.nn.Parameter(torch.ones(4, 2))
+    ours, theirs = Front([variable], lr=0.1), torch.optim.AdamW([other], lr=0.1)
+    step = None
+    for k in range(3):
+        other.grad = torch.linspace(-1, 1, 8).reshape(4, 2) * (k + 1)
+        variable.grad = distribute_tensor(other.grad, mesh, [Shard(0)])
+        ours.step(), theirs.step()
+        variable._local_tensor = variable._local_tensor.clone()
+        step = ours.state[variable]["step"] if step is None else step
+        assert step == k + 1
+        np.testing.assert_allclose(runs.local(ours.state[variable]["exp_avg"]), theirs.state[other]["exp_avg"], 1e-6)
+    np.testing.assert_allclose(runs.whole(variable), other.detach(), 1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"full_state_dict": True}, {"flatten_optimizer_state_dict": True}])
+def test_torch_s_functions(options, mesh):
+    """In their ways of giving a state, between ours, and between ours and torch's."""
+    options, state = StateDictOptions(**options), None
+    torch.manual_seed(0)
+    models = [torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    fully_shard(models[0], mesh=mesh)
+    whole = torch.optim.AdamW(models[1].parameters(), lr=0.1)
+    for kind in (Front, torch.optim.AdamW, Front):  # each of which goes on from the one before
+        optimizer = kind(models[0].parameters(), lr=0.1)
+        if state is not None:
+            models[0].zero_grad()  # torch makes no state to load into where there are gradients
+            set_optimizer_state_dict(models[0], optimizer, state, options=options)
+        for step in range(3):
+            for model, each in zip(models, (optimizer, whole), strict=True):
+                model.zero_grad()
+                model(torch.full((2, 3), 1.0 + step)).square().sum().backward()
+                each.step()
+        state = get_optimizer_state_dict(models[0], optimizer, options=options)
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        np.testing.assert_allclose(runs.whole(one), other.detach(), 1e-5, 1e-6)
+
+
 @pytest.mark.parametrize("kind", [adamw_numba.AdamW, Front])
 def test_model_to_keeps_the_optimizer_going(kind, mesh):
     model, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
@@ -352,6 +403,13 @@ def test_a_copy_cannot_go_on(mesh):
     optimizer.build([made(mesh, 2)])
     with pytest.raises(RuntimeError, match="the copy of one that was connected"):
         copy.deepcopy(optimizer).apply([torch.ones(2)])
+
+
+def test_parts_are_not_exported_as_if_they_were_all(mesh):
+    optimizer = adamw_numba.AdamW(epsilon_mode="corrected")
+    optimizer.build([made(mesh, 2)])
+    with pytest.raises(ValueError, match="the variables are DTensors, of which each process has a part"):
+        interop.to_torch(optimizer)
 
 
 def test_what_the_front_shows_counts(mesh):

@@ -812,7 +812,7 @@ def test_one_row_for_each_evaluation(options, per_iteration, size):
         assert on_ranks(size, lambda ranks, n=maxiter: work(ranks, n)) == [None] * size
     assert len(sent[14]) - len(sent[4]) == 10 * per_iteration
     assert max(sent[14][-10:]) == MOST_WORDS
-    assert MOST_WORDS * 8 <= 160
+    assert MOST_WORDS * 8 <= 168
 
 
 def test_one_rank_prints(capsys):

@@ -272,7 +272,7 @@ def errors(cut, rank):
     for way in WAYS:
         told("wrong", way, wrong)
         told("rate", way, rate)
-    told("missing", "front", missing)
+        told("missing", way, missing)
     return found
 
 
@@ -309,6 +309,21 @@ def by_local(cut, mesh):
     return {name: whole(p) for name, p in model.named_parameters()}
 
 
+def scaled(cut, rank, fused):
+    """By a `GradScaler`, with an infinity on one rank in the second step."""
+    model = Parts(torch.float32)
+    cut(model)
+    optimizer, scaler = Front(model.parameters(), lr=0.1, fused=fused), torch.amp.GradScaler("cpu", init_scale=4.0)
+    for step in range(3):
+        model.zero_grad()
+        scaler.scale(model(1.0 + step)).backward()
+        if step == 1 and rank == 1:
+            local(model.uneven.grad)[0, 0] = math.inf
+        scaler.step(optimizer)
+        scaler.update()
+    return float(optimizer.state[model.uneven]["step"]), scaler.get_scale()
+
+
 def main(folder, checkpoints, what):
     faulthandler.dump_traceback_later(SECONDS, exit=True)
     dist.init_process_group("gloo", timeout=timedelta(seconds=SECONDS))
@@ -322,10 +337,16 @@ def main(folder, checkpoints, what):
     if what == "save":
         found["begun"] = {way: begin(cut, way, checkpoints, rank, size) for way in WAYS}
         found["16 bits"] = {way: all_of_it(cut, way, checkpoints, save=True) for way in WAYS}
+        found["scaled"] = [scaled(cut, rank, fused) for fused in (False, True)]
         found["errors"], found["torch"], found["local"] = errors(cut, rank), torch_and_back(cut), by_local(cut, mesh)
     else:
         square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-        found["hybrid"] = all_ways(lambda module: fully_shard(module, mesh=square))
+
+        def cut_twice(module):
+            fully_shard(module, mesh=square)
+
+        found["hybrid"] = all_ways(cut_twice)
+        found["resumed hybrid"] = {way: resume(cut_twice, way, checkpoints, rank, size) for way in WAYS}
         found["resumed"] = {way: resume(cut, way, checkpoints, rank, size) for way in WAYS}
         found["16 bits"] = {way: all_of_it(cut, way, checkpoints) for way in WAYS}
         found["mixed"] = mixed(mesh)
