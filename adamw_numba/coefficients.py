@@ -292,7 +292,7 @@ class Recipes:
         recipe.clips_each = any(each.clipnorm for each in recipe.groups())
         recipe.is_plain = self._is_plain
         recipe.factor = 1 / self.window if accumulate else 1 / self.loss_scale
-        recipe.threads = hyper.threads
+        recipe.threads = hyper.threads or hyper.most_threads
         recipe.global_clipnorm = hyper.global_clipnorm
         recipe.nonfinite = self.nonfinite
         by_norm = is_update and (recipe.clips_each or bool(hyper.global_clipnorm))
@@ -312,5 +312,5 @@ def adam_alone(hyper: Any, updates: int, learning_rate: float, groups: int) -> R
     c = coefficients(hyper, updates, learning_rate, 0.0, 1.0, 1.0)
     c = c._replace(scale=-1.0 if hyper.maximize else 1.0, limit=math.inf)
     recipe = Recipe(c, Variant(False, False, False, hyper.nesterov), True, False, alone=True)
-    recipe.threads, recipe.others = hyper.threads, [Numbers(c, None)] * (groups - 1)
+    recipe.threads, recipe.others = hyper.threads or hyper.most_threads, [Numbers(c, None)] * (groups - 1)
     return recipe

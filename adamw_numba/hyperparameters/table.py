@@ -32,6 +32,8 @@ class Hyperparameters:
         As they were asked for.
     groups : list of groups.Group
         Once it is built; the common one first. The rest of them are `others`.
+    most_threads : int or None
+        What ``threads`` is where it is not set; None for as many as Numba would use.
     """
 
     def __init__(self) -> None:
@@ -39,6 +41,7 @@ class Hyperparameters:
         self.is_fixed = self.counts_each = False
         self.learning_rate_function: Rate | None = None
         self.weight_decay_function: Rate | None = None
+        self.most_threads: int | None = None
         self.overrides: list[Any] = []
         self.groups: list[Any] = []
         self.others: Sequence[Any] = ()

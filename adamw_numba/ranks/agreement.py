@@ -18,6 +18,7 @@ from ..arrays.pieces import Piece
 from ..hyperparameters.table import patterns
 from . import pieces
 from .engines import ranks_of
+from .hosts import place, threads_of
 from .left import Left
 from .mesh import Cut, MeshRanks, cut_of
 from .protocol import RankError, Rows, texts
@@ -76,6 +77,8 @@ class Agreement:
         The ranks that have each variable of any rank, and its pieces there.
     held : callable or None
         What an interrupt in the middle of a decision would have called: it is called at its end.
+    threads : int or None
+        The most that this rank should use, where several are on its cores.
     cut : Cut or None
         How DTensors are cut over their mesh.
     """
@@ -93,6 +96,7 @@ class Agreement:
         self.pieces: dict[str, Piece | None] = {}
         self.known: dict[str, list[tuple[int, Piece | None]]] = {}
         self._given: Any = None  # what the user says of the pieces
+        self.threads: int | None = None
         self.cut: Cut | None = None
         self._cut_sum = 0  # the checksum of what has to be the same of it
         self._present: tuple[Any, bytes] = slice(0), b""  # which variables are trained, and have a gradient
@@ -297,6 +301,7 @@ class Agreement:
             ],
             "shared": [name for name, shared in zip(names, self.is_shared, strict=True) if shared],
             "groups": [", ".join(group.told()) for group in groups[1:]],
+            "place": place(),
             "unmatched": [[called, list(nothing)] for called, nothing in unmatched],
         }
         rows = self._decide(self._row(engine, engine.state.scalars["iteration"].item(), math.nan, math.nan, ()))
@@ -309,6 +314,7 @@ class Agreement:
                     f"the replicated variables differ: {brief(same[0])} on rank 0, {brief(same[1])} on rank {rank}; "
                     "expected the same names, shapes and dtypes on all ranks"
                 )
+        self.threads = threads_of(self.ranks.rank, [each["place"] for each in told])
         everywhere = sorted(set.intersection(*(set(each["groups"]) for each in told)))
         self._groups = [mine["groups"].index(group) for group in everywhere]
         self.known = pieces.placed([each["variables"] for each in told], set(told[0]["shared"]))

@@ -97,6 +97,7 @@ class Engine(Rates):
         workspace = building.build(names, variables, slots, which, len(groups), given, together is not None)
         if together is not None:
             unmatched = together.meet(self, names, variables, given, groups, unmatched)
+            hyper.most_threads = together.threads
         for called, nothing in unmatched:
             warnings.warn(
                 f"{called}: each of {brief_names(nothing, 20)} matches none of the variables {brief_names(names)}",
