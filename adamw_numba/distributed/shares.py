@@ -21,6 +21,8 @@ from ..step.workspace import Workspace
 from .cuts import Run, buckets, shares
 
 WORD = 8  # bytes, at a multiple of which each run begins in a buffer
+LARGE = 1 << 16  # bytes from which a run is sent from where it lies
+AT_ONCE = 32  # of such runs of a rank
 
 
 class _Bucket(NamedTuple):
@@ -81,7 +83,8 @@ class Shares:
         runs = [run._replace(stop=run.stop or math.prod(variables[run.variable].shape)) for run in self._own]
         self.own = [(names[i], self._flat[i][start:stop]) for i, start, stop in runs]
         self.pieces = {names[i]: Piece(tuple(variables[i].shape), (at,), (end - at,)) for i, at, end in runs}
-        self._plans: dict[tuple[int, ...], list[_Bucket]] = {}
+        self._plans: dict[tuple[Any, ...], list[_Bucket]] = {}
+        self._signatures: list[object] = [None] * len(names)
         self._sums: dict[int, _Sum] = {}
         self._buffer = np.empty(0, np.uint8)
 
@@ -134,8 +137,14 @@ class Shares:
             if found[i] is None or not self.whole.slots[i]:
                 found[i] = None
                 continue
+            signature = arrays.signature(found[i])
+            if signature is not None and signature == self._signatures[i]:  # like the one that was checked before
+                continue
+            self._signatures[i] = None
             arrays.check_gradient(name, found[i], variable)
-            if not arrays.read_directly(found[i], variable):
+            if arrays.read_directly(found[i], variable):
+                self._signatures[i] = signature
+            else:
                 gradient = arrays.zeros_like(variable, arrays.dtype_name(variable))
                 arrays.cast(gradient, found[i])
                 found[i] = gradient
@@ -176,16 +185,26 @@ class Shares:
     def spread(self, ranks: BulkRanks) -> None:
         """Give the elements of the pieces to all ranks."""
         variables: Any = [_bytes(flat) for flat in self._flat]
-        for bucket in self._buckets([arrays.ITEMSIZE[arrays.dtype_name(v)] for v in self.whole.variables]):
+        widths = [arrays.ITEMSIZE[arrays.dtype_name(v)] for v in self.whole.variables]
+        large, small = (
+            [
+                [run for run in runs if is_large == ((run.stop - run.start) * widths[run.variable] >= LARGE)]
+                for runs in self._shares
+            ]
+            for is_large in (True, False)
+        )
+        for first in range(0, max(map(len, large)), AT_ONCE):
+            those = [runs[first : first + AT_ONCE] for runs in large]
+            ranks.spread([[_part_of(variables, run, widths) for run in runs] for runs in those])
+        for bucket in self._buckets(widths, small):
             buffer, _ = self._buffers(sum(bucket.counts), 0)
             _pack(bucket, [self._rank], variables, buffer)
-            ranks.spread(buffer, bucket.counts)
-            at = 0
-            for rank, (count, places) in enumerate(zip(bucket.counts, bucket.places, strict=True)):
+            parts = np.split(buffer, np.cumsum(bucket.counts[:-1]))
+            ranks.spread([[part] for part in parts])
+            for rank, (part, places) in enumerate(zip(parts, bucket.places, strict=True)):
                 if rank != self._rank:
-                    for run, here, part in places:
-                        variables[run.variable][here] = buffer[at + part.start : at + part.stop]
-                at += count
+                    for run, here, there in places:
+                        variables[run.variable][here] = part[there]
         moving = [v for v, own in zip(self.whole.variables, self.whole.slots, strict=True) if own]
         arrays.note_writes([v for v in moving if arrays.has_version(v)])
         for flat, held in zip(self._flat, variables, strict=True):
@@ -208,12 +227,13 @@ class Shares:
             self._buffer = np.empty(sum(sizes), np.uint8)
         return [self._buffer[: sizes[0]], self._buffer[sizes[0] : sum(sizes)]]
 
-    def _buckets(self, widths: list[int]) -> list[_Bucket]:
-        """The buckets of elements that have so many bytes, for each variable."""
-        key = tuple(widths)
+    def _buckets(self, widths: list[int], runs: list[list[Run]] | None = None) -> list[_Bucket]:
+        """The buckets of elements that have so many bytes, for each variable: of all, or of some runs of each rank."""
+        key = runs is None, *widths
         if key not in self._plans:
             most = self._most_bytes // (self._size * max(max(widths, default=1), 1))
-            self._plans[key] = [self._bucket(parts, widths) for parts in buckets(self._shares, max(most, 1))]
+            found = buckets(self._shares if runs is None else runs, max(most, 1))
+            self._plans[key] = [self._bucket(parts, widths) for parts in found]
         return self._plans[key]
 
     def _bucket(self, parts: list[list[Run]], widths: list[int]) -> _Bucket:
@@ -237,6 +257,11 @@ def _pack(bucket: _Bucket, those: Sequence[int], held: Sequence[Any], buffer: By
         at = starts[rank]
         for run, here, part in bucket.places[rank]:
             buffer[at + part.start : at + part.stop] = held[run.variable][here]
+
+
+def _part_of(variables: Sequence[Bytes], run: Run, widths: Sequence[int]) -> Bytes:
+    width = widths[run.variable]
+    return variables[run.variable][run.start * width : run.stop * width]
 
 
 def _flat(array: Array) -> Array:

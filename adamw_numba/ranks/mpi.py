@@ -27,7 +27,7 @@ class MpiRanks:
         if self._comm is None:
             self._comm = comm.Dup()
             comm.Set_attr(_key(), self._comm)
-        self._byte, self._in_place = MPI.BYTE, MPI.IN_PLACE
+        self._byte, self._waitall = MPI.BYTE, MPI.Request.Waitall
         self.rank: int = comm.rank
         self.size: int = comm.size
 
@@ -41,9 +41,13 @@ class MpiRanks:
         """An all-to-all of bytes: see `BulkRanks.exchange`."""
         self._comm.Alltoallv(self._parts(send, send_counts), self._parts(receive, receive_counts))
 
-    def spread(self, buffer: Bytes, counts: Sequence[int]) -> None:
-        """All parts of a buffer: see `BulkRanks.spread`."""
-        self._comm.Allgatherv(self._in_place, self._parts(buffer, counts))
+    def spread(self, parts: Sequence[Sequence[Bytes]]) -> None:
+        """From each to all others: see `BulkRanks.spread`."""
+        # Messages of their own, and no collective call: those want all bytes at one place, where they would be copied.
+        others = [(self.rank + k) % self.size for k in range(1, self.size)]
+        requests = [self._comm.Irecv([each, self._byte], rank) for rank in others for each in parts[rank]]
+        requests += [self._comm.Isend([each, self._byte], rank) for rank in others for each in parts[self.rank]]
+        self._waitall(requests)
 
     def _parts(self, buffer: Bytes, counts: Sequence[int]) -> list[Any]:
         return [buffer, counts, [0, *accumulate(counts[:-1])], self._byte]

@@ -65,15 +65,14 @@ class BulkRanks(Ranks, Protocol):
         """
         ...
 
-    def spread(self, buffer: Bytes, counts: Sequence[int]) -> None:
-        """Complete a buffer that has a part of each rank, one after the other: MPI's Allgatherv, in place.
+    def spread(self, parts: Sequence[Sequence[Bytes]]) -> None:
+        """Give what each rank has to all others.
 
         Parameters
         ----------
-        buffer : array of uint8
-            In which the part of this rank is filled, and those of the others are to be.
-        counts : list of int
-            How many bytes each part has.
+        parts : list of lists of arrays of uint8
+            For each rank as many arrays, of as many bytes, on all ranks. Those of this rank are filled, and those of
+            the others are to be.
         """
         ...
 

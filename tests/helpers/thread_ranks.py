@@ -28,11 +28,13 @@ class ThreadRanks:
         assert [part.size for part in own] == list(receive_counts)
         receive[:] = np.concatenate(own)
 
-    def spread(self, buffer, counts):
-        assert sum(counts) == buffer.size
-        self.sent += counts[self.rank] * (self.size - 1)
-        parts = self._shared(np.split(buffer.copy(), np.cumsum(counts[:-1])))
-        buffer[:] = np.concatenate([part[rank] for rank, part in enumerate(parts)])
+    def spread(self, parts):
+        self.sent += sum(each.size for each in parts[self.rank]) * (self.size - 1)
+        found = self._shared([each.copy() for each in parts[self.rank]])
+        for own, there in zip(parts, found, strict=True):
+            for target, source in zip(own, there, strict=True):
+                assert target.size == source.size
+                target[:] = source
 
     def _shared(self, value):
         self._board[self.rank] = value
