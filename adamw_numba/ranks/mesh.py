@@ -100,15 +100,15 @@ def cut_of(ranks: MeshRanks, names: Sequence[str], variables: Sequence[Array]) -
         [name, list(variable.shape), str(variable.placements) if is_dtensor(variable) else "whole"]
         for name, variable in zip(names, variables, strict=True)
     ]
-    pieces = {name: _piece(ranks, variable) for name, variable in zip(names, variables, strict=True)}
+    pieces = {name: piece_of(ranks, variable) for name, variable in zip(names, variables, strict=True)}
     return Cut(is_shared, np.asarray((at_first | ~copied).all(axis=1)), has_twins, twins, told, pieces)
 
 
-def _piece(ranks: MeshRanks, variable: Array) -> Piece:
+def piece_of(ranks: MeshRanks, variable: Array) -> Piece:
     """Where the local part of a DTensor lies: torch cuts an axis as `torch.chunk` does, along one dimension of the mesh
     after the other."""
     start, own = [0] * len(variable.shape), [int(length) for length in variable.shape]
-    placements = variable.placements if is_dtensor(variable) else ()
+    placements = getattr(variable, "placements", ())
     for placement, size, at in zip(placements, ranks.shape, ranks.coordinate, strict=False):
         if placement.is_shard():
             length = own[placement.dim]

@@ -1,10 +1,12 @@
 """DTensors, as FSDP2 makes them: steps and checkpoints of several ranks are those of one process."""
 
 import copy
+import itertools
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -123,6 +125,35 @@ def test_masters_averages_and_half_a_window_are_in_the_checkpoint(way, of_two, o
     for each in (*of_two, *of_four):
         assert_close(each["16 bits"][way], expected)
     assert_close(runs.all_of_it(lambda module: None, way, checkpoints), expected)
+
+
+@pytest.mark.slow
+def test_a_folder_of_files(of_two, of_four, one_thread, checkpoints):
+    """Saved on 2 ranks, restored on 4, on 2 x 2, and in one process."""
+    expected = runs.by_folder(lambda module: None)
+    for found, key in ((of_two, "folder"), (of_four, "folder"), (of_four, "hybrid folder")):
+        for each in found:
+            assert_close(each[key], expected)
+    assert_close(runs.by_folder(lambda module: None, checkpoints), expected)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (1, 3), (0, 4), (8,), ()])
+@pytest.mark.parametrize("mesh", [(1,), (3,), (4,), (2, 3)])
+def test_where_local_tensors_lie(shape, mesh):
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset as of_torch
+
+    from adamw_numba.ranks import mesh as own
+
+    kinds = [Replicate(), *(Shard(k) for k in range(len(shape)))]
+    for placements in itertools.product(kinds, repeat=len(mesh)):
+        for coordinate in itertools.product(*map(range, mesh)):
+            ranks = SimpleNamespace(shape=mesh, coordinate=coordinate)
+            variable = SimpleNamespace(shape=shape, placements=placements)
+            piece = own.piece_of(ranks, variable)
+            local, start = of_torch(shape, mesh, list(coordinate), placements)
+            assert (piece.shape, piece.own) == (shape, tuple(local))
+            assert 0 in local or piece.start == tuple(start)
 
 
 @pytest.mark.slow

@@ -24,11 +24,16 @@ ENVIRONMENT = os.environ | {
 
 
 def under_mpi(size, folder):
+    return mpiexec(size, [SCRIPT, "mpi", folder])
+
+
+def mpiexec(size, arguments):
+    """What a script of Python prints on so many ranks."""
     pytest.importorskip("mpi4py")
-    mpiexec = Path(sys.executable).parent / "mpiexec"
-    if not mpiexec.exists():
+    starter = Path(sys.executable).parent / "mpiexec"
+    if not starter.exists():
         pytest.skip("no mpiexec beside this Python")
-    command = [mpiexec, "-n", str(size), "--bind-to", "none", sys.executable, "-m", "mpi4py", SCRIPT, "mpi", folder]
+    command = [starter, "-n", str(size), "--bind-to", "none", sys.executable, "-m", "mpi4py", *arguments]
     done = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, timeout=SECONDS, check=True)
     return done.stdout
 
@@ -73,6 +78,18 @@ def test_as_one_process(launch, size, tmp_path):
         for each in found:
             for key in ("fun", "nit", "message"):
                 assert each[when][key] == expected[key]
+
+
+@pytest.mark.slow
+def test_the_example(tmp_path):
+    """The same estimate on any number of ranks."""
+    script, found = Path(__file__).parents[2] / "examples" / "mpi_inverse_problem.py", set()
+    for size in (1, 2, 4):
+        output = mpiexec(size, [script, tmp_path])
+        assert "relative error 0.06" in output
+        found.add(output.partition("checksum of the estimate ")[2].split()[0])
+        assert (tmp_path / "mpi_inverse_problem.png").stat().st_size > 10_000
+    assert len(found) == 1
 
 
 def check_sharded(found, size, folder):

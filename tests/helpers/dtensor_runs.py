@@ -229,6 +229,26 @@ def all_of_it(cut, way, checkpoints=None, save=False):
     return averages | {name: whole(p) for name, p in model.named_parameters()}
 
 
+def by_folder(cut, checkpoints=None, save=False):
+    """The same through a folder of our own, which has the model's parameters, too."""
+    model = Parts(torch.bfloat16)
+    cut(model)
+    optimizer, take = built(model, OPTIONS["all"])
+    if checkpoints is None or save:
+        for step in range(ODD):
+            train(model, lambda _: take(), step)
+    if save:
+        optimizer.save(checkpoints / "folder", variables=True)
+    elif checkpoints is not None:
+        with torch.no_grad():
+            for p in model.parameters():
+                local(p).zero_()
+        optimizer.restore(checkpoints / "folder")
+    for step in range(ODD, 2 * ODD):
+        train(model, lambda _: take(), step)
+    return {name: whole(p) for name, p in model.named_parameters()}
+
+
 # Two ranks alone
 
 
@@ -337,6 +357,7 @@ def main(folder, checkpoints, what):
     if what == "save":
         found["begun"] = {way: begin(cut, way, checkpoints, rank, size) for way in WAYS}
         found["16 bits"] = {way: all_of_it(cut, way, checkpoints, save=True) for way in WAYS}
+        found["folder"] = by_folder(cut, checkpoints, save=True)
         found["scaled"] = [scaled(cut, rank, fused) for fused in (False, True)]
         found["errors"], found["torch"], found["local"] = errors(cut, rank), torch_and_back(cut), by_local(cut, mesh)
     else:
@@ -349,6 +370,7 @@ def main(folder, checkpoints, what):
         found["resumed hybrid"] = {way: resume(cut_twice, way, checkpoints, rank, size) for way in WAYS}
         found["resumed"] = {way: resume(cut, way, checkpoints, rank, size) for way in WAYS}
         found["16 bits"] = {way: all_of_it(cut, way, checkpoints) for way in WAYS}
+        found["folder"], found["hybrid folder"] = by_folder(cut, checkpoints), by_folder(cut_twice, checkpoints)
         found["mixed"] = mixed(mesh)
         found["replicas"] = replicas(square, rank)
     torch.save(found, folder / str(rank))
