@@ -56,7 +56,7 @@ def trained(steps=3, **options):
 def test_signatures(name):
     ours, theirs = (inspect.signature(getattr(cls, name)) for cls in (AdamW, keras.optimizers.AdamW))
     if name == "build":  # `variables` in Keras's base class and documentation, `var_list` in its Adam
-        assert list(ours.parameters) == ["self", "variables", "comm", "replicated"]
+        assert list(ours.parameters) == ["self", "variables", "comm", "replicated", "pieces"]
         return
     assert list(ours.parameters) == list(theirs.parameters)
     for parameter in theirs.parameters.values():

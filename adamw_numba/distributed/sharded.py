@@ -114,6 +114,8 @@ class Sharded:
                     raise ValueError("`variables` is empty; expected at least one array")
                 shares = Shares(self._engine, names, given, self._ranks, self._bucket_bytes)
                 self._together.agree()
+            own = [["gradients", self._gradients], ["bucket_bytes", self._bucket_bytes]]
+            self._compare("arguments of `Sharded`", own)
             self._compare("variables", shares.described())
             self._compare(
                 "values of the variables", [list(each) for each in zip(names, shares.checksums(), strict=True)], shows=1

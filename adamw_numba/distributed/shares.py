@@ -68,6 +68,8 @@ class Shares:
         _check_apart(names, variables)
         groups, which, _ = make_groups(engine, engine.hyper.overrides, names, given)
         trainable = [groups[k].trainable for k in which]
+        if not any(trainable):
+            raise ValueError("no variable is trainable; expected one at least")
         # What is matched with gradients: it has no plans, and never takes a step.
         slots: Any = [{"state": v} if moves else {} for v, moves in zip(variables, trainable, strict=True)]
         foreign = [i for i, (one, other) in enumerate(zip(given, variables, strict=True)) if one is not other]

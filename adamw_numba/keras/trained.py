@@ -91,7 +91,7 @@ class Trained:
         tensors = self._tensors_now()
         arrays.check_variables(self.names, tensors)
         slots = [{key: tensor(own) for key, own in each.items()} for each in self._slots]
-        self._engine.lay_out(self.names, tensors, slots, self._which, self._engine.hyper.groups)
+        self._engine.lay_out(self.names, tensors, slots, self._which, self._engine.hyper.groups, tensors)
         self._engine.workspace.lend()  # the state is Keras's, and anybody may write it
         self._tensors = tensors
 

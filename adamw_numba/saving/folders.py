@@ -71,7 +71,8 @@ def save(optimizer: Any, target: Any, extra: Any, variables: bool, durable: bool
                 )
             path = Path(target)
             taken = snapshot.take(optimizer, extra, variables)
-            mine = _told(taken, together) | {"path": str(path.absolute()), "mark": uuid.uuid4().hex[:16]}
+            mine = _told(taken, together)
+            mine |= {"path": str(path.absolute()), "variables=": variables, "mark": uuid.uuid4().hex[:16]}
             path.mkdir(exist_ok=True)
             _check_ours(path)
             agreed()
@@ -79,7 +80,7 @@ def save(optimizer: Any, target: Any, extra: Any, variables: bool, durable: bool
         size, mark = len(told), told[0]["mark"]
         files = [f"rank-{rank:05d}-of-{size:05d}.{mark}.npz" for rank in range(size)]
         with agreeing(together, "save") as agreed:
-            for key in ("path", "keys"):
+            for key in ("path", "variables=", "keys"):
                 if any(each[key] != told[0][key] for each in told):
                     raise ValueError(
                         f"the ranks save different things: {key} is {brief([each[key] for each in told])} on them, in "

@@ -369,6 +369,8 @@ def test_targets(tmp_path):
             run.save(tmp_path / "home")
         with pytest.raises((ValueError, RankError), match="path is"):
             run.save(tmp_path / f"own{ranks.rank}")
+        with pytest.raises((ValueError, RankError), match=r"variables= is \[False, True\]"):
+            run.save(tmp_path / "state", variables=bool(ranks.rank))
         with pytest.raises((FileNotFoundError, RankError)):
             run.save(tmp_path / "nowhere" / "state")
         own = {}

@@ -254,6 +254,16 @@ def test_overrides_and_frozen_variables():
         same(found, expected)
 
 
+def test_nothing_is_trainable():
+    def work(ranks):
+        inner = AdamW(0.1)
+        inner.override(var_names=["."], trainable=False)
+        with pytest.raises(ValueError, match="no variable is trainable"):
+            Sharded(inner, ranks).build([np.ones(3)])
+
+    together(2, work)
+
+
 def test_a_dynamic_loss_scale():
     def run(optimizer):
         variables = values(0, "float32")
@@ -379,6 +389,16 @@ def test_variables_that_ranks_cannot_share(case):
         sharded.build(variables)
 
     together(3, work)
+
+
+@pytest.mark.parametrize(("option", "values"), [("gradients", ["mean", "sum"]), ("bucket_bytes", [1024, 4096])])
+def test_arguments_that_differ(option, values):
+    def work(ranks):
+        sharded = Sharded(AdamW(0.1), ranks, **{option: values[ranks.rank]})
+        with pytest.raises(RankError, match=f"'{option}', {values[0]!r}"):
+            sharded.build([np.ones(300)])
+
+    together(2, work)
 
 
 def test_a_difference_that_arises_later():
