@@ -57,7 +57,7 @@ class BulkRanks(Ranks, Protocol):
         send : array of uint8
             What the ranks are to have, one after the other, in the order of the ranks.
         send_counts : list of int
-            How many bytes of it are for each rank; 0 for itself.
+            How many bytes of it are for each rank, this one included.
         receive : array of uint8
             Filled with what the ranks send, in their order.
         receive_counts : list of int
