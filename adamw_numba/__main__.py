@@ -72,9 +72,11 @@ def _inspect(given: Any) -> None:
         print(f"group of {group['names']}: {json.dumps(group['own'])}")
     keys = [_printable(manifest.decoded(key)) for key in document["arrays"]]
     width = max(map(len, keys), default=0)
+    files = document.get("files", ())
     for key, entry in zip(keys, document["arrays"].values(), strict=True):
-        print(f"{key:{width}}  {entry['dtype']:10}  {entry['crc32']:08x}  {tuple(entry['shape'])}")
-    print(f"{len(keys)} arrays, {_bytes(document)} bytes")
+        checksum = "in parts" if files else f"{entry['crc32']:08x}"
+        print(f"{key:{width}}  {entry['dtype']:10}  {checksum}  {tuple(entry['shape'])}")
+    print(f"{len(keys)} arrays, {_bytes(document)} bytes" + (f", in {len(files)} files" if files else ""))
 
 
 def _verify(given: Any) -> None:

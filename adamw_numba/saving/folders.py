@@ -337,4 +337,5 @@ def _assembled(document: dict[str, Any], sources: Iterable[tuple[Saved, Pieces]]
     variables = [
         entry | {"shape": list(wanted[entry["name"]].own)} for entry in document["variables"] if entry["name"] in wanted
     ]
-    return Saved({**document, "variables": variables, "arrays": declared}, found, where)
+    rest = {key: value for key, value in document.items() if key not in ("files", "parts")}
+    return Saved({**rest, "variables": variables, "arrays": declared}, found, where)

@@ -10,6 +10,7 @@ import pytest
 from helpers.thread_ranks import on_ranks
 
 from adamw_numba import AdamW, Checkpoints, LossScaleOptimizer, saved_variables
+from adamw_numba.__main__ import main
 from adamw_numba.distributed import RankError, Sharded
 from adamw_numba.saving.stores.atomic import CorruptFileError
 
@@ -325,6 +326,26 @@ def test_a_rank_that_cannot_save(moment, at_fault, tmp_path, monkeypatch):
     together(3, work)
     assert len(list(folder.iterdir())) == 4
     assert AdamW.load(folder, values(0)).iterations == 3
+
+
+@pytest.mark.parametrize("target", ["state.npz", "state.zarr"])
+def test_command_line(target, tmp_path, capsys):
+    """One process makes one file of the folder: the whole arrays."""
+    if target.endswith(".zarr"):
+        pytest.importorskip("zarr")
+    folder = tmp_path / "state"
+    saved(folder)
+    assert main(["inspect", str(folder)]) == 0
+    table = capsys.readouterr().out
+    assert "momentum/a" in table
+    assert "(70, 3)" in table
+    assert "in 3 files" in table
+    assert main(["verify", str(folder)]) == 0
+    assert main(["convert", str(folder), str(tmp_path / target)]) == 0
+    expected, found = (AdamW.load(path, values(3)).state for path in (folder, tmp_path / target))
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)
+    assert found["momentum/a"].any()
 
 
 MISFITS = {

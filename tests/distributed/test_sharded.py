@@ -4,6 +4,7 @@ import copy
 import functools
 import pickle
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -142,6 +143,48 @@ def test_what_is_kept_and_sent(size):
     for sent, kept in together(size, work):
         assert sent <= 2 * (size - 1) / size * total * 1.001 + 4 * 2 * 64 * size
         assert kept <= 2 * total / size + 4 * 2 * 64 + 64
+
+
+class Echo:
+    """The first of several ranks, all of which say what this one says."""
+
+    rank = 0
+
+    def __init__(self, size):
+        self.size = size
+
+    def gather(self, row):
+        return np.tile(row, (self.size, 1))
+
+    def exchange(self, send, send_counts, receive, receive_counts):
+        receive.reshape(self.size, -1)[:] = send[: send_counts[0]]
+
+    def spread(self, parts):
+        pass
+
+
+@pytest.mark.parametrize("mode", ["mean", "reduced"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_memory(size, mode):
+    """A step takes the gradients of a share, and buckets."""
+    variables = [np.ones((1000, 256), np.float32) for _ in range(8)]
+    gradients = [np.ones_like(v) for v in variables]
+    total, bucket = sum(v.nbytes for v in variables), 1 << 20
+    sharded = Sharded(AdamW(threads=1), Echo(size), gradients=mode, bucket_bytes=bucket)
+    sharded.build(variables)
+    sharded.apply(gradients)
+    tracemalloc.start()
+    try:
+        fresh = Sharded(AdamW(threads=1), Echo(size), gradients=mode, bucket_bytes=bucket)
+        fresh.build(variables)
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        fresh.apply(gradients)
+        peak = tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+    assert peak <= total / size + 3 * bucket
+    assert mode == "mean" or peak <= bucket
 
 
 @given(
