@@ -82,6 +82,7 @@ class Plan:
         self.groups: list[Group] = []
         self._sums = np.zeros((MOST_PARTS, cpu.LANES))
         self.additions: int | None = None
+        self._scale = 1.0  # of the last sums of squares
         self.table = AddressTable("cpu", names, variables, slots)
         self._laid_out: object = None  # the arrangement that `groups` are made for
         self._lay_out()
@@ -137,6 +138,18 @@ class Plan:
             norms = np.where(norms < 0, exact.norms_of(digits), norms)
             norm = exact.norms_of(digits.sum(axis=0, keepdims=True)).item()
         return norms, norm
+
+    def chunk_squares(self) -> dict[str, Matrix] | None:
+        """The sums of squares of each variable's chunks as the last norms had them; None where they are scaled."""
+        if self._scale != 1 and any(group.partials.any() for group in self.groups):
+            return None
+        found: dict[str, list[Matrix]] = {}
+        for group in self.groups:
+            which = group.work[:, ARRAY]
+            ends = np.flatnonzero(np.diff(which)) + 1
+            for a, sums in zip(which[np.append(0, ends)].tolist(), np.split(group.partials, ends), strict=True):
+                found.setdefault(self.table.names[a], []).append(sums)
+        return {name: np.concatenate(sums) for name, sums in found.items()}
 
     def exact_squares(self, recipe: Recipe) -> Matrix:
         """The exact sum of the squares of each variable's gradient, as digits."""
@@ -215,7 +228,7 @@ class Plan:
 
     def _squares(self, recipe: Recipe, scale: float) -> Matrix:
         squares = np.zeros(len(self.table.names))
-        self.numbers[0, cpu.SQUARE_SCALE] = scale
+        self.numbers[0, cpu.SQUARE_SCALE] = self._scale = scale
         calls, helpers = self._calls(cpu.square_kernel, recipe.variant.accumulate)
         if helpers[0]:
             call_helpers(*helpers)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-ALIGNED = 64  # elements, at a multiple of which a variable is cut
+ALIGNED = 64  # elements, at a multiple of which a variable is cut, unless asked for
 
 
 class Run(NamedTuple):
@@ -14,7 +14,7 @@ class Run(NamedTuple):
     stop: int
 
 
-def shares(sizes: Sequence[int], ranks: int) -> list[list[Run]]:
+def shares(sizes: Sequence[int], ranks: int, aligned: int = ALIGNED) -> list[list[Run]]:
     """Cut variables of so many elements, one after the other, into as many equal shares as there are ranks.
 
     A variable without elements is an empty run where it stands.
@@ -26,7 +26,7 @@ def shares(sizes: Sequence[int], ranks: int) -> list[list[Run]]:
         start = 0
         for rank in range(ranks):
             stop = max(total * (rank + 1) // ranks - before, 0)
-            stop = size if stop >= size or rank == ranks - 1 else stop - stop % ALIGNED
+            stop = size if stop >= size or rank == ranks - 1 else stop - stop % aligned
             if stop > start:
                 parts[rank].append(Run(i, start, stop))
                 start = stop

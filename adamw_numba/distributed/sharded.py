@@ -56,7 +56,7 @@ class Sharded:
     -----
     The gradients are added in the order of the ranks, in their own dtype (16-bit ones in float32), so that the same
     gradients on as many ranks give the same bits with every engine. What does not depend on the number of ranks is a
-    step with ``gradients="reduced"``: with float32 and 16-bit variables it gives the bits of one process.
+    step with ``gradients="reduced"``: on the CPU it gives the bits of one process, with clips too.
     """
 
     def __init__(self, optimizer: Any, comm: Any, *, gradients: str = "mean", bucket_bytes: int = BUCKET_BYTES) -> None:

@@ -12,13 +12,14 @@ from ..arrays import Array
 from ..arrays.brief import brief
 from ..arrays.overlap import overlapping
 from ..arrays.pieces import Piece
-from ..arrays.runs import real_dtype
+from ..arrays.runs import CHUNK, real_dtype
 from ..arrays.tree import Container, flatten
 from ..hyperparameters.groups import make_groups
+from ..ranks.chunks import WIDE
 from ..ranks.protocol import BulkRanks, Bytes
 from ..step import gradients as matching
 from ..step.workspace import Workspace
-from .cuts import Run, buckets, shares
+from .cuts import ALIGNED, Run, buckets, shares
 
 WORD = 8  # bytes, at a multiple of which each run begins in a buffer
 LARGE = 1 << 16  # bytes from which a run is sent from where it lies
@@ -79,7 +80,9 @@ class Shares:
         self._flat = [_flat(v) for v in variables]
         self._addresses = [arrays.address(v) for v in variables]
         self._rank, self._size, self._most_bytes = ranks.rank, ranks.size, most_bytes
-        self._shares = shares(self.sizes, ranks.size)
+        # Between chunks, where that makes norms those of one process: see ranks/chunks.py.
+        is_wide = not WIDE.keys().isdisjoint(arrays.dtype_name(v) for v in variables)
+        self._shares = shares(self.sizes, ranks.size, CHUNK if is_wide else ALIGNED)
         self._own = self._shares[ranks.rank]
         # What is not trainable is cut as if it had no elements, so that one rank has all of it.
         runs = [run._replace(stop=run.stop or math.prod(variables[run.variable].shape)) for run in self._own]

@@ -17,6 +17,7 @@ from ..arrays.brief import brief, cut
 from ..arrays.pieces import Piece
 from ..hyperparameters.table import patterns
 from . import pieces
+from .chunks import Chunks, chunks_of
 from .engines import ranks_of
 from .hosts import place, threads_of
 from .left import Left
@@ -97,6 +98,7 @@ class Agreement:
         self.known: dict[str, list[tuple[int, Piece | None]]] = {}
         self._given: Any = None  # what the user says of the pieces
         self.threads: int | None = None
+        self._chunks: Chunks | None = None
         self.cut: Cut | None = None
         self._cut_sum = 0  # the checksum of what has to be the same of it
         self._present: tuple[Any, bytes] = slice(0), b""  # which variables are trained, and have a gradient
@@ -319,6 +321,7 @@ class Agreement:
         self._groups = [mine["groups"].index(group) for group in everywhere]
         self.known = pieces.placed([each["variables"] for each in told], set(told[0]["shared"]))
         self.pieces = {name: dict(self.known[name])[self.ranks.rank] for name in names}
+        self._chunks = chunks_of([each["variables"] for each in told], self.known, told[0]["shared"])
         number = {name: k for k, name in enumerate(self.known)}
         self._where, self._names = np.array([number[name] for name in names], int), len(number)
         has_any = any(math.prod(shape) for each in told for _, shape, *_ in each["variables"])
@@ -375,6 +378,11 @@ class Agreement:
 
     def _combined(self, plans: Any, recipe: Any, norms: Any, own: Any, rows: Rows) -> tuple[float, Any, float]:
         (counts, _), found = own, rows[:, ADDITIONS].tolist()
+        if self._chunks is not None and min(found) < 0:
+            of_chunks = self._chunks.norms(self.ranks.gather(self._chunks.row(self.ranks.rank, plans)))
+            if of_chunks is not None:
+                each, norm = of_chunks
+                return norm, np.array([each[name] for name in plans[0].table.names]) if plans else norms, norm
         norm = _whole([*rows[:, OWN_NORM].tolist(), rows.item(0, SHARED_NORM)])
         is_single = min(found) >= 0
         additions = max(found) + ROUNDINGS + self.ranks.size
