@@ -68,9 +68,14 @@ class Chunks(NamedTuple):
 def chunks_of(
     told: Sequence[Sequence[Any]], known: Mapping[str, Sequence[tuple[int, Piece | None]]], shared: Sequence[str]
 ) -> Chunks | None:
-    """The chunks of variables of which some are of float64; None where they are not cut between chunks."""
+    """The chunks of variables of which some are of float64; None where they are not cut between chunks.
+
+    None too where nobody has said where the parts lie in the whole: then this would be a message more for parts that
+    the user cuts anywhere.
+    """
     dtypes = {each[0]: each[2] for own in told for each in own}
-    if shared or WIDE.keys().isdisjoint(dtypes.values()):
+    is_told = all(each[3] is not None and each[3][0] is not None for own in told for each in own)
+    if shared or not is_told or WIDE.keys().isdisjoint(dtypes.values()):
         return None
     own: list[list[tuple[str, int]]] = [[] for _ in told]
     order = {}
