@@ -276,6 +276,8 @@ class AdamW(Saveable, Conventional):
         """
         with self.engine.lock:
             if comm is None:
+                if replicated or pieces:
+                    raise ValueError("`replicated` and `pieces` are for several processes; expected `comm` with them")
                 self.engine.build(*matching.variables_of(self.engine, variables))
                 return
             together = Agreement(comm)

@@ -24,6 +24,7 @@ from .cuts import ALIGNED, Run, buckets, shares
 WORD = 8  # bytes, at a multiple of which each run begins in a buffer
 LARGE = 1 << 16  # bytes from which a run is sent from where it lies
 AT_ONCE = 32  # of such runs of a rank
+SAMPLED = 32  # variables, and elements of each, at most
 
 
 class _Bucket(NamedTuple):
@@ -155,6 +156,18 @@ class Shares:
                 found[i] = gradient
         return list(found)
 
+    def sample(self, gradients: Sequence[Array | None]) -> float:
+        """A weighted sum of some elements, by which gradients that are not the same on all ranks are noticed."""
+        given = [_flat(g) for g in gradients if g is not None]
+        total = 0.0
+        for k, flat in enumerate(given[:: -(-len(given) // SAMPLED) or 1]):
+            some = arrays.to_numpy(flat[:: -(-flat.shape[0] // SAMPLED) or 1])
+            weights = np.linspace(1, 2, len(some)) * (1 + k / SAMPLED)
+            # Apart, so that signs count, and that no sum of both is 0 beside large elements.
+            for part in (some.real, some.imag):
+                total += float((np.abs(part, dtype=np.float64) * weights * np.where(part < 0, 2.0, 1.0)).sum())
+        return total
+
     def of_own(self, gradients: Sequence[Array | None]) -> list[Array | None]:
         """The parts of whole gradients that belong to the pieces."""
         found = [gradients[run.variable] for run in self._own]
@@ -187,8 +200,8 @@ class Shares:
                 arrays.write(each.array, each.host.view(arrays.dtype_name(each.array)))
         return [None if each is None else each.array for each in sums]
 
-    def spread(self, ranks: BulkRanks) -> None:
-        """Give the elements of the pieces to all ranks."""
+    def spread(self, ranks: BulkRanks, frozen: bool = False) -> None:
+        """Give the elements of the pieces to all ranks; also of what is not trainable, where that has been loaded."""
         variables: Any = [_bytes(flat) for flat in self._flat]
         widths = [arrays.ITEMSIZE[arrays.dtype_name(v)] for v in self.whole.variables]
         large, small = (
@@ -198,6 +211,9 @@ class Shares:
             ]
             for is_large in (True, False)
         )
+        if frozen:
+            of_each = [[run.variable for run in runs if not self.sizes[run.variable]] for runs in self._shares]
+            ranks.spread([[variables[i] for i in which] for which in of_each])
         for first in range(0, max(map(len, large)), AT_ONCE):
             those = [runs[first : first + AT_ONCE] for runs in large]
             ranks.spread([[_part_of(variables, run, widths) for run in runs] for runs in those])
@@ -210,7 +226,7 @@ class Shares:
                 if rank != self._rank:
                     for run, here, there in places:
                         variables[run.variable][here] = part[there]
-        moving = [v for v, own in zip(self.whole.variables, self.whole.slots, strict=True) if own]
+        moving = [v for v, own in zip(self.whole.variables, self.whole.slots, strict=True) if own or frozen]
         arrays.note_writes([v for v in moving if arrays.has_version(v)])
         for flat, held in zip(self._flat, variables, strict=True):
             if arrays.place(flat) != "cpu":

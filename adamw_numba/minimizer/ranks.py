@@ -187,7 +187,7 @@ def _connected(agreement: Agreement) -> Iterator[None]:
 
 def _refuse(settings: Settings, jac: Any) -> None:
     """What one process alone can do."""
-    for key, why in (("checkpoint", "a run of several cannot be saved"), ("polish", "L-BFGS-B knows of one")):
+    for key, why in (("checkpoint", "a run of several cannot be saved"), ("polish", "L-BFGS-B knows of one process")):
         if settings[key] is not None:
             raise ValueError(f"`{key}` is {brief(settings[key])} and `comm` is given; expected None: {why} yet")
     if jac is None or jac is False or (isinstance(jac, str) and jac in DIFFERENCES):

@@ -21,6 +21,7 @@ from .chunks import Chunks, chunks_of
 from .engines import ranks_of
 from .hosts import place, threads_of
 from .left import Left
+from .meeting import check_shared, checksums, plain
 from .mesh import Cut, MeshRanks, cut_of
 from .protocol import RankError, Rows, texts
 from .telling import different, values
@@ -160,13 +161,17 @@ class Agreement:
         RankError
             If another one has, or makes another call.
         """
+        return bool((self.told_with(number)[:, 0] == number).all())
+
+    def told_with(self, number: float, other: float = 0.0) -> Rows:
+        """Two numbers of each rank, none of which has failed: see `agree`."""
         row = np.zeros(WORDS)
-        row[SETTINGS] = number
-        return bool((self._decide(row)[:, SETTINGS] == number).all())
+        row[SETTINGS], row[OWN_NORM] = number, other
+        return self._decide(row)[:, [SETTINGS, OWN_NORM]]
 
     def tell(self, own: Any) -> list[Any]:
         """What each rank tells, of what JSON can hold."""
-        return [json.loads(text) for text in texts(self.ranks, json.dumps(own))]
+        return [json.loads(text) for text in texts(self.ranks, json.dumps(own, default=plain))]
 
     def _resume(self) -> None:
         """After a decision: in a loop, the next one is pending from now on."""
@@ -304,18 +309,14 @@ class Agreement:
             "shared": [name for name, shared in zip(names, self.is_shared, strict=True) if shared],
             "groups": [", ".join(group.told()) for group in groups[1:]],
             "place": place(),
+            "patterns": [each.pattern for each in self._patterns if any(map(each.search, names))],
+            "values": [] if self.cut else checksums(names, variables, self.is_shared),
             "unmatched": [[called, list(nothing)] for called, nothing in unmatched],
         }
         rows = self._decide(self._row(engine, engine.state.scalars["iteration"].item(), math.nan, math.nan, ()))
         told = self.tell(mine)
         self._compare(rows, partial(_settings, engine.hyper))
-        for rank, others in enumerate(told):
-            same = [[v for v in each["variables"] if v[0] in each["shared"]] for each in (told[0], others)]
-            if sorted(same[0]) != sorted(same[1]):
-                raise RankError(
-                    f"the replicated variables differ: {brief(same[0])} on rank 0, {brief(same[1])} on rank {rank}; "
-                    "expected the same names, shapes and dtypes on all ranks"
-                )
+        check_shared(told, [each.pattern for each in self._patterns])
         self.threads = threads_of(self.ranks.rank, [each["place"] for each in told])
         everywhere = sorted(set.intersection(*(set(each["groups"]) for each in told)))
         self._groups = [mine["groups"].index(group) for group in everywhere]

@@ -21,8 +21,12 @@ class Left:
         """Refuse to go on."""
         raise RuntimeError(
             "this optimizer is the copy of one that was connected with those of other processes; expected a new one, "
-            "built with `comm`, that takes the state by `load` or `restore`"
+            "built with `comm`, that takes the state by `load`"
         )
+
+    def deciding(self, call: str) -> None:
+        """Refuse to go on."""
+        self.begin(call)
 
     def fail(self, error: BaseException) -> None:
         """Nobody is to be told."""

@@ -1,11 +1,12 @@
 """Where the parts of variables that ranks have lie in the whole ones."""
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..arrays import Array
 from ..arrays.brief import brief
-from ..arrays.pieces import Piece, whole
+from ..arrays.pieces import Piece, make_whole, whole
 from .protocol import RankError
 
 Told = list[Any]  # of a variable: its name, shape, dtype, and what is told of its place
@@ -36,8 +37,15 @@ def _told(name: str, given: Any, shape: tuple[int, ...]) -> Any:
         return [given.shape, given.start]
     found = given if isinstance(given, tuple) else (given,)
     fits = len(found) == len(shape) and all(isinstance(each, slice) and each.step in (None, 1) for each in found)
-    starts = [each.start or 0 for each in found] if fits else []
-    ends = [at + n if each.stop is None else each.stop for each, at, n in zip(found, starts, shape, strict=False)]
+    starts: list[int] = []
+    ends: list[int] = []
+    try:
+        starts = [0 if each.start is None else operator.index(each.start) for each in found] if fits else []
+        ends = [
+            at + n if o.stop is None else operator.index(o.stop) for o, at, n in zip(found, starts, shape, strict=False)
+        ]
+    except TypeError:  # not integers
+        fits = False
     if not fits or any(at < 0 or end - at != n for at, end, n in zip(starts, ends, shape, strict=True)):
         raise ValueError(
             f"`pieces` has {brief(given)} for {brief(name)} of shape {shape}; expected a slice of the whole variable "
@@ -61,7 +69,7 @@ def placed(told: Sequence[Sequence[Told]], shared: set[str]) -> dict[str, list[t
     Raises
     ------
     RankError
-        If only some ranks say where their part of a variable is.
+        If only some ranks say where their part of a variable is, or the parts make no whole.
     """
     of: dict[str, list[tuple[int, Told]]] = {}
     for rank, own in enumerate(told):
@@ -84,14 +92,23 @@ def _places(name: str, entries: list[Told], ranks: list[int], shared: bool) -> l
             raise RankError(
                 f"`pieces` says nothing of {brief(name)} on rank {said[0]}; expected it on all that have it"
             )
+        if len({len(own) for own in shapes}) > 1 or len({each[2] for each in entries}) > 1:
+            raise RankError(f"the parts of {brief(name)} have other numbers of axes, or dtypes, on other ranks")
         shape = places[0][0]
         if shape is None:
             ends = [
                 [at + n for at, n in zip(place[1], own, strict=True)] for place, own in zip(places, shapes, strict=True)
             ]
             shape = [max(each) for each in zip(*ends, strict=True)]
-        return [Piece(tuple(shape), tuple(place[1]), own) for place, own in zip(places, shapes, strict=True)]
-    if not shapes[0] or len({own[1:] for own in shapes}) > 1:
+        found = [Piece(tuple(shape), tuple(place[1]), own) for place, own in zip(places, shapes, strict=True)]
+        if not make_whole(list(dict.fromkeys(found))):  # several ranks may have the same one
+            told = brief([[list(piece.start), list(piece.own)] for piece in found])
+            raise RankError(
+                f"the pieces of {brief(name)} overlap, or leave gaps: where they begin, and their shapes, are {told}, "
+                f"in the order of the ranks; expected every element of {tuple(shape)} once"
+            )
+        return found  # type: ignore[return-value]
+    if not shapes[0] or len({own[1:] for own in shapes}) > 1 or len({each[2] for each in entries}) > 1:
         return [None] * len(shapes)
     lengths = [own[0] for own in shapes]
     shape = (sum(lengths), *shapes[0][1:])

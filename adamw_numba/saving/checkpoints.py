@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from ..arrays.brief import brief_names
 from ..hyperparameters.table import flag, integer
 from . import archive, folders, snapshot
 from .stores.atomic import CorruptFileError, remove
@@ -138,8 +139,10 @@ class Checkpoints:
         if not self.background:
             optimizer.save(path, extra, variables, self.durable)
             together = connection_of(optimizer)
-            if together is None or together.ranks.rank == 0:
-                self._prune(step)
+            with folders.agreeing(together, "save") as agreed:
+                if together is None or together.ranks.rank == 0:
+                    self._prune(step)
+                agreed()
             return path
         if connection_of(optimizer) is not None:
             raise ValueError(
@@ -208,6 +211,12 @@ class Checkpoints:
         self._finish()
         damaged = []
         steps = self._steps() if steps is None else steps
+        others = [name for name in os.listdir(self.directory) if re.fullmatch(r"step-\d{12,}(\.[\w.]+)?", name)]
+        if not steps and others:
+            raise ValueError(
+                f"{self.directory} holds {brief_names(sorted(others))}, and nothing with the suffix {self.suffix!r}; "
+                "expected the suffix that they were saved with"
+            )
         for step in reversed(steps):
             try:
                 return step, act(self._path(step))
@@ -268,10 +277,12 @@ def connection_of(optimizer: Any) -> Any:
 def _verify_with(together: Any, path: Path) -> None:
     """Read a folder's files, each by one rank; an error of one of them is raised on all."""
     found = ""
-    try:
-        folders.verify(path, together.ranks.rank, together.ranks.size)
-    except (CorruptFileError, OSError) as error:
-        found = f"{error}"
+    with folders.agreeing(together, "restore") as agreed:
+        try:
+            folders.verify(path, together.ranks.rank, together.ranks.size)
+        except (CorruptFileError, FileNotFoundError) as error:
+            found = f"{error}"
+        agreed()
     for rank, error_there in enumerate(together.tell(found)):
         if error_there:
             raise CorruptFileError(f"{error_there} (seen by rank {rank})")

@@ -4,10 +4,12 @@ It is read by any number of processes, each its own pieces, and so is every othe
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
 import uuid
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,7 @@ def save(optimizer: Any, target: Any, extra: Any, variables: bool, durable: bool
             taken = snapshot.take(optimizer, extra, variables)
             mine = _told(taken, together)
             mine |= {"path": str(path.absolute()), "variables=": variables, "mark": uuid.uuid4().hex[:16]}
+            mine["extra"] = zlib.crc32(json.dumps(extra).encode())
             path.mkdir(exist_ok=True)
             _check_ours(path)
             agreed()
@@ -80,6 +83,10 @@ def save(optimizer: Any, target: Any, extra: Any, variables: bool, durable: bool
         size, mark = len(told), told[0]["mark"]
         files = [f"rank-{rank:05d}-of-{size:05d}.{mark}.npz" for rank in range(size)]
         with agreeing(together, "save") as agreed:
+            if any(each["extra"] != told[0]["extra"] for each in told):
+                raise ValueError(
+                    "`extra` is not the same on all ranks; expected one payload: gather what each rank has of its own"
+                )
             for key in ("path", "variables=", "keys"):
                 if any(each[key] != told[0][key] for each in told):
                     raise ValueError(
@@ -183,6 +190,8 @@ def read(target: Any, together: Any = None, names: Iterable[str] | None = None) 
     ValueError
         If a variable is not one of any rank's, or has another shape.
     """
+    if _names_folder(target) and not os.path.lexists(target):
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder, and a file has a suffix", str(target))
     if is_folder(target):
         path = Path(target)
         document = describe(path)
@@ -228,7 +237,16 @@ def verify(target: Any, part: int = 0, parts: int = 1) -> int:
     if not is_folder(target):
         return archive.verify(target)
     document = describe(target)
-    return sum(archive.verify(Path(target) / file) for file in document["files"][part::parts])
+    path, count = Path(target), 0
+    for number in range(part, len(document["files"]), parts):
+        saved, pieces = _file(path, document, number), _of_file(document, number)
+        _assembled(document, [(saved, pieces)], {}, str(path))
+        for key in filter(is_of_a_variable, saved.arrays):
+            known = {f"{slot}/{encoded(name)}": piece for name, piece in pieces.items() for slot in OF_A_VARIABLE}
+            if key not in known or saved.arrays[key].shape != known[key].own:
+                raise CorruptFileError(f"{saved.where}: {brief(key)} is not as {INDEX} of {path} says")
+        count += sum(array.nbytes for array in saved.arrays.values())
+    return count
 
 
 def _check_index(document: dict[str, Any], where: str) -> None:
@@ -244,6 +262,8 @@ def _check_index(document: dict[str, Any], where: str) -> None:
         raise CorruptFileError(f"{where}: {INDEX} names the files {brief(files)}; expected a file of each rank")
     for entry in document["variables"]:
         try:
+            if any(type(k) is not int for _, start, own in parts[entry["name"]] for k in (*start, *own)):
+                raise ValueError("a position is no integer")
             found = [Piece(tuple(entry["shape"]), tuple(start), tuple(own)) for _, start, own in parts[entry["name"]]]
             fits = all(part.fault() is None for part in found) and make_whole(found)
             fits = fits and all(0 <= file < len(files) for file, *_ in parts[entry["name"]])
@@ -277,7 +297,7 @@ def _wanted(document: dict[str, Any], together: Any, names: Any, where: str) -> 
         if piece.shape != tuple(entries[name]["shape"]):
             raise ValueError(
                 f"{where} does not fit the variables: {brief(name)} was of shape {tuple(entries[name]['shape'])}, "
-                f"and is of shape {piece.shape} on all ranks together"
+                f"and is of shape {piece.shape} on all ranks together; expected the same: see `replicated`, `pieces`"
             )
         wanted[name] = piece
     return wanted

@@ -117,7 +117,7 @@ def load(
 
 def _load(cls: Any, target: Any, custom_objects: Mapping[str, Any] | None) -> Any:
     is_folder = folders.is_folder(target)
-    saved = folders.head(target) if is_folder else archive.read(target)
+    saved = folders.head(target) if is_folder else folders.read(target)
     _check_class(cls.__mro__, saved)
     try:
         optimizer = cls.from_config(saved.document["config"], custom_objects)

@@ -48,8 +48,7 @@ class Saveable:
         >>> AdamW.load(store, {"w": np.ones(2)}).extra
         {'epoch': 3}
         """
-        together = engine_of(self).together
-        if together is None or isinstance(target, Mapping):
+        if engine_of(self).together is None:
             snapshot.save(self, target, extra, variables, durable)
         else:
             folders.save(self, target, extra, variables, durable)

@@ -394,11 +394,14 @@ def test_targets(tmp_path):
             run.save(tmp_path / "state", variables=bool(ranks.rank))
         with pytest.raises((FileNotFoundError, RankError)):
             run.save(tmp_path / "nowhere" / "state")
-        own = {}
-        run.save(own)
-        assert own["momentum/e"].shape == run.variables["e"].shape
+        with pytest.raises(ValueError, match="expected a path without suffix"):
+            run.save({})
+        with pytest.raises((ValueError, RankError), match="`extra` is not the same on all ranks"):
+            run.save(tmp_path / "state", extra=ranks.rank)
         with pytest.raises(ValueError, match="needs `variables`"):
-            AdamW.load(own, comm=ranks)
+            AdamW.load(tmp_path / "state", comm=ranks)
+        with pytest.raises((FileNotFoundError, RankError), match="no such folder"):
+            AdamW.load(tmp_path / "nowhere", run.variables, comm=ranks)
         with pytest.raises(ValueError, match="expected False"):
             Checkpoints(tmp_path / "c", suffix="", background=True)
         with pytest.raises(ValueError, match="expected False"), Checkpoints(tmp_path / "c", background=True) as those:
@@ -426,6 +429,58 @@ def test_pieces_that_do_not_fit(case):
             AdamW().build({"w": np.ones((2, 3))}, comm=ranks, pieces=pieces if ranks.rank == 1 else None)
 
     together(2, work)
+
+
+@pytest.mark.parametrize("between", [4, 8], ids=["overlap", "gap"])
+def test_pieces_that_overlap_or_leave_gaps(between):
+    def work(ranks):
+        first = between * ranks.rank
+        with pytest.raises(RankError, match="the pieces of 'w' overlap, or leave gaps"):
+            AdamW().build({"w": np.ones(6)}, comm=ranks, pieces={"w": slice(first, first + 6)})
+        starts = np.cumsum([0, 6, 6])  # NumPy's integers are integers
+        pieces = {"w": slice(starts[ranks.rank], starts[ranks.rank + 1])}
+        AdamW().build({"w": np.ones(6)}, comm=ranks, pieces=pieces)
+        with pytest.raises(ValueError, match="expected a slice of the whole variable"):
+            AdamW().build({"w": np.ones(6)}, comm=ranks, pieces={"w": slice(0.0, 6.0)})
+
+    together(2, work)
+
+
+def test_another_suffix(tmp_path):
+    """Where there are checkpoints of another kind, nobody starts from scratch."""
+
+    def work(ranks):
+        run = Strips(lambda: AdamW(0.1), ranks)
+        run.build(values(0))
+        Checkpoints(tmp_path, suffix="").save(run.optimizer, 1)
+        with pytest.raises(ValueError, match=r"nothing with the suffix '\.npz'"):
+            Checkpoints(tmp_path).restore_latest(AdamW())
+
+    together(1, work)
+
+
+def test_what_is_not_trainable_is_restored_on_all_ranks(tmp_path):
+    def made(ranks, value):
+        inner = AdamW(0.1)
+        inner.override(var_names=["^f$"], trainable=False)
+        sharded = Sharded(inner, ranks)
+        variables = {"w": np.ones(300), "f": np.full(3, value)}
+        sharded.build(variables)
+        return sharded, variables
+
+    def work(ranks):
+        made(ranks, 7.0)[0].save(tmp_path / "state", variables=True)
+        sharded, variables = made(ranks, 0.0)
+        sharded.restore(tmp_path / "state")
+        sharded.verify()
+        loaded = Sharded(AdamW.load(tmp_path / "state"), ranks)
+        again = {"w": np.zeros(300), "f": np.zeros(3)}
+        loaded.build(again)
+        loaded.verify()
+        return variables["f"], again["f"]
+
+    for found in together(3, work):
+        np.testing.assert_array_equal(found, np.full((2, 3), 7.0))
 
 
 def test_pieces_that_make_no_whole(tmp_path):

@@ -442,6 +442,21 @@ def test_gradients_that_differ_between_ranks(case):
     together(3, work)
 
 
+@pytest.mark.parametrize(
+    "spoil", [lambda g, k: g * (1 + k), lambda g, k: g * (-1) ** k, lambda g, k: g[::-1] if k else g]
+)
+def test_gradients_that_were_not_reduced(spoil):
+    def work(ranks):
+        sharded = Sharded(AdamW(0.1), ranks, gradients="reduced")
+        sharded.build([np.ones(4000, np.float32)])
+        gradient = np.random.default_rng(0).standard_normal(4000, np.float32)
+        with pytest.raises(RankError, match="the gradients differ between the ranks"):
+            sharded.apply([np.ascontiguousarray(spoil(gradient, ranks.rank))])
+        sharded.apply([gradient])
+
+    together(2, work)
+
+
 VARIABLES = {
     "values": (lambda v: v | {"b": v["b"] + 1}, "the values of the variables differ: ['b'] on rank 0, ['b'] on rank 1"),
     "a shape": (lambda v: v | {"b": v["b"][:4].copy()}, "the variables differ: ['b', [5], 'float32', True] on rank 0"),

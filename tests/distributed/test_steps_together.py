@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -436,5 +437,38 @@ def test_a_rank_whose_variables_are_all_frozen():
         optimizer.apply([None] if ranks.rank else [np.ones(2)])
         assert optimizer.iterations == 1
         copy.deepcopy(optimizer)
+
+    on_ranks(2, work)
+
+
+REPLICATED = {
+    "a pattern for nobody": (["^W$"], 0, "matches no variable of any rank"),
+    "other values": (["^w$"], 1, "['w'] have other values on rank 1"),
+}
+
+
+@pytest.mark.parametrize("case", REPLICATED)
+def test_what_is_replicated(case):
+    patterns, difference, text = REPLICATED[case]
+
+    def work(ranks):
+        with pytest.raises((ValueError, RankError), match=re.escape(text)):
+            AdamW().build({"w": np.full(2, float(difference * ranks.rank))}, comm=ranks, replicated=patterns)
+
+    on_ranks(2, work)
+
+
+@pytest.mark.parametrize("option", [{"replicated": ["w"]}, {"pieces": {"w": slice(0, 2)}}], ids=str)
+def test_what_needs_ranks(option):
+    with pytest.raises(ValueError, match="expected `comm` with them"):
+        AdamW().build({"w": np.ones(2)}, **option)
+
+
+def test_a_copy_saves_nothing(tmp_path):
+    def work(ranks):
+        optimizer = AdamW()
+        optimizer.build({"w": np.ones(2)}, comm=ranks)
+        with pytest.raises(RuntimeError, match="is the copy of one that was connected"):
+            copy.deepcopy(optimizer).save(tmp_path / "state")
 
     on_ranks(2, work)

@@ -109,8 +109,7 @@ def _opener(path: Path) -> Any:
             return point.load()
     known = ", ".join([*_OPENERS, ".zarr", *plugs])
     raise ValueError(
-        f"{brief(str(path))} has no suffix that is known; expected one of {known}, a URL of a zarr store, or a folder "
-        "that several processes have saved"
+        f"{brief(str(path))} has no suffix that is known; expected one of {known}, or a URL of a zarr store"
     )
 
 
