@@ -190,7 +190,7 @@ def read(target: Any, together: Any = None, names: Iterable[str] | None = None) 
     ValueError
         If a variable is not one of any rank's, or has another shape.
     """
-    if _names_folder(target) and not os.path.lexists(target):
+    if _names_folder(target) and len(Path(target).name) < 256 and not os.path.lexists(target):
         raise FileNotFoundError(errno.ENOENT, "there is no such folder, and a file has a suffix", str(target))
     if is_folder(target):
         path = Path(target)

@@ -13,7 +13,7 @@ from ..arrays.brief import brief, brief_names
 from ..hyperparameters.groups import Group, Override
 from ..ranks.agreement import Agreement
 from ..state import check_scalar
-from . import archive, folders, manifest
+from . import folders, manifest
 from .archive import Saved
 from .differences import UNUSABLE, differences
 from .manifest import encoded
