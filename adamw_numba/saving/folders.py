@@ -240,10 +240,10 @@ def verify(target: Any, part: int = 0, parts: int = 1) -> int:
     path, count = Path(target), 0
     for number in range(part, len(document["files"]), parts):
         saved, pieces = _file(path, document, number), _of_file(document, number)
-        _assembled(document, [(saved, pieces)], {}, str(path))
+        by_code = {encoded(name): piece for name, piece in pieces.items()}
         for key in filter(is_of_a_variable, saved.arrays):
-            known = {f"{slot}/{encoded(name)}": piece for name, piece in pieces.items() for slot in OF_A_VARIABLE}
-            if key not in known or saved.arrays[key].shape != known[key].own:
+            piece = by_code.get(key.partition("/")[2])
+            if piece is None or saved.arrays[key].shape != piece.own:
                 raise CorruptFileError(f"{saved.where}: {brief(key)} is not as {INDEX} of {path} says")
         count += sum(array.nbytes for array in saved.arrays.values())
     return count

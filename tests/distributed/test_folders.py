@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers.thread_ranks import on_ranks
+from helpers.thread_ranks import together
 
 from adamw_numba import AdamW, Checkpoints, LossScaleOptimizer, saved_variables
 from adamw_numba.__main__ import main
@@ -85,14 +85,6 @@ def new(dtype):
 def steps(run, first, count, dtype):
     for step in range(first, first + count):
         run.apply(values(100 + step, dtype))
-
-
-def together(size, work):
-    found = on_ranks(size, work)
-    for each in found:
-        if isinstance(each, BaseException):
-            raise each
-    return found
 
 
 KINDS = {"strips": Strips, "shared": Shared, "alone": Alone}

@@ -8,7 +8,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from helpers.thread_ranks import on_ranks
+from helpers.thread_ranks import together
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -52,14 +52,6 @@ def alone(options, dtype, gradient=gradients, names=SHAPES):
     for step in range(STEPS):
         optimizer.apply({name: value for name, value in gradient(step, dtype).items() if name in names})
     return variables, optimizer
-
-
-def together(size, work):
-    found = on_ranks(size, work)
-    for each in found:
-        if isinstance(each, BaseException):
-            raise each
-    return found
 
 
 def same(found, expected, rtol=0.0):

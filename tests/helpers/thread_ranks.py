@@ -65,3 +65,12 @@ def on_ranks(size, work):
     if len(own) < len(errors):  # some have waited in vain
         raise own[0] if own else errors[0]
     return found
+
+
+def together(size, work):
+    """What `work(ranks)` returns on each rank, none of which may raise."""
+    found = on_ranks(size, work)
+    for each in found:
+        if isinstance(each, BaseException):
+            raise each
+    return found
