@@ -410,12 +410,12 @@ class AdamW(Saveable, Conventional):
         ValueError
             If the optimizer is not built.
         KeyError
-            If no variable has that name.
+            If no variable has that name, here or on another rank.
         """
-        built = self.engine.require_built("group_of")
-        if not isinstance(name, str) or name not in built.names:
-            raise KeyError(f"there is no variable {brief(name)}; expected one of {brief_names(built.names)}")
-        return self.hyper.groups[built.which[built.names.index(name)]]  # type: ignore[no-any-return]
+        known = matching.groups_of(self.engine)
+        if not isinstance(name, str) or name not in known:
+            raise KeyError(f"there is no variable {brief(name)}; expected one of {brief_names(known)}")
+        return self.hyper.groups[known[name]]  # type: ignore[no-any-return]
 
     def add_variable(
         self,

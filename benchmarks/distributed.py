@@ -22,7 +22,7 @@ import numpy as np
 
 from adamw_numba import AdamW
 from adamw_numba.distributed import Sharded
-from adamw_numba.ranks.agreement import WORDS
+from adamw_numba.ranks.words import WORDS
 
 from .workloads import WORKLOADS
 

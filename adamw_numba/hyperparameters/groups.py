@@ -304,31 +304,54 @@ def _shown(value: Any) -> str:
     return brief(value.function if isinstance(value, hp.Rate) else value)
 
 
+def comparable(own: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyperparameters as another process can compare them with its own: of what is called its name alone."""
+    return {name: _name_of(value.function) if isinstance(value, hp.Rate) else value for name, value in own.items()}
+
+
+def _name_of(function: Any) -> str:
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
+
+
 def make_groups(
-    engine: Any, overrides: Sequence[Override], names: Sequence[str], variables: Sequence[Array]
+    engine: Any, overrides: Sequence[Override], names: Sequence[str], variables: Sequence[Array], together: Any = None
 ) -> tuple[list[Group], list[int], list[tuple[str, list[str]]]]:
     """The groups of variables, the common one first; which group each variable is in; and what matched none.
 
     A variable takes each hyperparameter from the last override that names it. Equal hyperparameters are one group.
+    With `together` the variables of all ranks count, and all ranks have the same groups, some of them maybe empty.
     """
-    own: list[Own] = [{} for _ in names]
-    unmatched = []
-    for override in overrides:
-        found, nothing = override.of(names, variables)
-        for i in found:
-            own[i] = _merged(own[i], override.own)
-        if nothing:
-            unmatched.append((override.called, nothing))
-    members: dict[object, list[int]] = {frozenset(): []}
-    for i, each in enumerate(own):
-        members.setdefault(_key(each), []).append(i)
-    which, groups = [0] * len(names), []
-    for k, indices in enumerate(members.values()):
-        for i in indices:
-            which[i] = k
-        its_names, its_variables = [names[i] for i in indices], [variables[i] for i in indices]
-        groups.append(Group(engine, its_names, its_variables, dict(own[indices[0]]) if k else None))
-    return groups, which, unmatched
+    found = [override.of(names, variables) for override in overrides]
+    asked = [tuple(k for k, (those, _) in enumerate(found) if i in those) for i in range(len(names))]
+    everywhere, unmatched = asked, [nothing for _, nothing in found]
+    if together is not None:
+        everywhere, unmatched = together.introduce(overrides, names, asked, unmatched)
+    own = {which: _own_of(overrides, which) for which in [(), *everywhere]}
+    keys = {which: _key(each) for which, each in own.items()}
+    numbers = {key: k for k, key in enumerate(dict.fromkeys(keys.values()))}
+    which = [numbers[keys[each]] for each in asked]
+    if together is not None:
+        together.group_of = {name: numbers[keys[each]] for name, each in together.asked.items()}
+    members: list[list[int]] = [[] for _ in numbers]
+    for i, k in enumerate(which):
+        members[k].append(i)
+    first = {numbers[key]: own[each] for each, key in reversed(keys.items())}
+    groups = [
+        Group(engine, [names[i] for i in those], [variables[i] for i in those], dict(first[k]) if k else None)
+        for k, those in enumerate(members)
+    ]
+    return (
+        groups,
+        which,
+        [(each.called, nothing) for each, nothing in zip(overrides, unmatched, strict=True) if nothing],
+    )
+
+
+def _own_of(overrides: Sequence[Override], which: Sequence[int]) -> Own:
+    own: Own = {}
+    for k in which:
+        own = _merged(own, overrides[k].own)
+    return own
 
 
 def _key(own: Own) -> object:

@@ -13,7 +13,7 @@ import numpy as np
 from .. import arrays
 from ..arrays import Array
 from ..arrays.brief import brief
-from ..ranks import agreement as rows
+from ..ranks import words as rows
 from ..ranks.agreement import Agreement
 from ..ranks.protocol import Rows
 from . import stopping

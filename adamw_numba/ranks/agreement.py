@@ -13,48 +13,43 @@ import numpy as np
 
 from .. import arrays
 from ..arrays import Array
-from ..arrays.brief import brief, cut
+from ..arrays.brief import cut
 from ..arrays.pieces import Piece
+from ..hyperparameters.groups import comparable
 from ..hyperparameters.table import patterns
 from . import pieces
 from .chunks import Chunks, chunks_of
 from .engines import ranks_of
 from .hosts import place, threads_of
 from .left import Left
-from .meeting import check_shared, checksums, plain
+from .meeting import check_overrides, check_shared, checksums, plain, sampled
 from .mesh import Cut, MeshRanks, cut_of
 from .protocol import RankError, Rows, texts
+from .settings import different_settings, settings_of
 from .telling import different, values
-
-# The words of a row. Norms are those of the variables that this rank counts, of those that all ranks have, and of those
-# that some have; additions as in cpu/plan.py, -1 where there are none; the cut and the last norm are of DTensors alone.
-(
-    STATUS, WHAT, ITERATION, RATE, DECAY, OTHERS, SETTINGS, CUT, PRESENT, OWN_NORM, SHARED_NORM, ADDITIONS, TWIN_NORM,
+from .words import (
+    ADDITIONS,
+    CALLS,
+    CUT,
+    DECAY,
+    FAILED,
+    FINE,
+    ITERATION,
+    MOST_WORDS,
+    MUST_AGREE,
+    OTHERS,
+    OWN_NORM,
+    PRESENT,
+    RATE,
+    SAMPLE,
+    SETTINGS,
+    SHARED_NORM,
+    STATUS,
+    TWIN_NORM,
+    WHAT,
     WORDS,
-) = range(14)  # fmt: skip
-# Where a loop goes around the steps (see `looping`), each row has more words, which minimizer/ranks.py explains.
-VALUE, GRADIENT, MOVE, SIZE, SECONDS, STOPS, SHARED_X, SHARED_GRADIENT, MOST_WORDS = range(WORDS, WORDS + 9)
-FINE, FAILED = 0.0, 1.0
-CALLS = (
-    "build", "apply", "start", "evaluate", "callback", "recover", "end", "build of a Sharded", "apply of a Sharded",
-    "save", "load", "restore",
-)  # fmt: skip
-MUST_AGREE = {
-    CUT: "the variables, or which of them have gradients, differ",
-    ITERATION: "the iterations differ",
-    RATE: "the learning rates differ",
-    DECAY: "the weight decays differ",
-    OTHERS: "the rates of the groups differ",
-    SETTINGS: "the hyperparameters differ",
-    SHARED_NORM: "the gradients of the replicated variables differ: their norms are",
-    SHARED_X: "the replicated variables differ: their checksums are",
-    SHARED_GRADIENT: "the gradients of the replicated variables differ: their checksums are",
-}
-SETTINGS_NAMES = (
-    "beta_1", "beta_2", "epsilon", "amsgrad", "clipnorm", "clipvalue", "global_clipnorm", "use_ema", "ema_momentum",
-    "ema_overwrite_frequency", "gradient_accumulation_steps", "nonfinite", "master_weights", "decouple_lr", "maximize",
-    "nesterov", "epsilon_mode",
-)  # fmt: skip
+)
+
 _NOTHING: dict[int, str] = {}
 ROUNDINGS = 64  # on the way from the norms of variables to that of all, at most
 
@@ -77,6 +72,8 @@ class Agreement:
         Where this rank's variables lie in the whole ones, by name; None where they do not make a whole.
     known : dict
         The ranks that have each variable of any rank, and its pieces there.
+    asked, group_of : dict
+        For each variable of any rank the overrides that are for it, and the number of its group.
     held : callable or None
         What an interrupt in the middle of a decision would have called: it is called at its end.
     threads : int or None
@@ -92,7 +89,7 @@ class Agreement:
         self._around: float | None = None  # the same, between the decisions of a loop
         self._told: Rows | None = None  # what the next row of a loop says of the step before it
         self.held: Callable[[], Any] | None = None
-        self._settings: tuple[Any, float] = (None, 0.0)  # of which hyperparameters, and their checksum
+        self._settings: tuple[Any, float] = (None, 0.0)  # of which hyperparameters and recipes, and their checksum
         self.is_shared = self.counts = np.zeros(0, bool)
         self._shares_any = False
         self.pieces: dict[str, Piece | None] = {}
@@ -105,7 +102,8 @@ class Agreement:
         self._present: tuple[Any, bytes] = slice(0), b""  # which variables are trained, and have a gradient
         self._where = np.zeros(0, int)  # of each of this rank's variables, among the names of all ranks
         self._names = 0
-        self._groups: list[int] = []  # those that all ranks have, of the groups after the common one
+        self.asked: Mapping[str, Sequence[int]] = {}
+        self.group_of: dict[str, int] = {}
 
     def share(self, replicated: Sequence[str], places: Any = None) -> list[str]:
         """Take regular expressions for the names of variables that all ranks have, with the same values; and where in
@@ -189,10 +187,7 @@ class Agreement:
             if word == CUT:
                 told = different(self.tell(self._of_cut()))
             elif word == SETTINGS:
-                each_has = self.tell(settings())
-                given = {name: [own.get(name) for own in each_has] for own in each_has for name in own}
-                names = [name for name, each in given.items() if any(value != each[0] for value in each)]
-                told = "; ".join(f"{name} is {values(given[name], brief)}" for name in names[:4])
+                told = different_settings(self.tell(settings()))
             else:
                 told = values(found, int if word == ITERATION else float)
             raise RankError(f"{what}: {told}; expected the same on all ranks")
@@ -247,7 +242,7 @@ class Agreement:
             If a rank has failed, or they do not agree on the step or on what they must.
         """
         row, self._told = self._row_of(words), None
-        return self._settled(call, row, partial(_settings, engine.hyper), must_agree)
+        return self._settled(call, row, partial(settings_of, engine), must_agree)
 
     def _settled(self, call: str, row: Rows, settings: Callable[[], dict[str, Any]], must_agree: Any) -> Rows:
         self.begin(call)
@@ -283,16 +278,29 @@ class Agreement:
             self._cut_sum = zlib.crc32(json.dumps(self.cut.told).encode())
         self._shares_any = bool(self.is_shared.any())
 
-    def meet(
-        self,
-        engine: Any,
-        names: list[str],
-        variables: list[Array],
-        given: list[Array],
-        groups: list[Any],
-        unmatched: list[Any],
-    ) -> list[Any]:
-        """Tell the others of this rank's variables; returns what of `unmatched` matches none of theirs either.
+    def introduce(
+        self, overrides: Sequence[Any], names: Sequence[str], asked: Sequence[Sequence[int]], unmatched: list[list[str]]
+    ) -> tuple[Sequence[Sequence[int]], list[list[str]]]:
+        """Which overrides are for the variables of all ranks, and what of `unmatched` matches none of them.
+
+        Raises
+        ------
+        RankError
+            If a rank has failed, or has other overrides.
+        """
+        call, row = self._pending, np.zeros(self._words)
+        row[OTHERS] = len(overrides)
+        if self._decide(row)[:, OTHERS].any():
+            own = [[each.called, comparable(each.own)] for each in overrides]
+            told = self.tell([own, list(zip(names, asked, strict=True)), unmatched])
+            self.asked = check_overrides(told)
+            asked, nowhere = list(self.asked.values()), zip(*(each[2] for each in told), strict=True)
+            unmatched = [sorted(set.intersection(*map(set, each))) for each in nowhere]
+        self._pending = call  # the decision of `meet`
+        return asked, unmatched
+
+    def meet(self, engine: Any, names: list[str], variables: list[Array], given: list[Array]) -> None:
+        """Tell the others of this rank's variables.
 
         Raises
         ------
@@ -307,22 +315,19 @@ class Agreement:
                 for name, variable, place in zip(names, variables, places, strict=True)
             ],
             "shared": [name for name, shared in zip(names, self.is_shared, strict=True) if shared],
-            "groups": [", ".join(group.told()) for group in groups[1:]],
             "place": place(),
             "patterns": [each.pattern for each in self._patterns if any(map(each.search, names))],
             "values": [] if self.cut else checksums(names, variables, self.is_shared),
-            "unmatched": [[called, list(nothing)] for called, nothing in unmatched],
         }
         rows = self._decide(self._row(engine, engine.state.scalars["iteration"].item(), math.nan, math.nan, ()))
         told = self.tell(mine)
-        self._compare(rows, partial(_settings, engine.hyper))
+        self._compare(rows, partial(settings_of, engine))
         check_shared(told, [each.pattern for each in self._patterns])
         self.threads = threads_of(self.ranks.rank, [each["place"] for each in told])
-        everywhere = sorted(set.intersection(*(set(each["groups"]) for each in told)))
-        self._groups = [mine["groups"].index(group) for group in everywhere]
         self.known = pieces.placed([each["variables"] for each in told], set(told[0]["shared"]))
         self.pieces = {name: dict(self.known[name])[self.ranks.rank] for name in names}
         self._chunks = chunks_of([each["variables"] for each in told], self.known, told[0]["shared"])
+        self.group_of = dict.fromkeys(self.known, 0) | self.group_of
         number = {name: k for k, name in enumerate(self.known)}
         self._where, self._names = np.array([number[name] for name in names], int), len(number)
         has_any = any(math.prod(shape) for each in told for _, shape, *_ in each["variables"])
@@ -330,10 +335,6 @@ class Agreement:
             what = "`variables`" if self._around is None else "`x0`"
             raise ValueError(f"{what} is empty on all ranks; expected at least one array")
         self._resume()
-        nowhere = [
-            set.intersection(*(set(each["unmatched"][k][1]) for each in told)) for k, _ in enumerate(mine["unmatched"])
-        ] if len({len(each["unmatched"]) for each in told}) == 1 else []  # fmt: skip
-        return [(called, sorted(found)) for (called, _), found in zip(unmatched, nowhere, strict=False) if found]
 
     # Stepping
 
@@ -360,6 +361,8 @@ class Agreement:
             self._resume()
             return 0.0, None, 0.0
         row[PRESENT] = any(g is not None for g in gradients)
+        if self._shares_any:
+            row[SAMPLE] = sampled(gradients, self.is_shared[trained], recipe.number)
         plans = workspace.plans
         if norms is not None:
             shared, counts, where = self.is_shared[trained], self.counts[trained], self._where[trained]
@@ -370,7 +373,7 @@ class Agreement:
             additions = plans[0].additions if len(plans) == 1 else 0 if not plans else None
             row[ADDITIONS] = -1 if additions is None else additions
         rows = self._decide(row)
-        self._compare(rows, partial(_settings, engine.hyper))
+        self._compare(rows, partial(settings_of, engine))
         if not row[PRESENT] and not rows[:, PRESENT].any():
             raise ValueError("No gradients provided for any variable on any rank.")
         found = (0.0, None, 0.0) if norms is None else self._combined(plans, recipe, norms, (counts, where), rows)
@@ -425,19 +428,15 @@ class Agreement:
         return rows.astype(np.int64).reshape(-1, count, exact.DIGITS).sum(axis=0)
 
     def _row(self, engine: Any, number: int, rate: float, decay: float, others: Any) -> Rows:
-        hyper = engine.hyper
-        if self._settings[0] is not hyper.token:
-            self._settings = hyper.token, float(zlib.crc32(json.dumps(_settings(hyper)).encode()))
+        known = engine.hyper.token, engine.recipes
+        if self._settings[0] != known:
+            self._settings = known, float(zlib.crc32(json.dumps(settings_of(engine)).encode()))
         row = np.zeros(self._words)
         row[ITERATION], row[RATE], row[DECAY], row[SETTINGS] = number, rate, decay, self._settings[1]
         if self.cut is not None:
             row[CUT] = zlib.crc32(self._present[1], self._cut_sum)
-        row[OTHERS] = zlib.crc32(repr([others[k] for k in self._groups]).encode()) if others and self._groups else 0
+        row[OTHERS] = zlib.crc32(repr(others).encode()) if others else 0
         return row
-
-
-def _settings(hyper: Any) -> dict[str, Any]:
-    return {name: getattr(hyper, name) for name in SETTINGS_NAMES}
 
 
 def _whole(norms: list[float]) -> float:

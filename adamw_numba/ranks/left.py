@@ -16,6 +16,7 @@ class Left:
         self.rank: int = ranks.rank
         self.size: int = ranks.size
         self.ranks = self
+        self.group_of: dict[str, int] = {}
 
     def begin(self, call: str) -> None:
         """Refuse to go on."""

@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Iterable, Sequence
+from itertools import compress, zip_longest
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from ..arrays import Array
 from ..arrays.brief import brief, brief_names
 from .protocol import RankError
 
+SAMPLED = 8  # gradients, and elements of each
+
 
 def checksums(names: Sequence[str], variables: Sequence[Array], which: Iterable[bool]) -> list[list[Any]]:
     """Some of the variables, with the checksums of their elements."""
@@ -19,6 +22,46 @@ def checksums(names: Sequence[str], variables: Sequence[Array], which: Iterable[
         for name, variable, shared in zip(names, variables, which, strict=True)
         if shared
     ]
+
+
+def sampled(gradients: Sequence[Array | None], which: Iterable[bool], number: int) -> float:
+    """A checksum of which of some gradients there are, and of some of their elements: of others at each step."""
+    shared = list(compress(gradients, which))
+    crc = zlib.crc32(bytes(g is not None for g in shared))
+    those = [g for g in shared if g is not None]
+    for k in range(min(len(those), SAMPLED)):
+        flat = arrays.detached(those[(number * SAMPLED + k) % len(those)]).reshape(-1)
+        flat = arrays.as_numpy(flat) if arrays.place(flat) == "cpu" else flat
+        stride = max(flat.shape[0] // SAMPLED, 1)
+        some = flat[number % stride :: stride][:SAMPLED]
+        crc = zlib.crc32(np.ascontiguousarray(arrays.as_numpy(some)).tobytes(), crc)
+    return float(crc)
+
+
+def check_overrides(told: Sequence[Any]) -> dict[str, tuple[int, ...]]:
+    """For each variable of any rank which overrides are for it, once they have been found to be the same everywhere.
+
+    Raises
+    ------
+    RankError
+    """
+    asked: dict[str, tuple[int, ...]] = {}
+    for rank, (others, variables, _) in enumerate(told):
+        for k, (own, other) in enumerate(zip_longest(told[0][0], others)):
+            if own != other:
+                here, there = (f"`{each[0]}` of {brief(each[1])}" if each else "none" for each in (own, other))
+                raise RankError(
+                    f"the calls of `override` and `exclude_from_weight_decay` differ: number {k} is {here} on rank 0, "
+                    f"{there} on rank {rank}; expected the same on all ranks, by `var_names` where some lack variables"
+                )
+        for name, which in variables:
+            if asked.setdefault(name, tuple(which)) != tuple(which):
+                first = next(k for k, (_, those, _) in enumerate(told) if name in dict(those))
+                raise RankError(
+                    f"the calls of `override` and `exclude_from_weight_decay` that are for {brief(name)} differ: their "
+                    f"numbers are {list(asked[name])} on rank {first}, {which} on rank {rank}; expected the same"
+                )
+    return asked
 
 
 def check_shared(told: Sequence[dict[str, Any]], patterns: Sequence[str]) -> None:

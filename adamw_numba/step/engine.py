@@ -91,12 +91,12 @@ class Engine(Rates):
     def _build(self, names: list[str], variables: list[Array], together: Any) -> Workspace:
         arrays.check_variables(names, variables)
         hyper = self.hyper
-        groups, which, unmatched = make_groups(self, hyper.overrides, names, variables)
+        groups, which, unmatched = make_groups(self, hyper.overrides, names, variables, together)
         given, variables = variables, arrays.seen_all(names, variables)
         slots = [self.new_slots(v) if groups[k].trainable else {} for v, k in zip(variables, which, strict=True)]
         workspace = building.build(names, variables, slots, which, len(groups), given, together is not None)
         if together is not None:
-            unmatched = together.meet(self, names, variables, given, groups, unmatched)
+            together.meet(self, names, variables, given)
             hyper.most_threads = together.threads
         for called, nothing in unmatched:
             warnings.warn(

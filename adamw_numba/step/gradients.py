@@ -24,6 +24,13 @@ def variables_of(engine: Any, variables: Container) -> tuple[list[str], list[Arr
     return in_jax_order(container, names, leaves)
 
 
+def groups_of(engine: Any) -> dict[str, int]:
+    """The number of the group that each variable is in, those of other ranks included."""
+    built = engine.require_built("group_of")
+    others = {} if engine.together is None else engine.together.group_of
+    return {**others, **dict(zip(built.names, built.which, strict=True))}
+
+
 def match(engine: Any, grads: Container, variables: Container | None) -> Sequence[Array | None]:
     """The gradients in the order of the variables, which are built if need be; an empty list if there are none."""
     engine.check_not_swapped()

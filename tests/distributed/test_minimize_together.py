@@ -11,7 +11,7 @@ from helpers.thread_ranks import on_ranks
 
 import adamw_numba
 from adamw_numba.distributed import RankError
-from adamw_numba.ranks.agreement import MOST_WORDS, STATUS
+from adamw_numba.ranks.words import MOST_WORDS, STATUS
 from adamw_numba.schedules import CosineDecay
 
 SIZES = [1, 2, 3, 4, 7]
@@ -773,7 +773,7 @@ def test_an_interrupt_in_the_middle_of_a_decision_waits_for_its_end(at, clip):
     assert failed[STATUS] == 1
     assert [length.size, text.size] == [1, len("KeyboardInterrupt: ")]
     assert len(failed) == MOST_WORDS
-    start = 4  # messages: the arguments, the variables, and their names
+    start = 5  # messages: the arguments, the overrides, the variables, and their names
     assert len(before) == (at + 1 if at in (0, *range(start - 1, 18)) else start)
 
 

@@ -7,11 +7,12 @@ import re
 
 import numpy as np
 import pytest
-from helpers.thread_ranks import on_ranks
+from helpers.thread_ranks import on_ranks, together
 
 from adamw_numba import AdamW, LossScaleOptimizer, schedules
 from adamw_numba.cpu import exact
 from adamw_numba.distributed import RankError
+from adamw_numba.ranks.meeting import SAMPLED
 
 SIZES = [1, 2, 3, 4, 7]
 SHAPES = {"a": (70, 30), "b": (5,), "c": (), "d": (0, 3), "e": (1000,), "f": (3, 2, 2)}
@@ -60,7 +61,7 @@ def gradients(step, dtype, bad=()):
     return found
 
 
-def together(size, options, dtype, shared=(), steps=STEPS, bad=()):
+def ranks_of(size, options, dtype, shared=(), steps=STEPS, bad=()):
     """Each rank with its own variables, and the shared ones."""
 
     def work(ranks):
@@ -92,7 +93,7 @@ def same(found, expected, rtol=0.0):
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 def test_the_bits_of_one_process(dtype, options, size):
     expected, optimizer = alone(options, dtype)
-    found = together(size, options, dtype, shared=("b",))
+    found = ranks_of(size, options, dtype, shared=("b",))
     same(found, expected, rtol=1e-12 if dtype == "float64" else 0.0)
     for _, each, _ in found:
         assert each.iterations == optimizer.iterations
@@ -124,7 +125,7 @@ def test_norms_that_no_rank_is_certain_of(name, size, monkeypatch):
     """Their exact sums are gathered."""
     expected, _ = alone(OPTIONS[name], "float32")
     monkeypatch.setattr(exact, "IN_CHUNK", 2**50)
-    same(together(size, OPTIONS[name], "float32", shared=("a",)), expected)
+    same(ranks_of(size, OPTIONS[name], "float32", shared=("a",)), expected)
 
 
 def test_frozen_variables_do_not_count():
@@ -156,7 +157,7 @@ def test_calls_that_differ():
 def test_a_step_that_one_rank_skips_all_skip(size, bad):
     options = OPTIONS["skip"]
     expected, optimizer = alone(options, "float32", bad=bad)
-    found = together(size, options, "float32", bad=bad)
+    found = ranks_of(size, options, "float32", bad=bad)
     same(found, expected)
     assert {each.skipped_steps for _, each, _ in found} == {optimizer.skipped_steps} == {len(bad)}
 
@@ -177,9 +178,9 @@ def test_a_dynamic_loss_scale_is_the_same_on_all_ranks():
 def test_what_is_sent(size):
     """One message of at most 128 bytes for a step, whatever there is to agree on; one more to clip variables alone."""
     for name, expected in {"global clip": 1, "plain": 1, "clip of each": 2}.items():
-        _, _, messages = together(size, OPTIONS[name], "float32", steps=0)[0]
+        _, _, messages = ranks_of(size, OPTIONS[name], "float32", steps=0)[0]
         before = len(messages)
-        _, _, messages = together(size, OPTIONS[name], "float32", steps=5)[0]
+        _, _, messages = ranks_of(size, OPTIONS[name], "float32", steps=5)[0]
         sent = messages[before:]
         assert len(sent) == 5 * expected
         assert max(sent[::expected]) * 8 <= 128
@@ -226,6 +227,7 @@ def failing(change, size=3, at=1, **options):
         name = f"w{ranks.rank}"
         variables = {name: np.ones(4), "shared": np.ones(2)}
         optimizer = AdamW(**{"learning_rate": 0.1, "global_clipnorm": 1.0, **options})
+        optimizer.override(var_names=["shared"], beta_1=0.8)
         optimizer.build(variables, comm=ranks, replicated=["shared"])
         good = {name: np.ones(4), "shared": np.ones(2)}
         optimizer.apply(good)
@@ -251,6 +253,21 @@ def setting(name, value):
         old = getattr(optimizer, name)
         setattr(optimizer, name, value)
         return gradients, lambda: setattr(optimizer, name, old)
+
+    return change
+
+
+def of_the_group(name, value):
+    def change(optimizer, gradients, _):
+        group = optimizer.group_of("shared")
+        own = dict(vars(group)["own"])
+        setattr(group, name, value)
+
+        def undo():
+            vars(group)["own"] = own
+            optimizer.engine.hyper.token = object()
+
+        return gradients, undo
 
     return change
 
@@ -298,15 +315,74 @@ DISAGREE = {
         lambda o, gradients, _: (gradients | {"shared": np.ones(2) * 2}, lambda: None),
         "the gradients of the replicated variables differ",
     ),
+    "a loss scale": (setting("loss_scale_factor", 4.0), "loss_scale is 1.0 on ranks 0, 2, 4.0 on rank 1"),
+    "a group's own": (of_the_group("beta_1", 0.5), "groups[1].beta_1 is 0.8 on ranks 0, 2, 0.5 on rank 1"),
+    "a group's rate": (of_the_group("learning_rate", 0.5), "the rates of the groups differ"),
+    "a group's clip": (of_the_group("clipvalue", 0.5), "groups[1].clipvalue is None on ranks 0, 2, 0.5 on rank 1", None),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", DISAGREE)
 def test_ranks_that_do_not_agree(case):
-    change, message = DISAGREE[case]
-    for error in failing(change):
+    change, message, *clip = DISAGREE[case]
+    for error in failing(change, **({"global_clipnorm": None} if clip else {})):
         assert isinstance(error, RankError)
         assert message in str(error)
+
+
+SHARED = np.array([3.0, -4.0, 0.0])
+OTHER_SHARED = {"of other order": SHARED[::-1], "of other sign": -SHARED, "of another element": SHARED + [0, 0, 1], "none": None}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+@pytest.mark.parametrize("options", [{}, {"global_clipnorm": 1.0}], ids=str)
+@pytest.mark.parametrize("case", OTHER_SHARED)
+def test_replicated_gradients_that_differ(case, options):
+    """Where no norm is taken too, and where the norms are the same."""
+
+    def work(ranks):
+        variables = {f"w{ranks.rank}": np.ones(4), "shared": np.ones(3)}
+        optimizer = AdamW(0.1, **options)
+        optimizer.build(variables, comm=ranks, replicated=["shared"])
+        gradients = {f"w{ranks.rank}": np.ones(4), "shared": SHARED}
+        optimizer.apply(gradients)
+        before = variables["shared"].copy()
+        with pytest.raises(RankError, match="the gradients of the replicated variables differ"):
+            optimizer.apply(gradients | ({"shared": OTHER_SHARED[case]} if ranks.rank == 1 else {}))
+        np.testing.assert_array_equal(variables["shared"], before)
+        optimizer.apply(gradients)
+        return variables["shared"]
+
+    first, second = together(2, work)
+    np.testing.assert_array_equal(first, second)
+
+
+def test_every_element_of_a_replicated_gradient_is_compared_in_time():
+    def work(ranks):
+        optimizer = AdamW(0.1)
+        optimizer.build({"shared": np.ones(1000)}, comm=ranks, replicated=["shared"])
+        gradient = np.ones(1000)
+        gradient[777] += ranks.rank
+        with pytest.raises(RankError, match="the gradients of the replicated variables differ"):
+            for _ in range(1000 // SAMPLED):
+                optimizer.apply([gradient])
+
+    together(2, work)
+
+
+def test_a_dynamic_loss_scale_on_one_rank_alone():
+    def work(ranks):
+        optimizer = AdamW(0.1)
+        if ranks.rank:
+            optimizer = LossScaleOptimizer(optimizer)
+        optimizer.build({f"w{ranks.rank}": np.ones(2)}, comm=ranks)
+        with pytest.raises(
+            RankError, match=r"nonfinite is 'propagate' on rank 0, 'skip' on rank 1; loss_scale is 1\.0 on"
+        ):
+            optimizer.apply([np.ones(2)])
+        assert optimizer.iterations == 0
+
+    together(2, work)
 
 
 @pytest.mark.parametrize("at", range(3))
@@ -405,25 +481,72 @@ def test_a_pattern_that_matches_on_another_rank_is_no_mistake(recwarn):
     assert not recwarn.list
 
 
-def test_groups_of_which_a_rank_has_none():
-    """Their rates are compared where all have them; a group that is one rank's alone concerns nobody else."""
+def test_all_ranks_have_the_same_groups():
+    """One of which a rank has no variable is empty there, and is written on all ranks alike."""
 
     def work(ranks):
         optimizer = AdamW(0.1)
         optimizer.override(var_names=["bias"], weight_decay=0.0)
-        optimizer.override(var_names=["kernel"], learning_rate_multiplier=0.5)
-        variables = {"kernel": np.ones(2)} | ({"bias": np.ones(1)} if ranks.rank == 1 else {})
+        optimizer.override(var_names=["kernel"], learning_rate_multiplier=0.5, clipnorm=1.0)
+        variables = {"kernel": np.ones(2, np.float32)} | ({"bias": np.ones(1, np.float32)} if ranks.rank == 1 else {})
         optimizer.build(variables, comm=ranks)
-        optimizer.apply({name: np.ones_like(v) for name, v in variables.items()})
+        gradients = {name: np.ones_like(v) for name, v in variables.items()}
+        optimizer.apply(gradients)
+        groups = optimizer.groups
+        assert [group.learning_rate_multiplier for group in groups] == [1.0, 0.5, 1.0]
+        assert groups[2].names == (("bias",) if ranks.rank == 1 else ())
+        assert optimizer.group_of("bias") is groups[2]
         if ranks.rank == 1:
             optimizer.group_of("bias").learning_rate = 0.3
-        optimizer.apply({name: np.ones_like(v) for name, v in variables.items()})
-        if ranks.rank == 1:
-            optimizer.group_of("kernel").learning_rate = 0.3
         with pytest.raises(RankError, match="the rates of the groups differ"):
-            optimizer.apply({name: np.ones_like(v) for name, v in variables.items()})
+            optimizer.apply(gradients)
+        optimizer.group_of("bias").learning_rate = 0.3
+        optimizer.apply(gradients)
+        with pytest.raises(KeyError, match="no variable 'other'"):
+            optimizer.group_of("other")
+        assert repr(groups[2]).startswith("Group(['bias']" if ranks.rank == 1 else "Group([]")
+        return variables
 
-    on_ranks(2, work)
+    one = {"kernel": np.ones(4, np.float32), "bias": np.ones(1, np.float32)}
+    optimizer = AdamW(0.1)
+    optimizer.override(var_names=["bias"], weight_decay=0.0)
+    optimizer.override(var_names=["kernel"], learning_rate_multiplier=0.5, clipnorm=1.0)
+    optimizer.build(one)
+    for rate in (0.1, 0.3):
+        optimizer.group_of("bias").learning_rate = rate
+        optimizer.apply({name: np.ones_like(v) for name, v in one.items()})
+    found = together(2, work)
+    np.testing.assert_array_equal(np.concatenate([each["kernel"] for each in found]), one["kernel"])
+    np.testing.assert_array_equal(found[1]["bias"], one["bias"])
+
+
+CALLS_AT_1 = {
+    "another value": lambda o: o.override(var_names=["b"], learning_rate=0.3),
+    "another kind": lambda o: o.override(var_names=["b"], weight_decay=0.1),
+    "a schedule": lambda o: o.override(var_names=["b"], learning_rate=schedules.CosineDecay(0.1, 10)),
+    "frozen": lambda o: o.override(var_names=["b"], trainable=False),
+    "none": lambda o: None,
+    "one more": lambda o: (o.override(var_names=["b"], learning_rate=0.1), o.exclude_from_weight_decay(var_names=["b"])),
+    "for another variable": lambda o: o.override(var_names=["w"], learning_rate=0.1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CALLS_AT_1)
+def test_overrides_that_differ(case):
+    def work(ranks):
+        optimizer = AdamW()
+        if ranks.rank == 1:
+            CALLS_AT_1[case](optimizer)
+        else:
+            optimizer.override(var_names=["b"], learning_rate=0.1)
+        with pytest.raises(RankError, match="the calls of `override` and `exclude_from_weight_decay`") as error:
+            optimizer.build({"b": np.ones(2), "w": np.ones(2)}, comm=ranks)
+        assert not optimizer.built
+        return str(error.value)
+
+    first, *others = together(3, work)
+    assert others == [first] * 2
+    assert "on rank 1; expected the same" in first
 
 
 def test_a_rank_whose_variables_are_all_frozen():
