@@ -474,8 +474,8 @@ def test_targets(tmp_path):
             AdamW.load(tmp_path / "nowhere", run.variables, comm=ranks)
         with pytest.raises(ValueError, match="expected False"):
             Checkpoints(tmp_path / "c", suffix="", background=True)
-        with pytest.raises(ValueError, match="expected False"), Checkpoints(tmp_path / "c", background=True) as those:
-            those.save(run.optimizer, 1)
+        with pytest.raises(ValueError, match="expected '' and False"):
+            Checkpoints(tmp_path / "c", background=True).save(run.optimizer, 1)
 
     together(2, work)
 
@@ -527,6 +527,25 @@ def test_another_suffix(tmp_path):
             Checkpoints(tmp_path).restore_latest(AdamW())
 
     together(1, work)
+
+
+def test_checkpoints_of_another_kind(tmp_path):
+    """Nobody learns only at the first save, after hours, that there can be none."""
+
+    def work(ranks):
+        run = Strips(lambda: AdamW(0.1), ranks)
+        run.build(values(0))
+        with pytest.raises(ValueError, match=r"`suffix` is '\.npz' and .* the optimizer is connected .* expected ''"):
+            Checkpoints(tmp_path, every=100).save(run.optimizer, 1)
+        with pytest.raises((ValueError, RankError), match=r"`suffix` is '\.npz'"):  # on rank 1 alone
+            Checkpoints(tmp_path, suffix=".npz" * ranks.rank).save(run.optimizer, 1)
+
+    together(2, work)
+    alone = AdamW()
+    alone.build({"w": np.ones(3)})
+    with pytest.raises(ValueError, match=r"`suffix` is '', and the optimizer is not connected .* such as '\.npz'"):
+        Checkpoints(tmp_path / "alone", every=100, suffix="").save(alone, 1)
+    assert not any((tmp_path / "alone").iterdir())
 
 
 def test_what_is_not_trainable_is_restored_on_all_ranks(tmp_path):
