@@ -1,7 +1,7 @@
 """Pieces of whole arrays, which several processes have: where they lie, and what two of them have in common."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -69,14 +69,20 @@ def copy_common(source: Elements, there: Piece, target: Elements, here: Piece) -
     Parameters
     ----------
     source, target : numpy.ndarray
-        The elements of the pieces; of a run, an array of any shape that has them in order.
+        The elements of the pieces; of a run, a contiguous array of any shape that has them in order.
     there, here : Piece
     """
     run, other = there.as_run(), here.as_run()
     if run is not None and other is not None:
-        there, here, source, target = run, other, source.reshape(-1), target.reshape(-1)
-    elif there.is_run or here.is_run:
-        return _by_the_whole(source, there, target, here)
+        return _copy_common(source.reshape(-1), run, target.reshape(-1), other)
+    # A run and a box: each box of the run is a part of its elements that lies together.
+    sources = _in_boxes(source, there) if there.is_run else [(source, there)]
+    targets = _in_boxes(target, here) if here.is_run else [(target, here)]
+    return sum(_copy_common(*each, *other) for each in sources for other in targets)
+
+
+def _copy_common(source: Elements, there: Piece, target: Elements, here: Piece) -> int:
+    """The same of two boxes, or of two runs."""
     lows = [max(pair) for pair in zip(there.start, here.start, strict=True)]
     ends = [[at + length for at, length in zip(piece.start, piece.own, strict=True)] for piece in (there, here)]
     highs = [min(pair) for pair in zip(*ends, strict=True)]
@@ -91,30 +97,53 @@ def copy_common(source: Elements, there: Piece, target: Elements, here: Piece) -
 
 
 def make_whole(pieces: Sequence[Piece]) -> bool:
-    """Whether every element of the whole is in one of these pieces, and in one alone."""
-    size = math.prod(pieces[0].shape) if pieces else 0
-    if sum(math.prod(piece.own) for piece in pieces) != size:
+    """Whether every element of the whole is in one of these pieces, and in one alone; each lies within the whole.
+
+    It takes no memory in proportion to the whole, whose shape may be that of a forged file.
+    """
+    if not pieces or sum(math.prod(piece.own) for piece in pieces) != math.prod(pieces[0].shape):
         return False
+    # As many elements as the whole has: there is a gap only where two overlap.
     runs = [piece.as_run() for piece in pieces if 0 not in piece.own]
     if all(runs):
         places = sorted((run.start[0], run.own[0]) for run in runs if run)
         return all(at + length <= later for (at, length), (later, _) in pairwise(places))
-    marks = np.zeros(size, bool)
-    for piece in pieces:
-        _view(marks, piece)[...] = True
-    return bool(marks.all())
+    boxes = [box for piece in pieces for box in (_boxes(piece) if piece.is_run else [piece]) if 0 not in piece.own]
+    low = np.array([box.start for box in boxes], np.int64).T
+    return not _overlap(low, low + np.array([box.own for box in boxes], np.int64).T)
 
 
-def _by_the_whole(source: Elements, there: Piece, target: Elements, here: Piece) -> int:
-    """The same of a box and a run: each is marked in the whole."""
-    number = np.full(math.prod(there.shape), -1, np.int64)  # of each element, where it is in the source
-    _view(number, there)[...] = np.arange(source.size).reshape(there.own)
-    wanted = _view(number, here)
-    found = wanted >= 0
-    target.reshape(here.own)[found] = source.reshape(-1)[wanted[found]]
-    return int(found.sum())
+def _overlap(low: Elements, high: Elements) -> bool:
+    """Whether any two boxes overlap, whose bounds are the columns."""
+    # Along the axis that tells most of them apart, each is compared with those alone that begin before its end.
+    axis = max(range(len(low)), key=lambda k: len(np.unique(low[k])))
+    order = np.argsort(low[axis])
+    low, high = low[:, order], high[:, order]
+    ends = np.searchsorted(low[axis], high[axis]).tolist()
+    return any(
+        ((low[:, k + 1 : end] < high[:, k, None]) & (low[:, k, None] < high[:, k + 1 : end])).all(axis=0).any()
+        for k, end in enumerate(ends)
+        if end > k + 1
+    )
 
 
-def _view(flat: Elements, piece: Piece) -> Elements:
-    array = flat if piece.is_run else flat.reshape(piece.shape)
-    return array[tuple(slice(at, at + length) for at, length in zip(piece.start, piece.own, strict=True))]
+def _boxes(run: Piece) -> list[Piece]:
+    """A run as boxes, in its order: at most one of rows, planes, ... on the way up, and one on the way down."""
+    shape, (at,), (count,) = run.shape, run.start, run.own
+    sizes = [math.prod(shape[k + 1 :]) for k in range(len(shape))]  # of what one index along each axis is
+    found = []
+    while count:
+        axis = next(k for k, size in enumerate(sizes) if at % size == 0 and size <= count)
+        start = [at // size % length for size, length in zip(sizes, shape, strict=True)]
+        length = min(count // sizes[axis], shape[axis] - start[axis])
+        found.append(Piece(shape, tuple(start), (*[1] * axis, length, *shape[axis + 1 :])))
+        at, count = at + length * sizes[axis], count - length * sizes[axis]
+    return found
+
+
+def _in_boxes(elements: Elements, run: Piece) -> Iterator[tuple[Elements, Piece]]:
+    flat, at = elements.reshape(-1), 0
+    for box in _boxes(run):
+        size = math.prod(box.own)
+        yield flat[at : at + size].reshape(box.own), box
+        at += size

@@ -94,7 +94,13 @@ def check_shared(told: Sequence[dict[str, Any]], patterns: Sequence[str]) -> Non
 
 
 def plain(value: Any) -> Any:
-    """NumPy's scalars as Python's, for JSON."""
+    """NumPy's scalars as Python's, for JSON: in what ranks tell each other, and in files.
+
+    Raises
+    ------
+    TypeError
+        If it is another object.
+    """
     if isinstance(value, np.generic):
         return value.item()
-    raise TypeError(f"{brief(value)} of type {type(value).__name__} cannot be told to other ranks")
+    raise TypeError(f"{brief(value)} is of type {type(value).__name__}; expected what JSON can hold")

@@ -128,8 +128,12 @@ class Checkpoints:
         ------
         OSError
             If this file, or in the background the last one, could not be written.
+        ValueError
+            If `suffix` or `background` is not for this optimizer.
         """
         step = integer(0, optional=False)("step", step)
+        together = connection_of(optimizer)
+        self._check_kind(together)
         if step % self.every and not force:
             if any(writing.done() for writing in self._writing):
                 self._finish()
@@ -138,16 +142,11 @@ class Checkpoints:
         path = self._path(step)
         if not self.background:
             optimizer.save(path, extra, variables, self.durable)
-            together = connection_of(optimizer)
             with folders.agreeing(together, "save") as agreed:
                 if together is None or together.ranks.rank == 0:
                     self._prune(step)
                 agreed()
             return path
-        if connection_of(optimizer) is not None:
-            raise ValueError(
-                "`background` is True, and the optimizer is connected with other processes; expected False"
-            )
         taken = snapshot.take(optimizer, extra, variables, copy=True)
         if self._writer is None:
             self._writer = ThreadPoolExecutor(1, "adamw_numba checkpoints")
@@ -238,6 +237,20 @@ class Checkpoints:
             if not self._writing and self._writer is not None:  # otherwise interrupted, and to be called again
                 self._writer.shutdown()
                 self._writer = None
+
+    def _check_kind(self, together: Any) -> None:
+        """Refuse a suffix that is not for this optimizer, also at steps at which nothing is saved."""
+        if together is None and not self.suffix:
+            raise ValueError(
+                "`suffix` is '', and the optimizer is not connected with those of other processes; expected the suffix "
+                "of a file, such as '.npz'"
+            )
+        if together is not None and self.suffix:
+            with folders.agreeing(together, "save"):  # it may be another one on the other ranks
+                raise ValueError(
+                    f"`suffix` is {self.suffix!r} and `background` {self.background}, and the optimizer is connected "
+                    "with those of other processes; expected '' and False"
+                )
 
     def _path(self, step: int) -> Path:
         return self.directory / f"step-{step:012d}{self.suffix}"

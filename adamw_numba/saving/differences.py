@@ -6,7 +6,8 @@ from typing import Any
 
 from ..arrays.brief import brief, brief_names
 from ..hyperparameters.groups import Group
-from . import manifest, overrides
+from ..ranks.meeting import plain
+from . import overrides
 from .archive import Saved
 from .snapshot import engine_of
 
@@ -35,7 +36,7 @@ def _different_groups(groups: Sequence[Group], saved: Saved) -> list[str]:
         was |= dict.fromkeys(group["names"], group["own"])
     told = []
     for group, own in zip(groups, [{}, *(each["own"] for each in overrides.described(groups[1:]))], strict=True):
-        own = json.loads(json.dumps(own, default=manifest.plain))
+        own = json.loads(json.dumps(own, default=plain))
         changed = [name for name in group.names if was.get(name, {}) != own]
         only_decay = all(set(each) <= {"weight_decay"} for each in (own, *(was.get(name, {}) for name in changed)))
         if changed and only_decay and {*own.values(), *(v for n in changed for v in was.get(n, {}).values())} <= {0.0}:
@@ -55,7 +56,7 @@ def _flat_saved(saved: Saved) -> dict[str, Any]:
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config as it comes back from JSON, with that of an inner optimizer in the same dict."""
-    plain: dict[str, Any] = json.loads(json.dumps(config, default=manifest.plain))
-    inner: dict[str, Any] = plain.pop("inner_optimizer", {"config": {}})
-    plain.update(inner["config"])
-    return plain
+    flat: dict[str, Any] = json.loads(json.dumps(config, default=plain))
+    inner: dict[str, Any] = flat.pop("inner_optimizer", {"config": {}})
+    flat.update(inner["config"])
+    return flat

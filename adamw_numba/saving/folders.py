@@ -6,11 +6,12 @@ It is read by any number of processes, each its own pieces, and so is every othe
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,11 +176,6 @@ def _check_ours(path: Path) -> None:
 # Reading
 
 
-def head(target: Any) -> Saved:
-    """What belongs to no variable, and the document of the whole."""
-    return read(target, names=())
-
-
 def read(target: Any, together: Any = None, names: Iterable[str] | None = None) -> Saved:
     """Everything that a target holds; with `together`, the pieces that this rank has of it.
 
@@ -193,16 +189,35 @@ def read(target: Any, together: Any = None, names: Iterable[str] | None = None) 
     if _names_folder(target) and len(Path(target).name) < 256 and not os.path.lexists(target):
         raise FileNotFoundError(errno.ENOENT, "there is no such folder, and a file has a suffix", str(target))
     if is_folder(target):
-        path = Path(target)
-        document = describe(path)
-        wanted = _wanted(document, together, names, str(path))
-        needed = [k for k in range(len(document["files"])) if k == 0 or _is_needed(document["parts"], k, wanted)]
-        sources = ((_file(path, document, k), _of_file(document, k)) for k in needed)
-        return _assembled(document, sources, wanted, str(path))
+        return read_folder(Path(target), together, names)
     saved = archive.read(target)
     if together is None and names is None:
         return saved
     return cut(saved, together, names)
+
+
+def read_folder(
+    path: Path, together: Any = None, names: Iterable[str] | None = None, crc32: str | None = None
+) -> Saved:
+    """The same of a folder; with the checksum of an index, of that one alone.
+
+    With `names` empty, what belongs to no variable, and the document of the whole.
+
+    Raises
+    ------
+    CorruptFileError, ValueError
+        As `read`; also if the folder has another index.
+    """
+    document = _read_index(path)
+    if crc32 not in (None, document["crc32"]):
+        raise ValueError(
+            f"{path} holds another save than when the optimizer was loaded from it; expected the same: load it again"
+        )
+    wanted, pieces = _wanted(document, together, names, str(path)), _of_files(document)
+    needed = [k for k, held in enumerate(pieces) if k == 0 or not wanted.keys().isdisjoint(held)]
+    _check_sizes(path, document, pieces, needed)
+    sources = ((_file(path, document, k), pieces[k]) for k in needed)
+    return _assembled(document, sources, wanted, str(path))
 
 
 def cut(saved: Saved, together: Any, names: Iterable[str] | None = None) -> Saved:
@@ -214,15 +229,17 @@ def cut(saved: Saved, together: Any, names: Iterable[str] | None = None) -> Save
 
 def describe(target: Any) -> dict[str, Any]:
     """The document of a target alone; of a folder its index."""
-    if not is_folder(target):
-        return archive.describe(target)
-    path = Path(target)
+    return _read_index(Path(target)) if is_folder(target) else archive.describe(target)
+
+
+def _read_index(path: Path) -> dict[str, Any]:
     if not (path / INDEX).exists():
         raise CorruptFileError(f"{path} lacks {INDEX}, which is written last; expected a folder that was saved")
     with naming(str(path)):
         data = (path / INDEX).read_bytes()
     document = manifest.decode(data, str(path))
-    _check_index(document, str(path))
+    with naming(str(path)):
+        _check_index(document, str(path))
     return document
 
 
@@ -236,11 +253,12 @@ def verify(target: Any, part: int = 0, parts: int = 1) -> int:
     """
     if not is_folder(target):
         return archive.verify(target)
-    document = describe(target)
     path, count = Path(target), 0
-    for number in range(part, len(document["files"]), parts):
-        saved, pieces = _file(path, document, number), _of_file(document, number)
-        by_code = {encoded(name): piece for name, piece in pieces.items()}
+    document = _read_index(path)
+    pieces = _of_files(document)
+    for number in range(part, len(pieces), parts):
+        saved = _file(path, document, number)
+        by_code = {encoded(name): piece for name, piece in pieces[number].items()}
         for key in filter(is_of_a_variable, saved.arrays):
             piece = by_code.get(key.partition("/")[2])
             if piece is None or saved.arrays[key].shape != piece.own:
@@ -260,13 +278,21 @@ def _check_index(document: dict[str, Any], where: str) -> None:
         or set(parts) != set(names)
     ):
         raise CorruptFileError(f"{where}: {INDEX} names the files {brief(files)}; expected a file of each rank")
+    shapes = {encoded(entry["name"]): entry["shape"] for entry in document["variables"]}
+    for key, entry in document["arrays"].items():
+        if not is_of_a_variable(key) or shapes.get(key.partition("/")[2]) != entry["shape"]:
+            raise CorruptFileError(
+                f"{where}: {INDEX} says that {brief(key)} has shape {brief(entry['shape'])}; expected arrays of the "
+                f"variables, of their shapes: {', '.join(OF_A_VARIABLE)}"
+            )
     for entry in document["variables"]:
         try:
-            if any(type(k) is not int for _, start, own in parts[entry["name"]] for k in (*start, *own)):
+            if any(type(k) is not int for file, start, own in parts[entry["name"]] for k in (file, *start, *own)):
                 raise ValueError("a position is no integer")
             found = [Piece(tuple(entry["shape"]), tuple(start), tuple(own)) for _, start, own in parts[entry["name"]]]
             fits = all(part.fault() is None for part in found) and make_whole(found)
-            fits = fits and all(0 <= file < len(files) for file, *_ in parts[entry["name"]])
+            held_by = {file for file, *_ in parts[entry["name"]]}  # each has one part at most
+            fits = fits and held_by.issubset(range(len(files))) and len(held_by) == len(found)
         except (TypeError, ValueError):
             fits = False
         if not fits:
@@ -303,31 +329,48 @@ def _wanted(document: dict[str, Any], together: Any, names: Any, where: str) -> 
     return wanted
 
 
-def _of_file(document: dict[str, Any], file: int) -> dict[str, Piece]:
-    """The pieces that a file of a folder has."""
+def _of_files(document: dict[str, Any]) -> list[dict[str, Piece]]:
+    """The pieces that each file of a folder has."""
     shapes = {entry["name"]: tuple(entry["shape"]) for entry in document["variables"]}
-    return {
-        name: Piece(shapes[name], tuple(start), tuple(own))
-        for name, parts in document["parts"].items()
-        for number, start, own in parts
-        if number == file
-    }
+    found: list[dict[str, Piece]] = [{} for _ in document["files"]]
+    for name, parts in document["parts"].items():
+        for number, start, own in parts:
+            found[number][name] = Piece(shapes[name], tuple(start), tuple(own))
+    return found
 
 
-def _is_needed(parts: Mapping[str, list[Any]], file: int, wanted: Pieces) -> bool:
-    return any(number == file for name in wanted for number, *_ in parts[name])
+def _check_sizes(path: Path, document: dict[str, Any], pieces: Sequence[Pieces], needed: Iterable[int]) -> None:
+    """Refuse files shorter than their arrays, none of which is compressed: before memory is taken for these."""
+    widths = dict.fromkeys((encoded(name) for name in document["parts"]), 0)  # bytes of all that an element has
+    for key, entry in document["arrays"].items():
+        widths[key.partition("/")[2]] += manifest.DTYPES[entry["dtype"]].itemsize
+    for number in needed:
+        expected = sum(math.prod(piece.own) * widths[encoded(name)] for name, piece in pieces[number].items())
+        file = document["files"][number]
+        try:
+            size = (path / file).stat().st_size
+        except FileNotFoundError:
+            raise _lacks(path, file) from None
+        if size < expected:
+            raise CorruptFileError(
+                f"{path / file} has {size} bytes; expected at least {expected}, of arrays that {INDEX} says it holds"
+            )
 
 
 def _file(path: Path, document: dict[str, Any], number: int) -> Saved:
     try:
         saved = archive.read(path / document["files"][number])
     except FileNotFoundError:
-        raise CorruptFileError(f"{path} lacks {document['files'][number]}, which its {INDEX} names") from None
+        raise _lacks(path, document["files"][number]) from None
     if saved.document["step"] != document["step"]:
         raise CorruptFileError(
             f"{saved.where} is of step {saved.document['step']}, and its {INDEX} of {document['step']}"
         )
     return saved
+
+
+def _lacks(path: Path, file: str) -> CorruptFileError:
+    return CorruptFileError(f"{path} lacks {file}, which its {INDEX} names")
 
 
 def _assembled(document: dict[str, Any], sources: Iterable[tuple[Saved, Pieces]], wanted: Pieces, where: str) -> Saved:

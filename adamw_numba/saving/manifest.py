@@ -12,6 +12,7 @@ import numpy as np
 
 from .._version import __version__
 from ..arrays.brief import brief
+from ..ranks.meeting import plain
 from .overrides import is_description
 from .stores import MANIFEST
 from .stores.atomic import CorruptFileError
@@ -77,13 +78,6 @@ def encode(document: dict[str, Any]) -> bytes:
             f"the document about the state has {len(sealed)} bytes; expected at most {LONGEST}: see `extra`"
         )
     return sealed
-
-
-def plain(value: Any) -> Any:
-    """NumPy's scalars as Python's, for JSON."""
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"the config holds {brief(value)} of type {type(value).__name__}; expected what JSON can hold")
 
 
 def decode(data: bytes, where: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -116,8 +117,9 @@ def load(
 
 
 def _load(cls: Any, target: Any, custom_objects: Mapping[str, Any] | None) -> Any:
-    is_folder = folders.is_folder(target)
-    saved = folders.head(target) if is_folder else folders.read(target)
+    # Of a folder the arrays are read when it is known which: by then there may be another save, and another way to it.
+    path = Path(target).absolute() if folders.is_folder(target) else None
+    saved = folders.read(target) if path is None else folders.read_folder(path, names=())
     _check_class(cls.__mro__, saved)
     try:
         optimizer = cls.from_config(saved.document["config"], custom_objects)
@@ -126,7 +128,7 @@ def _load(cls: Any, target: Any, custom_objects: Mapping[str, Any] | None) -> An
     engine = engine_of(optimizer)
     _add_arrays(engine, saved)
     _write(_scalar_writes(optimizer, saved))
-    engine.loaded = _loaded(saved)._replace(pieces=partial(_pieces, target if is_folder else saved))
+    engine.loaded = _loaded(saved)._replace(pieces=partial(_pieces, saved, path))
     excluded = tuple(entry["name"] for entry in saved.document["variables"] if entry["excluded"])
     if excluded and not engine.hyper.overrides:  # otherwise they are among those
         engine.hyper.overrides = [Override([], [], {"weight_decay": 0.0}, exact=excluded, is_exclusion=True)]
@@ -134,11 +136,13 @@ def _load(cls: Any, target: Any, custom_objects: Mapping[str, Any] | None) -> An
     return optimizer
 
 
-def _pieces(source: Any, together: Any) -> Loaded:
-    """What a rank has of what was read, or of a folder that is yet to be read."""
-    if not isinstance(source, Saved):
-        return _loaded(folders.read(source, together))
-    return _loaded(source if together is None else folders.cut(source, together))
+def _pieces(saved: Saved, path: Path | None, together: Any) -> Loaded:
+    """What a rank has of what was read, or of a folder of which the head was read."""
+    if path is not None:
+        saved = folders.read_folder(path, together, crc32=saved.document["crc32"])
+    elif together is not None:
+        saved = folders.cut(saved, together)
+    return _loaded(saved)
 
 
 def restore(optimizer: Any, target: Any) -> Any:

@@ -226,6 +226,14 @@ DAMAGES = {
     "a part that is missing": (lambda folder: _forge(folder, lambda parts: parts["a"].pop()), "says that the parts of 'a' are"),
     "a part outside": (lambda folder: _forge(folder, lambda parts: parts["a"][0].__setitem__(1, [69, 0])), "says that the parts of 'a' are"),
     "parts that are none": (lambda folder: _forge(folder, lambda parts: parts.__setitem__("a", [3])), "says that the parts of 'a' are [3]"),
+    "no parts": (lambda folder: _forge(folder, lambda parts: parts["a"].clear()), "says that the parts of 'a' are []"),
+    "a file that is no number": (lambda folder: _forge(folder, lambda parts: parts["a"][0].__setitem__(0, 0.0)), "says that the parts of 'a' are"),
+    "two parts in one file": (lambda folder: _forge(folder, lambda parts: parts["a"][1].__setitem__(0, 0)), "says that the parts of 'a' are"),
+    "an array of another shape": (lambda folder: _forge(folder, lambda arrays: arrays["momentum/a"].__setitem__("shape", [70, 4]), "arrays"), "state: index.json says that 'momentum/a' has shape [70, 4]"),
+    "an array of no variable": (lambda folder: _forge(folder, lambda arrays: arrays.__setitem__("momentum/x", arrays["momentum/a"]), "arrays"), "state: index.json says that 'momentum/x' has shape [70, 3]"),
+    "an array of no slot": (lambda folder: _forge(folder, lambda arrays: arrays.__setitem__("pickle/a", arrays["momentum/a"]), "arrays"), "state: index.json says that 'pickle/a' has shape [70, 3]"),
+    "an array of no dtype": (lambda folder: _forge(folder, lambda arrays: arrays["momentum/a"].__setitem__("dtype", "object"), "arrays"), "state: 'momentum/a' has the dtype 'object'"),
+    "a name that is none": (lambda folder: _forge(folder, _rename, None), "lone surrogate"),
 }  # fmt: skip
 
 
@@ -237,12 +245,18 @@ def _cut(path):
     path.write_bytes(path.read_bytes()[:-40])
 
 
-def _forge(folder, change):
+def _rename(document):
+    variable = document["variables"][0]
+    document["parts"]["\ud800"] = document["parts"].pop(variable["name"])
+    variable["name"] = "\ud800"
+
+
+def _forge(folder, change, part="parts"):
     """An index that knows its checksum, and is wrong."""
     from adamw_numba.saving import manifest
 
     document = json.loads((folder / "index.json").read_bytes())
-    change(document["parts"])
+    change(document[part] if part else document)
     for key in ("crc32", "format", "version", "versions"):
         del document[key]
     (folder / "index.json").write_bytes(manifest.encode(document))
@@ -267,6 +281,70 @@ def test_damaged_folders(damage, tmp_path):
         steps(run, 0, 1, "float32")
 
     together(2, work)
+
+
+def test_a_save_between_load_and_build(tmp_path, monkeypatch):
+    """The arrays belong to the head that was read, or there is an error; wherever the process has gone meanwhile."""
+    monkeypatch.chdir(tmp_path)
+    saved("state")
+    optimizer, late = AdamW.load("state"), AdamW.load("state")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    optimizer.build(values(0))
+    assert optimizer.state["momentum/a"].any()
+    saved(tmp_path / "state")
+    variables = values(3)
+    with pytest.raises(ValueError, match=r"state holds another save than .*: load it again"):
+        late.build(variables)
+    for name, array in values(3).items():
+        np.testing.assert_array_equal(variables[name], array)
+
+
+@pytest.mark.parametrize("seen_by", [[0], [1], [0, 1]], ids=str)
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_save_while_ranks_load(seen_by, at_once, tmp_path, monkeypatch):
+    """Each rank reads a copy of its own, so that some of them may see what others do not."""
+    saved(tmp_path / "state0")
+    shutil.copytree(tmp_path / "state0", tmp_path / "state1")
+    saved(tmp_path / "later")
+    build = AdamW.build
+
+    def late_build(self, *arguments, comm, **options):
+        if comm.rank in seen_by:
+            shutil.rmtree(tmp_path / f"state{comm.rank}")
+            shutil.copytree(tmp_path / "later", tmp_path / f"state{comm.rank}")
+        build(self, *arguments, comm=comm, **options)
+
+    monkeypatch.setattr(AdamW, "build", late_build)
+
+    def work(ranks):
+        folder, variables = tmp_path / f"state{ranks.rank}", {n: rows(v, ranks) for n, v in values(3).items()}
+        with pytest.raises((ValueError, RankError), match="holds another save than") as caught:
+            if at_once:
+                AdamW.load(folder, variables, comm=ranks, replicated=["^c$"])
+            else:
+                AdamW.load(folder).build(variables, comm=ranks, replicated=["^c$"])
+        assert isinstance(caught.value, RankError) == (ranks.rank not in seen_by)
+        np.testing.assert_array_equal(variables["e"], rows(values(3)["e"], ranks))
+
+    together(2, work)
+
+
+@pytest.mark.parametrize("read", [AdamW.load, saved_variables], ids=["load", "saved_variables"])
+def test_an_index_of_petabytes(read, tmp_path):
+    """It is compared with the files before any memory is taken."""
+    folder = tmp_path / "state"
+    saved(folder)
+
+    def grow(document):
+        variable = next(each for each in document["variables"] if each["name"] == "a")
+        for each in (variable, *(document["arrays"][f"{slot}/a"] for slot in ("momentum", "velocity", "variables"))):
+            each["shape"] = [3, 10**15]
+        document["parts"]["a"] = [[rank, [rank, 0], [1, 10**15]] for rank in range(3)]
+
+    _forge(folder, grow, None)
+    with pytest.raises(CorruptFileError, match=r"state/rank-00000.* has \d+ bytes; expected at least 12000000000"):
+        read(folder)
 
 
 @pytest.mark.parametrize(
@@ -396,8 +474,8 @@ def test_targets(tmp_path):
             AdamW.load(tmp_path / "nowhere", run.variables, comm=ranks)
         with pytest.raises(ValueError, match="expected False"):
             Checkpoints(tmp_path / "c", suffix="", background=True)
-        with pytest.raises(ValueError, match="expected False"), Checkpoints(tmp_path / "c", background=True) as those:
-            those.save(run.optimizer, 1)
+        with pytest.raises(ValueError, match="expected '' and False"):
+            Checkpoints(tmp_path / "c", background=True).save(run.optimizer, 1)
 
     together(2, work)
 
@@ -449,6 +527,25 @@ def test_another_suffix(tmp_path):
             Checkpoints(tmp_path).restore_latest(AdamW())
 
     together(1, work)
+
+
+def test_checkpoints_of_another_kind(tmp_path):
+    """Nobody learns only at the first save, after hours, that there can be none."""
+
+    def work(ranks):
+        run = Strips(lambda: AdamW(0.1), ranks)
+        run.build(values(0))
+        with pytest.raises(ValueError, match=r"`suffix` is '\.npz' and .* the optimizer is connected .* expected ''"):
+            Checkpoints(tmp_path, every=100).save(run.optimizer, 1)
+        with pytest.raises((ValueError, RankError), match=r"`suffix` is '\.npz'"):  # on rank 1 alone
+            Checkpoints(tmp_path, suffix=".npz" * ranks.rank).save(run.optimizer, 1)
+
+    together(2, work)
+    alone = AdamW()
+    alone.build({"w": np.ones(3)})
+    with pytest.raises(ValueError, match=r"`suffix` is '', and the optimizer is not connected .* such as '\.npz'"):
+        Checkpoints(tmp_path / "alone", every=100, suffix="").save(alone, 1)
+    assert not any((tmp_path / "alone").iterdir())
 
 
 def test_what_is_not_trainable_is_restored_on_all_ranks(tmp_path):
