@@ -87,6 +87,15 @@ class Sharded:
         where = f"rank {self._ranks.rank} of {self._ranks.size}"
         return f"Sharded({self.optimizer!r}, {where}, gradients={self._gradients!r})"
 
+    def __getattr__(self, name: str) -> NoReturn:
+        hint = f": it is `optimizer.{name}`" if hasattr(vars(self).get("optimizer"), name) else ""
+        raise AttributeError(f"a `Sharded` has no attribute {brief(name)}{hint}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "optimizer" and not name.startswith("_"):
+            raise AttributeError(f"a `Sharded` has no attribute {brief(name)} to set; set that of its `optimizer`")
+        super().__setattr__(name, value)
+
     def __reduce__(self) -> NoReturn:
         raise TypeError("a `Sharded` is connected with other processes, and cannot be copied or pickled")
 
@@ -128,7 +137,7 @@ class Sharded:
             hyper.overrides = [override.by_names(names, given) for override in hyper.overrides]
             may_hold_variables = self._engine.loaded is not None
             self.optimizer.build(shares.own, comm=self._ranks, pieces=shares.pieces)
-            self._shares = shares
+            self._engine.warns, self._shares = False, shares
             if may_hold_variables:
                 shares.spread(self._ranks, frozen=True)
 
@@ -185,12 +194,14 @@ class Sharded:
                 self.build(trainable_variables)
             shares = self._require_built("apply")
             found = self._agreed(shares, grads, trainable_variables)
-            if self._is_reduced:
-                own = shares.of_own(found)
-            else:
-                own = shares.reduced(self._ranks, found, self._ranks.size if self._gradients == "mean" else 1)
             before = self._engine.updates()
-            self.optimizer.apply(own)
+            with self._engine.together.deciding("apply"):  # the step's own decision tells what is raised before it
+                matching.warn_of(shares.without(found), stacklevel=4)
+                if self._is_reduced:
+                    own = shares.of_own(found)
+                else:
+                    own = shares.reduced(self._ranks, found, self._ranks.size if self._gradients == "mean" else 1)
+                self.optimizer.apply(own)
             if self._engine.updates() > before and self._ranks.size > 1:
                 shares.spread(self._ranks)
 
@@ -237,6 +248,7 @@ class Sharded:
             shares.check(self._engine)
             found = shares.matched(grads, variables)
             kinds = [None if g is None else arrays.dtype_name(g) for g in found]
+            shares.prepare(kinds if not self._is_reduced else ())
             own = float(zlib.crc32(json.dumps(kinds).encode()))
             sample = shares.sample(found) if self._gradients == "reduced" else 0.0
             checksums, samples = self._together.told_with(own, sample).T
@@ -254,6 +266,11 @@ class Sharded:
                 raise RankError(
                     f"the gradients of {brief(name)} are {brief(list(each))} on the ranks, in order; expected one dtype"
                 )
-            if found[i] is None and there and there != {None}:
-                found[i] = arrays.zeros_like(shares.whole.variables[i], there.pop())
+            kinds[i] = next(iter(there), None)
+        with self._together.deciding("apply of a Sharded"):
+            for i, (kind, variable) in enumerate(zip(kinds, shares.whole.variables, strict=True)):
+                if found[i] is None and kind is not None:
+                    found[i] = arrays.zeros_like(variable, kind)
+            shares.prepare(kinds)
+            self._together.agree()
         return found

@@ -23,7 +23,6 @@ from .cuts import ALIGNED, Run, buckets, shares
 
 WORD = 8  # bytes, at a multiple of which each run begins in a buffer
 LARGE = 1 << 16  # bytes from which a run is sent from where it lies
-AT_ONCE = 32  # of such runs of a rank
 SAMPLED = 32  # variables, and elements of each, at most
 
 
@@ -118,6 +117,8 @@ class Shares:
                     f"variable {brief(name)} lies elsewhere in memory than at `build`; expected arrays that are "
                     "changed in place, or a new `Sharded`"
                 )
+            if isinstance(variable, np.ndarray) and not variable.flags.writeable:
+                raise ValueError(f"variable {brief(name)} is read-only; expected an array that can be written")
         frozen = [self.whole.names[run.variable] for run in self._own if not self.whole.slots[run.variable]]
         has_state = engine.workspace.slots if frozen else []
         thawed = [name for name, own in zip(engine.workspace.names, has_state, strict=False) if own and name in frozen]
@@ -134,10 +135,10 @@ class Shares:
         """
         found: Any
         if variables is None:
-            found = matching.gradients(self.whole, grads, may_be_none=True)
+            found = matching.gradients(self.whole, grads, warn=False, may_be_none=True)
         else:
             targets, given = flatten(variables)
-            found = matching.gradients_of(self.whole, grads, targets, given, may_be_none=True)
+            found = matching.gradients_of(self.whole, grads, targets, given, may_be_none=True, warn=False)
         found = self.whole.seen(found) or [None] * len(self.sizes)
         for i, (name, variable) in enumerate(zip(self.whole.names, self.whole.variables, strict=True)):
             if found[i] is None or not self.whole.slots[i]:
@@ -168,6 +169,18 @@ class Shares:
                 total += float((np.abs(part, dtype=np.float64) * weights * np.where(part < 0, 2.0, 1.0)).sum())
         return total
 
+    def without(self, gradients: Sequence[Array | None]) -> list[str]:
+        """The names of variables that are trained, and have no gradient on any rank."""
+        each = zip(self.whole.names, self.whole.slots, gradients, strict=True)
+        return [name for name, own, g in each if own and g is None]
+
+    def prepare(self, kinds: Sequence[str | None]) -> None:
+        """Take the memory that adding gradients of these dtypes needs, so that it is not lacking in the midst of it."""
+        for k, run in enumerate(self._own if kinds else ()):
+            self._sum(k, kinds[run.variable])
+        for bucket in self._buckets(_widths(kinds)) if kinds else ():
+            self._buffers(sum(bucket.counts), self._size * bucket.counts[self._rank])
+
     def of_own(self, gradients: Sequence[Array | None]) -> list[Array | None]:
         """The parts of whole gradients that belong to the pieces."""
         found = [gradients[run.variable] for run in self._own]
@@ -178,16 +191,16 @@ class Shares:
         from ..cpu.sums import STORED, add
 
         given = [None if g is None else _bytes(_flat(g)) for g in gradients]
-        kinds = ["" if g is None else arrays.dtype_name(g) for g in gradients]
+        kinds = [None if g is None else arrays.dtype_name(g) for g in gradients]
         sums = [self._sum(k, kinds[run.variable]) for k, run in enumerate(self._own)]
         first = {run.variable: (k, run.start) for k, run in enumerate(self._own)}
-        for bucket in self._buckets([arrays.ITEMSIZE.get(kind, 0) for kind in kinds]):
+        for bucket in self._buckets(_widths(kinds)):
             total, own = sum(bucket.counts), bucket.counts[self._rank]
             send, receive = self._buffers(total, self._size * own)
             _pack(bucket, range(self._size), given, send)
             ranks.exchange(send, bucket.counts, receive, [own] * self._size)
             for run, _, part in bucket.places[self._rank]:
-                kind = kinds[run.variable]
+                kind: Any = kinds[run.variable]
                 k, start = first[run.variable]
                 dtype: Any = STORED.get(kind) or np.dtype(real_dtype(kind))
                 width = 1 + kind.startswith("complex")
@@ -214,8 +227,8 @@ class Shares:
         if frozen:
             of_each = [[run.variable for run in runs if not self.sizes[run.variable]] for runs in self._shares]
             ranks.spread([[variables[i] for i in which] for which in of_each])
-        for first in range(0, max(map(len, large)), AT_ONCE):
-            those = [runs[first : first + AT_ONCE] for runs in large]
+        most = max(self._most_bytes // max(widths), 1)
+        for those in buckets(large, most):
             ranks.spread([[_part_of(variables, run, widths) for run in runs] for runs in those])
         for bucket in self._buckets(widths, small):
             buffer, _ = self._buffers(sum(bucket.counts), 0)
@@ -233,7 +246,7 @@ class Shares:
                 flat = arrays.bits(flat)
                 arrays.write(flat, held.view(arrays.dtype_name(flat)))
 
-    def _sum(self, k: int, kind: str) -> Any:
+    def _sum(self, k: int, kind: str | None) -> Any:
         """Where the gradients of a piece are added: 16-bit ones in float32, and there they stay."""
         if not kind:
             return None
@@ -278,6 +291,11 @@ def _pack(bucket: _Bucket, those: Sequence[int], held: Sequence[Any], buffer: By
         at = starts[rank]
         for run, here, part in bucket.places[rank]:
             buffer[at + part.start : at + part.stop] = held[run.variable][here]
+
+
+def _widths(kinds: Sequence[str | None]) -> list[int]:
+    """The bytes of an element; 0 where there is no gradient."""
+    return [0 if kind is None else arrays.ITEMSIZE[kind] for kind in kinds]
 
 
 def _part_of(variables: Sequence[Bytes], run: Run, widths: Sequence[int]) -> Bytes:

@@ -308,7 +308,7 @@ class Agreement:
             If a rank has failed, or a replicated variable is not the same everywhere.
         """
         self.arrange(names, given)
-        places = pieces.read(self._given, names, variables)
+        places = pieces.read(self._given, names, variables, self.is_shared)
         mine: dict[str, list[Any]] = {
             "variables": [
                 [name, list(variable.shape), arrays.dtype_name(variable), place]

@@ -1,7 +1,7 @@
 """Where the parts of variables that ranks have lie in the whole ones."""
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..arrays import Array
@@ -12,7 +12,7 @@ from .protocol import RankError
 Told = list[Any]  # of a variable: its name, shape, dtype, and what is told of its place
 
 
-def read(pieces: Any, names: Sequence[str], variables: Sequence[Array]) -> list[Any]:
+def read(pieces: Any, names: Sequence[str], variables: Sequence[Array], shared: Iterable[bool]) -> list[Any]:
     """What a user says of the places of variables, to be told to the other ranks; None of those not mentioned.
 
     Raises
@@ -26,6 +26,10 @@ def read(pieces: Any, names: Sequence[str], variables: Sequence[Array]) -> list[
     unknown = [name for name in pieces if name not in names]
     if unknown:
         raise ValueError(f"`pieces` names {brief(unknown[0])}; expected names of variables: {brief(list(names))}")
+    told = {name for name, given in pieces.items() if not isinstance(given, Piece)}
+    both = [name for name, own in zip(names, shared, strict=True) if own and name in told]
+    if both:
+        raise ValueError(f"`pieces` names {brief(both[0])}, which is replicated; expected the names of other variables")
     shapes = [tuple(int(length) for length in variable.shape) for variable in variables]
     return [
         _told(name, pieces[name], shape) if name in pieces else None for name, shape in zip(names, shapes, strict=True)

@@ -19,6 +19,7 @@ import numpy as np
 
 from ..arrays.brief import brief, brief_names
 from ..arrays.pieces import Piece, copy_common, make_whole, whole
+from ..ranks.settings import different_settings, settings_of
 from . import archive, manifest, snapshot
 from .archive import Saved
 from .manifest import encoded
@@ -46,7 +47,7 @@ def _names_folder(target: Any) -> bool:
 
 
 @contextlib.contextmanager
-def agreeing(together: Any, call: str) -> Iterator[Callable[[], Any]]:
+def agreeing(together: Any, call: str) -> Iterator[Callable[..., Any]]:
     """Around checks that all ranks have to pass, where there are several: the block calls what it is given at its end.
 
     Whatever is raised before is told to all ranks, and none goes on.
@@ -76,6 +77,7 @@ def save(optimizer: Any, target: Any, extra: Any, variables: bool, durable: bool
             taken = snapshot.take(optimizer, extra, variables)
             mine = _told(taken, together)
             mine |= {"path": str(path.absolute()), "variables=": variables, "mark": uuid.uuid4().hex[:16]}
+            mine["settings"] = settings_of(engine)
             mine["extra"] = zlib.crc32(json.dumps(extra).encode())
             path.mkdir(exist_ok=True)
             _check_ours(path)
@@ -88,6 +90,9 @@ def save(optimizer: Any, target: Any, extra: Any, variables: bool, durable: bool
                 raise ValueError(
                     "`extra` is not the same on all ranks; expected one payload: gather what each rank has of its own"
                 )
+            if any(each["settings"] != told[0]["settings"] for each in told):
+                differ = different_settings([each["settings"] for each in told])
+                raise ValueError(f"the hyperparameters differ: {differ}; expected the same on all ranks")
             for key in ("path", "variables=", "keys"):
                 if any(each[key] != told[0][key] for each in told):
                     raise ValueError(

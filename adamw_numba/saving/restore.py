@@ -13,6 +13,7 @@ from ..arrays import Array
 from ..arrays.brief import brief, brief_names
 from ..hyperparameters.groups import Group, Override
 from ..ranks.agreement import Agreement
+from ..ranks.protocol import RankError
 from ..state import check_scalar
 from . import folders, manifest
 from .archive import Saved
@@ -171,7 +172,8 @@ def take(optimizer: Any, read: Callable[[], Saved]) -> Any:
                 warnings.warn(
                     f"restored from {saved.where} into an optimizer that differs: {'; '.join(told)}", stacklevel=4
                 )
-            agreed()
+            if not agreed(float(int(saved.document["crc32"], 16))) and together is not None:
+                raise RankError(f"the ranks have read different saves from {saved.where}; expected the same on all")
         _write(writes)
         for group, since in zip(groups, started, strict=True):
             vars(group)["started"] = since

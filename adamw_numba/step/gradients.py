@@ -117,7 +117,12 @@ def as_flat(built: Workspace, grads: Container) -> list[Array] | None:
 
 
 def gradients_of(
-    built: Workspace, grads: Container, targets: list[str], variables: Sequence[Array], may_be_none: bool = False
+    built: Workspace,
+    grads: Container,
+    targets: list[str],
+    variables: Sequence[Array],
+    may_be_none: bool = False,
+    warn: bool = True,
 ) -> Sequence[Array | None]:
     """Gradients for some of the variables, None for the others.
 
@@ -129,7 +134,7 @@ def gradients_of(
     where = indices(built, variables)
     leaves = matched(grads, targets, "grads")
     result: list[Array | None] = [None] * len(built.names)
-    for index, leaf in zip(where, _present(built, where, leaves, True, may_be_none), strict=True):
+    for index, leaf in zip(where, _present(built, where, leaves, warn, may_be_none), strict=True):
         result[index] = leaf
     return result
 
@@ -202,8 +207,13 @@ def _present(
         if may_be_none:
             return leaves
         raise ValueError("No gradients provided for any variable.")
-    if missing and warn:
-        warnings.warn(
-            f"Gradients do not exist for variables {brief_names(missing)}: they are not updated.", stacklevel=5
-        )
+    if warn:
+        warn_of(missing, stacklevel=6)
     return leaves
+
+
+def warn_of(missing: Sequence[str], stacklevel: int) -> None:
+    """Say which variables have no gradient, if any."""
+    if missing:
+        text = f"Gradients do not exist for variables {brief_names(missing)}: they are not updated."
+        warnings.warn(text, stacklevel=stacklevel)

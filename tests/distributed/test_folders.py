@@ -464,6 +464,10 @@ def test_targets(tmp_path):
             run.save(tmp_path / "state", variables=bool(ranks.rank))
         with pytest.raises((FileNotFoundError, RankError)):
             run.save(tmp_path / "nowhere" / "state")
+        run.optimizer.beta_1 = 0.9 - 0.1 * ranks.rank
+        with pytest.raises(ValueError, match=r"the hyperparameters differ: beta_1 is 0\.9 on rank 0, 0\.8 on rank 1"):
+            run.save(tmp_path / "state")
+        run.optimizer.beta_1 = 0.9
         with pytest.raises(ValueError, match="expected a path without suffix"):
             run.save({})
         with pytest.raises((ValueError, RankError), match="`extra` is not the same on all ranks"):
@@ -497,6 +501,14 @@ def test_pieces_that_do_not_fit(case):
     def work(ranks):
         with pytest.raises((kind, RankError), match=re.escape(text)):
             AdamW().build({"w": np.ones((2, 3))}, comm=ranks, pieces=pieces if ranks.rank == 1 else None)
+
+    together(2, work)
+
+
+def test_pieces_of_what_is_replicated():
+    def work(ranks):
+        with pytest.raises(ValueError, match="`pieces` names 'w', which is replicated"):
+            AdamW().build({"w": np.ones(6)}, comm=ranks, replicated=["w"], pieces={"w": slice(0, 6)})
 
     together(2, work)
 

@@ -4,6 +4,7 @@ import copy
 import functools
 import pickle
 import re
+import threading
 import tracemalloc
 
 import numpy as np
@@ -13,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adamw_numba import AdamW, LossScaleOptimizer, schedules
+from adamw_numba.cpu import sums
 from adamw_numba.distributed import RankError, Sharded
 from adamw_numba.distributed.cuts import buckets, shares
+from adamw_numba.distributed.shares import Shares
 
 SIZES = [1, 2, 3, 4, 7]
 SHAPES = {"a": (70, 30), "b": (5,), "c": (), "d": (0, 3), "e": (1000,), "f": (3, 2, 2)}
@@ -286,8 +289,7 @@ def test_gradients_that_are_missing():
         given["b"] = given["b"] if ranks.rank == 1 else None
         given["e"] = None
         given |= {name: given[name] if ranks.rank == 0 else np.zeros_like(given[name]) for name in ("a", "c", "d", "f")}
-        with pytest.warns(UserWarning, match="Gradients do not exist"):
-            sharded.apply(given)
+        sharded.apply(given)
         return variables
 
     def expected(step, dtype):
@@ -298,7 +300,10 @@ def test_gradients_that_are_missing():
     optimizer.build(variables)
     with pytest.warns(UserWarning, match="Gradients do not exist"):
         optimizer.apply(expected(0, "float32"))
-    for found in together(3, work):
+    with pytest.warns(UserWarning, match=r"Gradients do not exist for variables \['e'\]") as warned:
+        ranks = together(3, work)
+    assert len(warned) == 3
+    for found in ranks:
         same(found, variables)
 
 
@@ -411,6 +416,87 @@ def test_an_error_on_one_rank(fault, at_fault, mode):
     for each in found[1:]:
         same(each, found[0])
     assert not np.array_equal(found[0]["a"], values(0, "float32")["a"])
+
+
+@pytest.mark.parametrize(
+    ("where", "mode"), [("prepare", "mean"), ("prepare", "sum"), ("of_own", "reduced"), ("add", "mean"), ("add", "sum")]
+)
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+@pytest.mark.parametrize("lacks", [(), ("b",)], ids=["all", "one lacks a gradient"])
+def test_an_error_between_two_decisions(where, mode, lacks, monkeypatch):
+    """As where memory is short: whatever a rank raises on the way to its step, the others are told."""
+
+    def work(ranks):
+        def fails(*given):
+            if at_fault.is_set() and threading.current_thread() is thread[1]:
+                raise MemoryError("no memory")
+            return usual(*given)
+
+        thread[ranks.rank] = threading.current_thread()
+        if ranks.rank == 0:
+            usual = getattr(sums if where == "add" else Shares, where)
+            monkeypatch.setattr(sums if where == "add" else Shares, where, fails)
+        variables = values(0, "float32")
+        sharded = Sharded(AdamW(0.1), ranks, gradients=mode)
+        sharded.build(variables)
+        given = gradients(0, "float32")
+        if mode != "reduced" and ranks.rank == 1:
+            given |= dict.fromkeys(lacks)
+        at_fault.set()
+        with pytest.raises(RankError if ranks.rank != 1 else MemoryError, match="no memory"):
+            sharded.apply(given)
+        same(variables, values(0, "float32"))
+        ranks.gather(np.zeros(1))
+        at_fault.clear()
+        ranks.gather(np.zeros(1))
+        sharded.apply(given)
+        sharded.verify()
+
+    at_fault, thread = threading.Event(), [None] * 3
+    together(3, work)
+
+
+def test_nobody_is_warned_of_a_gradient_that_another_rank_has(recwarn):
+    def work(ranks):
+        variables = {"w": np.ones(100), "b": np.ones(3)}
+        sharded = Sharded(AdamW(0.1), ranks)
+        sharded.build(variables)
+        sharded.apply({"w": np.ones(100), "b": np.ones(3) if ranks.rank else None})
+        sharded.apply([np.ones(100), np.ones(3) if ranks.rank else None], variables)
+        assert not np.array_equal(variables["b"], np.ones(3))
+
+    together(2, work)
+    assert not recwarn.list
+
+
+def test_a_variable_that_has_become_read_only():
+    def work(ranks):
+        variables = values(0, "float32")
+        sharded = Sharded(AdamW(0.1), ranks)
+        sharded.build(variables)
+        variables["e"].flags.writeable = ranks.rank != 1
+        with pytest.raises((ValueError, RankError), match="variable 'e' is read-only"):
+            sharded.apply(gradients(0, "float32"))
+        same(variables, values(0, "float32"))
+        variables["e"].flags.writeable = True
+        sharded.apply(gradients(0, "float32"))
+        sharded.verify()
+
+    together(3, work)
+
+
+def test_what_the_optimizer_has():
+    def work(ranks):
+        sharded = Sharded(AdamW(0.1), ranks)
+        with pytest.raises(AttributeError, match=r"has no attribute 'iterations': it is `optimizer\.iterations`"):
+            _ = sharded.iterations
+        with pytest.raises(AttributeError, match=r"has no attribute 'colour'$"):
+            _ = sharded.colour
+        with pytest.raises(AttributeError, match="'learning_rate' to set; set that of its `optimizer`"):
+            sharded.learning_rate = 0.2
+        assert not hasattr(sharded, "iterations")
+
+    together(1, work)
 
 
 DIFFERENT = {
