@@ -40,8 +40,8 @@ class Sharded:
         What counts: the mean or the sum of the ranks' gradients, or those of every rank, which are the same on all of
         them already, as after torch's DistributedDataParallel.
     bucket_bytes : int, default 4 MiB
-        The most that a rank sends at once. It receives as much, and needs no other memory than for both and for its
-        share of the gradients.
+        The most that a rank sends at once of what it has to copy first. It receives as much, and needs no other memory
+        than for both and for its share of the gradients.
 
     Attributes
     ----------

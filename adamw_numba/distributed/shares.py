@@ -22,8 +22,9 @@ from ..step.workspace import Workspace
 from .cuts import ALIGNED, Run, buckets, shares
 
 WORD = 8  # bytes, at a multiple of which each run begins in a buffer
-LARGE = 1 << 16  # bytes from which a run is sent from where it lies
-SAMPLED = 32  # variables, and elements of each, at most
+LARGE = 1 << 16  # bytes from which a run is sent from where it lies, which takes no memory
+MOST_AT_ONCE = 1 << 26  # bytes of such runs that a rank sends to another: engines have limits
+SAMPLED, OF_EACH = 8, 32  # variables, and elements of each, at most
 
 
 class _Bucket(NamedTuple):
@@ -159,10 +160,11 @@ class Shares:
 
     def sample(self, gradients: Sequence[Array | None]) -> float:
         """A weighted sum of some elements, by which gradients that are not the same on all ranks are noticed."""
-        given = [_flat(g) for g in gradients if g is not None]
+        given = [g for g in gradients if g is not None]
         total = 0.0
-        for k, flat in enumerate(given[:: -(-len(given) // SAMPLED) or 1]):
-            some = arrays.to_numpy(flat[:: -(-flat.shape[0] // SAMPLED) or 1])
+        for k, gradient in enumerate(given[:: -(-len(given) // SAMPLED) or 1]):
+            flat = _flat(gradient)
+            some = arrays.to_numpy(flat[:: -(-flat.shape[0] // OF_EACH) or 1])
             weights = np.linspace(1, 2, len(some)) * (1 + k / SAMPLED)
             # Apart, so that signs count, and that no sum of both is 0 beside large elements.
             for part in (some.real, some.imag):
@@ -227,8 +229,7 @@ class Shares:
         if frozen:
             of_each = [[run.variable for run in runs if not self.sizes[run.variable]] for runs in self._shares]
             ranks.spread([[variables[i] for i in which] for which in of_each])
-        most = max(self._most_bytes // max(widths), 1)
-        for those in buckets(large, most):
+        for those in buckets(large, MOST_AT_ONCE // max(widths)):
             ranks.spread([[_part_of(variables, run, widths) for run in runs] for runs in those])
         for bucket in self._buckets(widths, small):
             buffer, _ = self._buffers(sum(bucket.counts), 0)
