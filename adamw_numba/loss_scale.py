@@ -13,6 +13,7 @@ from .arrays.torch_graphs import outside_graphs
 from .arrays.tree import Container
 from .hyperparameters import table as hp
 from .optimizer import AdamW
+from .ranks.joining import deciding
 from .saving.saveable import Saveable
 from .state import Place, State
 from .step import gradients as matching
@@ -199,11 +200,13 @@ class LossScaleOptimizer(Saveable):
         """
         engine = self.inner_optimizer.engine
         with engine.lock:
-            engine.apply(grads, trainable_variables, hp.scale("dynamic_scale", self.dynamic_scale), self._after)
+            with deciding(engine.together, "apply"):
+                scale = hp.scale("dynamic_scale", self.dynamic_scale)
+            engine.apply(grads, trainable_variables, scale, self._after)
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Array | None, Array]]) -> int:
         """Take one step with ``(gradient, variable)`` pairs: see `AdamW.apply_gradients`."""
-        self.apply(*matching.pairs(grads_and_vars))
+        self.apply(*matching.pairs(self.inner_optimizer.engine, grads_and_vars))
         return int(self.inner_optimizer.engine.state.scalars["iteration"])
 
     def stateless_apply(

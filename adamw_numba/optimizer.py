@@ -513,7 +513,7 @@ class AdamW(Saveable, Conventional):
         int
             Calls of `apply` so far.
         """
-        self.apply(*matching.pairs(grads_and_vars))
+        self.apply(*matching.pairs(self.engine, grads_and_vars))
         return int(self.engine.state.scalars["iteration"])
 
     def update_step(self, gradient: Array, variable: Array, learning_rate: float) -> None:

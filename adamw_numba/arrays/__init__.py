@@ -25,6 +25,7 @@ from .transfer import (
     as_numpy,
     bits,
     cast,
+    check_writeable,
     copied,
     detached,
     like,

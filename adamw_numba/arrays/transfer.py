@@ -1,7 +1,7 @@
 """Making, copying and writing arrays, each by its own library."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import array_api_compat
@@ -95,9 +95,7 @@ def write(array: Array, value: Array) -> None:
 
 def write_all(writes: Sequence[tuple[Array, Array]]) -> None:
     """Write several arrays, all or none: an interrupt that comes in between is raised when all are written."""
-    for array, _ in writes:
-        if not is_mutable(array) or not getattr(getattr(array, "flags", None), "writeable", True):
-            raise ValueError(f"an array of shape {tuple(array.shape)} is read-only; expected one that can be written")
+    check_writeable(array for array, _ in writes)
     try:
         for array, value in writes:
             write(array, value)
@@ -105,6 +103,13 @@ def write_all(writes: Sequence[tuple[Array, Array]]) -> None:
         for array, value in writes:  # again from the first one: any of them may have been written in part
             write(array, value)
         raise
+
+
+def check_writeable(targets: Iterable[Array]) -> None:
+    """Refuse arrays that cannot be written into."""
+    for array in targets:
+        if not is_mutable(array) or not getattr(getattr(array, "flags", None), "writeable", True):
+            raise ValueError(f"an array of shape {tuple(array.shape)} is read-only; expected one that can be written")
 
 
 def cast(scratch: Array, value: Array) -> None:

@@ -3,7 +3,7 @@
 import json
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
 
 import numpy as np
@@ -88,7 +88,8 @@ class Sharded:
         return f"Sharded({self.optimizer!r}, {where}, gradients={self._gradients!r})"
 
     def __getattr__(self, name: str) -> NoReturn:
-        hint = f": it is `optimizer.{name}`" if hasattr(vars(self).get("optimizer"), name) else ""
+        value = getattr(vars(self).get("optimizer"), name, None)
+        hint = "" if value is None or callable(value) else f": it is `optimizer.{name}`"
         raise AttributeError(f"a `Sharded` has no attribute {brief(name)}{hint}")
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -138,6 +139,7 @@ class Sharded:
             may_hold_variables = self._engine.loaded is not None
             self.optimizer.build(shares.own, comm=self._ranks, pieces=shares.pieces)
             self._engine.warns, self._shares = False, shares
+            self._together.mark = self._engine.together.mark
             if may_hold_variables:
                 shares.spread(self._ranks, frozen=True)
 
@@ -150,7 +152,9 @@ class Sharded:
             If one differs.
         """
         with self._engine.lock:
-            shares = self._require_built("verify")
+            with self._together.deciding("verify of a Sharded"):
+                shares = self._require_built("verify")
+                self._together.agree()
             self._compare("values of the variables", shares.checksums(), shows=1)
 
     def _compare(self, what: str, mine: list[Any], shows: int | None = None) -> None:
@@ -159,10 +163,13 @@ class Sharded:
         for rank, others in enumerate(told):
             if others != told[0]:
                 found = zip([*told[0], None], [*others, None], strict=False)
-                first, other = (brief(each and each[:shows]) for each in next(p for p in found if p[0] != p[1]))
-                raise RankError(
-                    f"the {what} differ: {first} on rank 0, {other} on rank {rank}; expected the same on all ranks"
+                first, other = next(pair for pair in found if pair[0] != pair[1])
+                told_of = (
+                    f"{brief(first)} on rank 0, {brief(other)} on rank {rank}"
+                    if shows is None
+                    else f"{brief((first or other)[:shows])} on ranks 0 and {rank}"
                 )
+                raise RankError(f"the {what} differ: {told_of}; expected the same on all ranks")
 
     def _require_built(self, what: str) -> Shares:
         if self._shares is None:
@@ -196,29 +203,33 @@ class Sharded:
             found = self._agreed(shares, grads, trainable_variables)
             before = self._engine.updates()
             with self._engine.together.deciding("apply"):  # the step's own decision tells what is raised before it
-                matching.warn_of(shares.without(found), stacklevel=4)
                 if self._is_reduced:
                     own = shares.of_own(found)
                 else:
                     own = shares.reduced(self._ranks, found, self._ranks.size if self._gradients == "mean" else 1)
+                matching.warn_of(shares.without(found), stacklevel=3)
                 self.optimizer.apply(own)
             if self._engine.updates() > before and self._ranks.size > 1:
                 shares.spread(self._ranks)
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Array | None, Array]]) -> None:
         """Take one step with ``(gradient, variable)`` pairs: see `AdamW.apply_gradients`."""
-        self.apply(*matching.pairs(grads_and_vars))
+        self.apply(*matching.pairs(self._engine, grads_and_vars))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside the block the variables hold their averages, on all ranks: see `AdamW.averaged`."""
         shares = self._require_built("averaged")
-        try:
-            with self.optimizer.averaged():
+        with ExitStack() as stack:
+            with self._together.deciding("averaged of a Sharded"):
+                stack.enter_context(self.optimizer.averaged())
+                self._together.agree()
+            try:
                 shares.spread(self._ranks)
                 yield
-        finally:
-            shares.spread(self._ranks)
+            finally:
+                stack.close()
+                shares.spread(self._ranks)
 
     # Saving
 
@@ -253,7 +264,8 @@ class Sharded:
             sample = shares.sample(found) if self._gradients == "reduced" else 0.0
             checksums, samples = self._together.told_with(own, sample).T
         if (checksums == own).all():
-            if np.isfinite(samples).all() and np.ptp(samples) > SAME * samples.max():
+            finite = samples[np.isfinite(samples)]
+            if len(finite) > 0 and (len(finite) < len(samples) or np.ptp(finite) > SAME * finite.max()):
                 raise RankError(
                     f"the gradients differ between the ranks: sums of a sample are {brief(samples.tolist())}, in the "
                     "ranks' order; expected the same on all, with gradients='reduced'"

@@ -139,7 +139,7 @@ class RunOnRanks(Run):
 
     def _checksum(self, leaves: Sequence[Array]) -> float:
         """Of replicated arrays; NaN where they are not finite, since there are many NaN."""
-        shared = [np.asarray(arrays.to_numpy(leaf)) for leaf in compress(leaves, self.agreement.is_shared)]
+        shared = [np.asarray(arrays.to_numpy(leaves[i])) for i in self.agreement.shared]
         if not all(np.isfinite(array).all() for array in shared):
             return np.nan
         return checksum([array + 0 for array in shared])  # without the sign of a zero

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import secrets
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,9 +25,10 @@ from .hosts import place, threads_of
 from .left import Left
 from .meeting import check_overrides, check_shared, checksums, plain, sampled
 from .mesh import Cut, MeshRanks, cut_of
+from .norms import Norms, whole_of
 from .protocol import RankError, Rows, texts
-from .settings import different_settings, settings_of
-from .telling import different, values
+from .settings import different_settings, rates_of, settings_of
+from .telling import different, different_sample, values
 from .words import (
     ADDITIONS,
     CALLS,
@@ -35,6 +37,8 @@ from .words import (
     FAILED,
     FINE,
     ITERATION,
+    MARKED,
+    MOST_MARKS,
     MOST_WORDS,
     MUST_AGREE,
     OTHERS,
@@ -51,7 +55,6 @@ from .words import (
 )
 
 _NOTHING: dict[int, str] = {}
-ROUNDINGS = 64  # on the way from the norms of variables to that of all, at most
 
 
 class Agreement:
@@ -66,6 +69,8 @@ class Agreement:
     ----------
     is_shared : array of bool
         Which of this rank's variables are replicated.
+    shared : list of int
+        The same, in the order of their names.
     counts : array of bool
         Which of them count in what is added over all ranks: of replicated ones, rank 0's.
     pieces : dict
@@ -74,6 +79,8 @@ class Agreement:
         The ranks that have each variable of any rank, and its pieces there.
     asked, group_of : dict
         For each variable of any rank the overrides that are for it, and the number of its group.
+    mark : int
+        Of this optimizer, alike on all ranks: another one's steps cannot be taken for its own.
     held : callable or None
         What an interrupt in the middle of a decision would have called: it is called at its end.
     threads : int or None
@@ -91,7 +98,11 @@ class Agreement:
         self.held: Callable[[], Any] | None = None
         self._settings: tuple[Any, float] = (None, 0.0)  # of which hyperparameters and recipes, and their checksum
         self.is_shared = self.counts = np.zeros(0, bool)
+        self.shared: list[int] = []
         self._shares_any = False
+        self._sampled: list[Any] = []  # of the replicated gradients, what the last row has a checksum of
+        self._others: Any = ()  # the rates of the groups, of which it has one too
+        self.mark = 0
         self.pieces: dict[str, Piece | None] = {}
         self.known: dict[str, list[tuple[int, Piece | None]]] = {}
         self._given: Any = None  # what the user says of the pieces
@@ -116,7 +127,7 @@ class Agreement:
 
     def begin(self, call: str) -> None:
         """Note which call all ranks are to decide on next."""
-        self._pending = float(CALLS.index(call))
+        self._pending = float(CALLS.index(call) + MARKED * self.mark)
 
     def fail(self, error: BaseException) -> None:
         """Have the others know of what was raised before the decision; afterwards it concerns this rank alone."""
@@ -141,14 +152,14 @@ class Agreement:
         if error is None and (rows[:, :PRESENT] == row[:PRESENT]).all():  # most decisions: nobody has failed, all agree
             return rows
         if not np.all(rows[:, STATUS] == FINE):
-            told = texts(self.ranks, "" if error is None else cut(f"{type(error).__name__}: {error}", 2000))
+            told = texts(self.ranks, "" if error is None else cut(f"{type(error).__name__}: {error}", 500))
             if error is not None:
                 return rows
             first = int(np.flatnonzero(rows[:, STATUS])[0])
             what = "nothing has been written on any rank" if self._around is None else "all ranks have stopped"
             raise RankError(f"rank {first}: {told[first]} ({what})")
         if not np.all(rows[:, WHAT] == row[WHAT]):
-            raise RankError(f"the calls differ: {values(rows[:, WHAT], lambda k: CALLS[int(k)])}")
+            raise RankError(f"the calls differ: {values(rows[:, WHAT], _call_of)}; expected the same on all ranks")
         return rows
 
     def agree(self, number: float = 0.0) -> bool:
@@ -188,6 +199,10 @@ class Agreement:
                 told = different(self.tell(self._of_cut()))
             elif word == SETTINGS:
                 told = different_settings(self.tell(settings()))
+            elif word == OTHERS:
+                told = different_settings(self.tell(rates_of(self._others)))
+            elif word == SAMPLE and self._around is None:
+                told = different_sample(self.tell(self._sampled))
             else:
                 told = values(found, int if word == ITERATION else float)
             raise RankError(f"{what}: {told}; expected the same on all ranks")
@@ -276,7 +291,8 @@ class Agreement:
             self.cut = cut_of(self.ranks, names, given)
             self.is_shared, self.counts, self._given = self.cut.is_shared, self.cut.counts, self.cut.pieces
             self._cut_sum = zlib.crc32(json.dumps(self.cut.told).encode())
-        self._shares_any = bool(self.is_shared.any())
+        self.shared = sorted(np.flatnonzero(self.is_shared).tolist(), key=names.__getitem__)  # alike on all ranks
+        self._shares_any = bool(self.shared)
 
     def introduce(
         self, overrides: Sequence[Any], names: Sequence[str], asked: Sequence[Sequence[int]], unmatched: list[list[str]]
@@ -291,7 +307,7 @@ class Agreement:
         call, row = self._pending, np.zeros(self._words)
         row[OTHERS] = len(overrides)
         if self._decide(row)[:, OTHERS].any():
-            own = [[each.called, comparable(each.own)] for each in overrides]
+            own = [[each.called, comparable(each.own), each.patterns] for each in overrides]
             told = self.tell([own, list(zip(names, asked, strict=True)), unmatched])
             self.asked = check_overrides(told)
             asked, nowhere = list(self.asked.values()), zip(*(each[2] for each in told), strict=True)
@@ -309,7 +325,7 @@ class Agreement:
         """
         self.arrange(names, given)
         places = pieces.read(self._given, names, variables, self.is_shared)
-        mine: dict[str, list[Any]] = {
+        mine: dict[str, Any] = {
             "variables": [
                 [name, list(variable.shape), arrays.dtype_name(variable), place]
                 for name, variable, place in zip(names, variables, places, strict=True)
@@ -317,11 +333,13 @@ class Agreement:
             "shared": [name for name, shared in zip(names, self.is_shared, strict=True) if shared],
             "place": place(),
             "patterns": [each.pattern for each in self._patterns if any(map(each.search, names))],
-            "values": [] if self.cut else checksums(names, variables, self.is_shared),
+            "values": checksums(names, variables, self.is_shared),
+            "mark": secrets.randbelow(MOST_MARKS - 1) + 1,
         }
         rows = self._decide(self._row(engine, engine.state.scalars["iteration"].item(), math.nan, math.nan, ()))
         told = self.tell(mine)
         self._compare(rows, partial(settings_of, engine))
+        self.mark = told[0]["mark"]
         check_shared(told, [each.pattern for each in self._patterns])
         self.threads = threads_of(self.ranks.rank, [each["place"] for each in told])
         self.known = pieces.placed([each["variables"] for each in told], set(told[0]["shared"]))
@@ -337,6 +355,20 @@ class Agreement:
         self._resume()
 
     # Stepping
+
+    def idle(self, engine: Any, rates: Any) -> None:
+        """Make sure that no other rank has a gradient either.
+
+        Raises
+        ------
+        RankError
+            If one has, or they do not agree on the step.
+        """
+        if self.cut is not None:
+            trained = slice(None) if engine.workspace.trainable is None else engine.workspace.trainable
+            self._present = trained, bytes(len(engine.workspace.trained[0]))
+        self._compare(self._decide(self._row(engine, engine.count(), *rates)), partial(settings_of, engine))
+        self._resume()
 
     def combine(
         self, engine: Any, rates: Any, recipe: Any, gradients: Sequence[Any], norms: Any
@@ -362,70 +394,29 @@ class Agreement:
             return 0.0, None, 0.0
         row[PRESENT] = any(g is not None for g in gradients)
         if self._shares_any:
-            row[SAMPLE] = sampled(gradients, self.is_shared[trained], recipe.number)
+            of = dict(zip(np.arange(len(workspace.names))[trained].tolist(), gradients, strict=True))
+            self._sampled = sampled([(workspace.names[i], of[i]) for i in self.shared if i in of], recipe.number)
+            row[SAMPLE] = zlib.crc32(json.dumps(self._sampled).encode())
         plans = workspace.plans
         if norms is not None:
             shared, counts, where = self.is_shared[trained], self.counts[trained], self._where[trained]
             is_simple = not self._shares_any and self.cut is None
-            row[OWN_NORM] = _whole((norms if is_simple else norms[~shared & counts]).tolist())
-            row[SHARED_NORM] = _whole(norms[shared].tolist()) if self._shares_any else 0
-            row[TWIN_NORM] = 0 if self.cut is None else _whole(norms[self.cut.has_twins[trained]].tolist())
+            row[OWN_NORM] = whole_of((norms if is_simple else norms[~shared & counts]).tolist())
+            row[SHARED_NORM] = whole_of(norms[shared].tolist()) if self._shares_any else 0
+            row[TWIN_NORM] = 0 if self.cut is None else whole_of(norms[self.cut.has_twins[trained]].tolist())
             additions = plans[0].additions if len(plans) == 1 else 0 if not plans else None
             row[ADDITIONS] = -1 if additions is None else additions
         rows = self._decide(row)
         self._compare(rows, partial(settings_of, engine))
         if not row[PRESENT] and not rows[:, PRESENT].any():
             raise ValueError("No gradients provided for any variable on any rank.")
-        found = (0.0, None, 0.0) if norms is None else self._combined(plans, recipe, norms, (counts, where), rows)
+        found: tuple[float, Any, float] = 0.0, None, 0.0
+        if norms is not None:
+            of_all = Norms(self.ranks, counts, where, self._names, self._chunks)
+            numbers = rows[:, OWN_NORM].tolist(), rows.item(0, SHARED_NORM), rows[:, ADDITIONS].tolist()
+            found = of_all.combined(plans, recipe, norms, *numbers)
         self._resume()
         return found
-
-    def _combined(self, plans: Any, recipe: Any, norms: Any, own: Any, rows: Rows) -> tuple[float, Any, float]:
-        (counts, _), found = own, rows[:, ADDITIONS].tolist()
-        if self._chunks is not None and min(found) < 0:
-            of_chunks = self._chunks.norms(self.ranks.gather(self._chunks.row(self.ranks.rank, plans)))
-            if of_chunks is not None:
-                each, norm = of_chunks
-                return norm, np.array([each[name] for name in plans[0].table.names]) if plans else norms, norm
-        norm = _whole([*rows[:, OWN_NORM].tolist(), rows.item(0, SHARED_NORM)])
-        is_single = min(found) >= 0
-        additions = max(found) + ROUNDINGS + self.ranks.size
-        if recipe.clips_each and recipe.is_update:
-            norms = self._each(plans, recipe, norms, own, additions if is_single else None)
-        if not is_single or not recipe.is_update or not math.isfinite(norm):
-            return norm, norms, norm
-        from ..cpu import exact
-
-        steady = exact.steady(norm, additions)
-        if steady < 0:  # the same on all ranks
-            digits = self._gather_digits(plans, recipe, counts, np.zeros(len(norms), int), 1)
-            steady = exact.norms_of(digits).item()
-        return norm, norms, steady
-
-    def _each(self, plans: Any, recipe: Any, norms: Any, own: Any, additions: float | None) -> Any:
-        """The norms of whole variables: those of one name on several ranks are the shards of one."""
-        counts, where = own
-        row = np.zeros(self._names)
-        row[where[counts]] = norms[counts]
-        rows = self.ranks.gather(row)
-        whole = np.array([_whole(column) for column in rows.T.tolist()])
-        if additions is not None and np.isfinite(whole).all():
-            from ..cpu import exact
-
-            if exact.steady_each(whole, additions):
-                digits = self._gather_digits(plans, recipe, counts, where, self._names)
-                whole = np.where(whole < 0, exact.norms_of(digits), whole)
-        return whole[where]
-
-    def _gather_digits(self, plans: Any, recipe: Any, counts: Any, where: Any, count: int) -> Any:
-        """The exact sums of squares of all ranks, of so many variables."""
-        from ..cpu import exact
-
-        own = np.zeros((count, exact.DIGITS), np.int64)
-        if plans:
-            np.add.at(own, where[counts], plans[0].exact_squares(recipe)[counts])
-        rows = self.ranks.gather(own.astype(np.float64).ravel())
-        return rows.astype(np.int64).reshape(-1, count, exact.DIGITS).sum(axis=0)
 
     def _row(self, engine: Any, number: int, rate: float, decay: float, others: Any) -> Rows:
         known = engine.hyper.token, engine.recipes
@@ -435,13 +426,10 @@ class Agreement:
         row[ITERATION], row[RATE], row[DECAY], row[SETTINGS] = number, rate, decay, self._settings[1]
         if self.cut is not None:
             row[CUT] = zlib.crc32(self._present[1], self._cut_sum)
-        row[OTHERS] = zlib.crc32(repr(others).encode()) if others else 0
+        self._others, row[OTHERS] = others, zlib.crc32(repr(others).encode()) if others else 0
         return row
 
 
-def _whole(norms: list[float]) -> float:
-    """The norm of norms: the same in whatever order they are, on every machine."""
-    if not all(map(math.isfinite, norms)):
-        return math.nan if any(map(math.isnan, norms)) else math.inf
-    peak = max(norms, default=0.0)
-    return peak and peak * math.sqrt(math.fsum((norm / peak) ** 2 for norm in norms))
+def _call_of(word: float) -> str:
+    mark, call = divmod(int(word), MARKED)
+    return f"{CALLS[call]} of optimizer {mark:x}" if mark else CALLS[call]

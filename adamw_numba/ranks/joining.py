@@ -1,11 +1,16 @@
 """The agreement of DTensors, whose mesh connects the ranks."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from .agreement import Agreement
 from .mesh import MeshRanks, mesh_of
+
+
+def deciding(together: Agreement | None, call: str) -> AbstractContextManager[None]:
+    """Around what leads to a decision, where there are other ranks: they are told of what is raised."""
+    return nullcontext() if together is None else together.deciding(call)
 
 
 @contextmanager

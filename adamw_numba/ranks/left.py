@@ -29,6 +29,10 @@ class Left:
         """Refuse to go on."""
         self.begin(call)
 
+    def tell(self, own: Any) -> None:
+        """Refuse to go on."""
+        self.begin("")
+
     def fail(self, error: BaseException) -> None:
         """Nobody is to be told."""
 

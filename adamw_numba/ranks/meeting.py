@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Iterable, Sequence
-from itertools import compress, zip_longest
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -24,18 +24,17 @@ def checksums(names: Sequence[str], variables: Sequence[Array], which: Iterable[
     ]
 
 
-def sampled(gradients: Sequence[Array | None], which: Iterable[bool], number: int) -> float:
-    """A checksum of which of some gradients there are, and of some of their elements: of others at each step."""
-    shared = list(compress(gradients, which))
-    crc = zlib.crc32(bytes(g is not None for g in shared))
-    those = [g for g in shared if g is not None]
+def sampled(gradients: Sequence[tuple[str, Array | None]], number: int) -> list[list[Any]]:
+    """Which of some gradients are lacking, and checksums of some elements of some others: of others at each step."""
+    those = [(name, g) for name, g in gradients if g is not None]
+    found: list[list[Any]] = [[name, None] for name, g in gradients if g is None]
     for k in range(min(len(those), SAMPLED)):
-        flat = arrays.detached(those[(number * SAMPLED + k) % len(those)]).reshape(-1)
-        flat = arrays.as_numpy(flat) if arrays.place(flat) == "cpu" else flat
+        name, gradient = those[(number * SAMPLED + k) % len(those)]
+        flat = arrays.detached(gradient).reshape(-1)
         stride = max(flat.shape[0] // SAMPLED, 1)
         some = flat[number % stride :: stride][:SAMPLED]
-        crc = zlib.crc32(np.ascontiguousarray(arrays.as_numpy(some)).tobytes(), crc)
-    return float(crc)
+        found.append([name, zlib.crc32((arrays.to_numpy(some) + 0).tobytes())])  # without the sign of a zero
+    return found
 
 
 def check_overrides(told: Sequence[Any]) -> dict[str, tuple[int, ...]]:
@@ -49,7 +48,7 @@ def check_overrides(told: Sequence[Any]) -> dict[str, tuple[int, ...]]:
     for rank, (others, variables, _) in enumerate(told):
         for k, (own, other) in enumerate(zip_longest(told[0][0], others)):
             if own != other:
-                here, there = (f"`{each[0]}` of {brief(each[1])}" if each else "none" for each in (own, other))
+                here, there = (_shown(*each) if each else "none" for each in (own, other))
                 raise RankError(
                     f"the calls of `override` and `exclude_from_weight_decay` differ: number {k} is {here} on rank 0, "
                     f"{there} on rank {rank}; expected the same on all ranks, by `var_names` where some lack variables"
@@ -62,6 +61,10 @@ def check_overrides(told: Sequence[Any]) -> dict[str, tuple[int, ...]]:
                     f"numbers are {list(asked[name])} on rank {first}, {which} on rank {rank}; expected the same"
                 )
     return asked
+
+
+def _shown(called: str, own: Any, patterns: list[str]) -> str:
+    return f"`{called}` of {brief(own)}{f' for {brief(patterns)}' if patterns else ''}"
 
 
 def check_shared(told: Sequence[dict[str, Any]], patterns: Sequence[str]) -> None:

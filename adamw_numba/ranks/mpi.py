@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays.brief import brief
 from .protocol import Bytes, Rows
 
 
@@ -23,6 +24,10 @@ class MpiRanks:
     def __init__(self, comm: Any) -> None:
         from mpi4py import MPI
 
+        if comm == MPI.COMM_NULL or comm.Is_inter():
+            raise TypeError(
+                f"`comm` is {brief(comm)}; expected a communicator of one group, to which this rank belongs"
+            )
         self._comm = comm.Get_attr(_key())
         if self._comm is None:
             self._comm = comm.Dup()

@@ -105,7 +105,7 @@ def _places(name: str, entries: list[Told], ranks: list[int], shared: bool) -> l
             ]
             shape = [max(each) for each in zip(*ends, strict=True)]
         found = [Piece(tuple(shape), tuple(place[1]), own) for place, own in zip(places, shapes, strict=True)]
-        if not make_whole(list(dict.fromkeys(found))):  # several ranks may have the same one
+        if not make_whole(found if places[0][0] is None else list(dict.fromkeys(found))):  # DTensors may have copies
             told = brief([[list(piece.start), list(piece.own)] for piece in found])
             raise RankError(
                 f"the pieces of {brief(name)} overlap, or leave gaps: where they begin, and their shapes, are {told}, "

@@ -1,5 +1,6 @@
 """The hyperparameters that have to be the same on all ranks."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..arrays.brief import brief
@@ -22,8 +23,19 @@ def settings_of(engine: Any) -> dict[str, Any]:
     common = {name: getattr(hyper, name) for name in NAMES}
     scale = hyper.loss_scale_factor if recipes is None else recipes.loss_scale
     common |= {"loss_scale": scale or 1.0, "nonfinite": hyper.nonfinite if recipes is None else recipes.nonfinite}
-    groups = enumerate(map(comparable, (group.own or {} for group in hyper.groups)))
-    return common | {f"groups[{k}].{name}": value for k, own in groups for name, value in own.items()}
+    own = [comparable(group.own or {}) for group in hyper.groups]
+    if not hyper.counts_each:
+        own = [each | {"started": group.started} for each, group in zip(own, hyper.groups, strict=True)]
+    return common | {f"groups[{k}].{name}": value for k, each in enumerate(own) for name, value in each.items()}
+
+
+def rates_of(groups: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """The rates of all groups but the common one, by name."""
+    return {
+        f"groups[{k}].{name}": rate
+        for k, pair in enumerate(groups, 1)
+        for name, rate in zip(("learning_rate", "weight_decay"), pair, strict=True)
+    }
 
 
 def different_settings(told: list[dict[str, Any]]) -> str:

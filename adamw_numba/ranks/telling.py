@@ -1,7 +1,7 @@
 """What differs between ranks, in words."""
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import count
+from itertools import count, zip_longest
 from typing import Any
 
 from ..arrays.brief import brief
@@ -13,6 +13,16 @@ def different(told: list[Any]) -> str:
         found = [brief(each[k]) if k < len(each) else "nothing" for each in told]
         if len(set(found)) > 1:
             return f"number {k} is {values(found, str)}"
+    return "in a way that cannot be told"
+
+
+def different_sample(told: list[Any]) -> str:
+    """The first gradient that is not the same everywhere, of what each rank has told of some."""
+    for rank, others in enumerate(told):
+        for own, other in zip_longest(told[0], others):
+            if own != other:
+                name = (own or other)[0]
+                return f"that of {brief(name)} is another one on rank {rank} than on rank 0"
     return "in a way that cannot be told"
 
 

@@ -13,8 +13,9 @@ SHARED_GRADIENT = SAMPLE  # there the whole gradients are compared
 FINE, FAILED = 0.0, 1.0
 CALLS = (
     "build", "apply", "start", "evaluate", "callback", "recover", "end", "build of a Sharded", "apply of a Sharded",
-    "save", "load", "restore",
+    "save", "load", "restore", "verify of a Sharded", "averaged of a Sharded",
 )  # fmt: skip
+MARKED, MOST_MARKS = 16, 1 << 40  # a call's number, and this times the mark of an optimizer
 MUST_AGREE = {
     CUT: "the variables, or which of them have gradients, differ",
     ITERATION: "the iterations differ",
@@ -22,7 +23,7 @@ MUST_AGREE = {
     DECAY: "the weight decays differ",
     OTHERS: "the rates of the groups differ",
     SETTINGS: "the hyperparameters differ",
-    SAMPLE: "the gradients of the replicated variables differ: their checksums are",
+    SAMPLE: "the gradients of the replicated variables differ: checksums of them are",
     SHARED_NORM: "the gradients of the replicated variables differ: their norms are",
     SHARED_X: "the replicated variables differ: their checksums are",
 }

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Self
 
 from ..arrays.brief import brief_names
 from ..hyperparameters.table import flag, integer
+from ..ranks.joining import deciding
 from . import archive, folders, snapshot
 from .stores.atomic import CorruptFileError, remove
 from .stores.targets import check_no_url, check_target
@@ -131,8 +132,9 @@ class Checkpoints:
         ValueError
             If `suffix` or `background` is not for this optimizer.
         """
-        step = integer(0, optional=False)("step", step)
         together = connection_of(optimizer)
+        with deciding(together, "save"):
+            step = integer(0, optional=False)("step", step)
         self._check_kind(together)
         if step % self.every and not force:
             if any(writing.done() for writing in self._writing):
@@ -200,7 +202,10 @@ class Checkpoints:
         if together is None:
             found = self._newest(optimizer.restore)
         else:  # each rank reads some of the files, and all decide on the same step
-            steps = together.tell(self._steps())[0]
+            with folders.agreeing(together, "restore") as agreed:
+                own = self._steps()
+                agreed()
+            steps = together.tell(own)[0]
             found = self._newest(lambda path: _verify_with(together, path), steps)
             found = None if found is None else (found[0], optimizer.restore(self._path(found[0])))
         return None if found is None else Restored(*found, self._path(found[0]))

@@ -19,6 +19,7 @@ import numpy as np
 
 from ..arrays.brief import brief, brief_names
 from ..arrays.pieces import Piece, copy_common, make_whole, whole
+from ..ranks.meeting import checksums
 from ..ranks.settings import different_settings, settings_of
 from . import archive, manifest, snapshot
 from .archive import Saved
@@ -77,10 +78,15 @@ def save(optimizer: Any, target: Any, extra: Any, variables: bool, durable: bool
             taken = snapshot.take(optimizer, extra, variables)
             mine = _told(taken, together)
             mine |= {"path": str(path.absolute()), "variables=": variables, "mark": uuid.uuid4().hex[:16]}
-            mine["settings"] = settings_of(engine)
-            mine["extra"] = zlib.crc32(json.dumps(extra).encode())
+            mine["settings"] = settings_of(engine) | {
+                key: engine.state.scalars[key].item()
+                for key in ("iteration", "learning_rate")
+                if key in engine.state.scalars
+            }
+            mine["extra"] = zlib.crc32(json.dumps(extra, sort_keys=True).encode())
+            mine["replicated"] = _of_replicated(taken, engine, together)
             path.mkdir(exist_ok=True)
-            _check_ours(path)
+            before = _check_ours(path)
             agreed()
         told = together.tell(mine)
         size, mark = len(told), told[0]["mark"]
@@ -93,6 +99,13 @@ def save(optimizer: Any, target: Any, extra: Any, variables: bool, durable: bool
             if any(each["settings"] != told[0]["settings"] for each in told):
                 differ = different_settings([each["settings"] for each in told])
                 raise ValueError(f"the hyperparameters differ: {differ}; expected the same on all ranks")
+            for rank, each in enumerate(told):
+                odd = [key for key, crc in each["replicated"] if [key, crc] not in told[0]["replicated"]]
+                if odd:
+                    raise ValueError(
+                        f"the arrays of replicated variables differ: {brief_names(odd)} are others on rank {rank} "
+                        "than on rank 0; expected the same on all ranks"
+                    )
             for key in ("path", "variables=", "keys"):
                 if any(each[key] != told[0][key] for each in told):
                     raise ValueError(
@@ -106,13 +119,17 @@ def save(optimizer: Any, target: Any, extra: Any, variables: bool, durable: bool
         # From here on no file may be removed: the index may name it.
         with agreeing(together, "save") as agreed:
             if together.ranks.rank == 0:
+                missing = [file for file in files if not (path / file).exists()]
+                if missing:
+                    what = f"{brief_names(missing)} of this save are gone: another program saves in the folder"
+                    raise FileNotFoundError(errno.ENOENT, what, str(path))
                 document = _index(taken, told, files)
                 with replacing(path / INDEX, durable) as temporary:
                     temporary.write_bytes(manifest.encode(document))
             agreed()
         if together.ranks.rank == 0:
-            for found in os.listdir(path):
-                if _OURS.fullmatch(found) and found not in (INDEX, *files):
+            for found in before:  # not what another program is saving meanwhile
+                if found != INDEX:
                     with contextlib.suppress(OSError):
                         remove(path / found)
 
@@ -172,10 +189,23 @@ def _index(taken: snapshot.Snapshot, told: list[dict[str, Any]], files: list[str
     return {**taken.document, **merged, **whole_ones}
 
 
-def _check_ours(path: Path) -> None:
-    others = sorted(found for found in os.listdir(path) if not _OURS.fullmatch(found))
+def _of_replicated(taken: snapshot.Snapshot, engine: Any, together: Any) -> list[list[Any]]:
+    """The checksums of what has to be the same on all ranks."""
+    workspace = engine.workspace
+    found = checksums(workspace.names, workspace.variables, together.is_shared)
+    codes = {encoded(name) for name, _ in found}
+    keys = [key for key in taken.arrays if is_of_a_variable(key) and key.partition("/")[2] in codes]
+    state = checksums(keys, [taken.arrays[key] for key in keys], [True] * len(keys))
+    return [[f"variables/{name}", crc] for name, crc in found] + state
+
+
+def _check_ours(path: Path) -> list[str]:
+    """What is in a folder, all of which has been saved in it."""
+    held = os.listdir(path)
+    others = sorted(found for found in held if not _OURS.fullmatch(found))
     if others:
         raise ValueError(f"the folder {path} holds {brief_names(others)}; expected a new folder, or one saved in")
+    return held
 
 
 # Reading

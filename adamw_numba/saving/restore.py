@@ -56,6 +56,7 @@ class Loaded(NamedTuple):
     partial: bool = False
     groups: Sequence[Mapping[str, Any]] = ()
     pieces: Callable[[Any], "Loaded"] | None = None  # reads, or cuts out, what a rank has of it
+    mark: float = 0.0  # by which ranks know that they have loaded the same
 
     def started(self, groups: Sequence[Group]) -> list[int]:
         """For each group, how many updates came before its moments were new.
@@ -86,7 +87,11 @@ class Loaded(NamedTuple):
         with folders.agreeing(together, "load") as agreed:
             own = self if self.pieces is None else self.pieces(together)
             writes, started = _writes(own, names, variables, slots), own.started(groups)
-            agreed()
+            arrays.check_writeable(own[key] for own, key, _ in writes if arrays.is_mutable(own[key]))
+            if not agreed(self.mark) and together is not None:
+                raise RankError(
+                    f"the ranks have loaded different saves, such as {self.where}; expected the same on all"
+                )
         _write(writes)
         return started
 
@@ -172,6 +177,7 @@ def take(optimizer: Any, read: Callable[[], Saved]) -> Any:
                 warnings.warn(
                     f"restored from {saved.where} into an optimizer that differs: {'; '.join(told)}", stacklevel=4
                 )
+            arrays.check_writeable(own[key] for own, key, _ in writes if arrays.is_mutable(own[key]))
             if not agreed(float(int(saved.document["crc32"], 16))) and together is not None:
                 raise RankError(f"the ranks have read different saves from {saved.where}; expected the same on all")
         _write(writes)
@@ -235,7 +241,8 @@ def _common_start(group: Group, of: Mapping[str, int], where: str) -> int:
 
 def _loaded(saved: Saved) -> Loaded:
     own = {key: array for key, array in saved.arrays.items() if folders.is_of_a_variable(key)}
-    return Loaded(saved.document["variables"], own, saved.where, groups=saved.document.get("groups", ()))
+    groups, mark = saved.document.get("groups", ()), float(int(saved.document["crc32"], 16))
+    return Loaded(saved.document["variables"], own, saved.where, groups=groups, mark=mark)
 
 
 def _add_arrays(engine: Any, saved: Saved) -> None:

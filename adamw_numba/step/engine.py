@@ -81,7 +81,7 @@ class Engine(Rates):
         """Allocate the state and lay out the work; the same variables again change nothing."""
         # What was built under a trace of JAX has ended with it: a function may be traced more than once.
         if self.workspace is not None and not any(map(is_traced, self.workspace.variables[:1])):
-            matching.check_same(self.workspace, variables)
+            matching.check_same(self.workspace, variables, together)
             return self.workspace
         if not variables and together is None:
             raise ValueError("`variables` is empty; expected at least one array")
@@ -193,6 +193,7 @@ class Engine(Rates):
             try:
                 if together is not None:
                     together.begin("apply")
+                    _check_counter(self.state.scalars["iteration"])
                 alone = self.alone if trainable_variables is None else None
                 if alone is not None:  # most steps: a list like the last one, which one compiled call looks through
                     gradients: Any = grads if self.form is None else self.form.flat(grads)
@@ -223,6 +224,8 @@ class Engine(Rates):
                         gradients = workspace.of_trainable(gradients)
                     if hyper.counts_each:
                         if all(g is None for g in gradients):
+                            if together is not None:
+                                together.idle(self, (rate, weight_decay, others))
                             return
                         idle = self._part(gradients)
                         rate, weight_decay, others = self.rates_now()
@@ -238,9 +241,7 @@ class Engine(Rates):
                     self._leave_to_gpu(recipe, recipes, gradients, (rate, others), is_complete)
                     return
                 if recipe.takes_norm or together is not None:
-                    combine = (
-                        None if together is None else partial(together.combine, self, (rate, weight_decay, others))
-                    )
+                    combine = together and partial(together.combine, self, (rate, weight_decay, others))
                     norm, applied = judge(workspace, recipe, gradients, combine)
                     if not applied:
                         self._skip(norm, rate, others, more)

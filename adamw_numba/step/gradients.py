@@ -10,6 +10,7 @@ import numpy as np
 from ..arrays import Array, are_arrays
 from ..arrays.brief import brief, brief_names
 from ..arrays.tree import Container, flatten, form_of, in_jax_order, matched, materialized, order
+from ..ranks.joining import deciding
 from .workspace import Workspace
 
 
@@ -161,8 +162,8 @@ def indices(built: Workspace, variables: Sequence[Array]) -> list[int]:
     return result
 
 
-def pairs(grads_and_vars: Any) -> tuple[list[Array | None], list[Array]]:
-    """The gradients and the variables of pairs.
+def pairs(engine: Any, grads_and_vars: Any) -> tuple[list[Array | None], list[Array]]:
+    """The gradients and the variables of pairs, for a step that other processes may take as well.
 
     Raises
     ------
@@ -171,6 +172,11 @@ def pairs(grads_and_vars: Any) -> tuple[list[Array | None], list[Array]]:
     ValueError
         If there are none, or one is no pair.
     """
+    with deciding(engine.together, "apply"):
+        return _pairs(grads_and_vars)
+
+
+def _pairs(grads_and_vars: Any) -> tuple[list[Array | None], list[Array]]:
     expected = "expected (gradient, variable) pairs, as `zip(grads, variables)` makes them"
     if not isinstance(grads_and_vars, Iterable):
         raise TypeError(
@@ -185,13 +191,15 @@ def pairs(grads_and_vars: Any) -> tuple[list[Array | None], list[Array]]:
     return [g for g, _ in found], [v for _, v in found]
 
 
-def check_same(built: Workspace, variables: Sequence[Array]) -> None:
+def check_same(built: Workspace, variables: Sequence[Array], together: Any = None) -> None:
     """Refuse a second `build` with other variables."""
     if sorted(indices(built, variables)) != list(range(len(built.variables))):
         raise ValueError(
             f"this optimizer was built with {len(built.variables)} variables. Received: {len(variables)} of them; make "
             "a new optimizer for other variables"
         )
+    if together is not None:
+        raise ValueError("`comm` is given, and the optimizer is built already; expected it at the first `build`")
 
 
 def _present(
