@@ -28,7 +28,7 @@ from .mesh import Cut, MeshRanks, cut_of
 from .norms import Norms, whole_of
 from .protocol import RankError, Rows, texts
 from .settings import different_settings, rates_of, settings_of
-from .telling import different, different_sample, values
+from .telling import different, different_calls, different_sample, values
 from .words import (
     ADDITIONS,
     CALLS,
@@ -159,7 +159,7 @@ class Agreement:
             what = "nothing has been written on any rank" if self._around is None else "all ranks have stopped"
             raise RankError(f"rank {first}: {told[first]} ({what})")
         if not np.all(rows[:, WHAT] == row[WHAT]):
-            raise RankError(f"the calls differ: {values(rows[:, WHAT], _call_of)}; expected the same on all ranks")
+            raise RankError(f"the calls differ: {different_calls(rows[:, WHAT])}; expected the same on all ranks")
         return rows
 
     def agree(self, number: float = 0.0) -> bool:
@@ -365,8 +365,8 @@ class Agreement:
             If one has, or they do not agree on the step.
         """
         if self.cut is not None:
-            trained = slice(None) if engine.workspace.trainable is None else engine.workspace.trainable
-            self._present = trained, bytes(len(engine.workspace.trained[0]))
+            moving = None if engine.workspace is None else engine.workspace.trainable
+            self._present = (slice(None), bytes(len(self.cut.told))) if moving is None else (moving, bytes(len(moving)))
         self._compare(self._decide(self._row(engine, engine.count(), *rates)), partial(settings_of, engine))
         self._resume()
 
@@ -428,8 +428,3 @@ class Agreement:
             row[CUT] = zlib.crc32(self._present[1], self._cut_sum)
         self._others, row[OTHERS] = others, zlib.crc32(repr(others).encode()) if others else 0
         return row
-
-
-def _call_of(word: float) -> str:
-    mark, call = divmod(int(word), MARKED)
-    return f"{CALLS[call]} of optimizer {mark:x}" if mark else CALLS[call]

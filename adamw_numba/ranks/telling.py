@@ -5,6 +5,7 @@ from itertools import count, zip_longest
 from typing import Any
 
 from ..arrays.brief import brief
+from .words import CALLS, MARKED
 
 
 def different(told: list[Any]) -> str:
@@ -14,6 +15,14 @@ def different(told: list[Any]) -> str:
         if len(set(found)) > 1:
             return f"number {k} is {values(found, str)}"
     return "in a way that cannot be told"
+
+
+def different_calls(told: Iterable[float]) -> str:
+    """The calls that ranks make, and of which optimizers where these alone differ."""
+    found = [divmod(int(each), MARKED) for each in told]
+    if len({call for _, call in found}) > 1:
+        return values([call for _, call in found], CALLS.__getitem__)
+    return values(found, lambda each: f"{CALLS[each[1]]} of optimizer {each[0]:x}")
 
 
 def different_sample(told: list[Any]) -> str:

@@ -23,7 +23,7 @@ MUST_AGREE = {
     DECAY: "the weight decays differ",
     OTHERS: "the rates of the groups differ",
     SETTINGS: "the hyperparameters differ",
-    SAMPLE: "the gradients of the replicated variables differ: checksums of them are",
+    SAMPLE: "the gradients of the replicated variables differ",
     SHARED_NORM: "the gradients of the replicated variables differ: their norms are",
     SHARED_X: "the replicated variables differ: their checksums are",
 }

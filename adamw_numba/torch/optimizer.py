@@ -19,7 +19,7 @@ from ..arrays.brief import brief, brief_names
 from ..arrays.dtensors import check_alike, is_dtensor
 from ..arrays.torch_graphs import outside_graphs
 from ..hyperparameters.groups import Group
-from ..ranks.joining import rejoined
+from ..ranks.joining import deciding, rejoined
 from ..step.record import LastStep
 from .groups import CLIPS, OURS, Noted, are_as_noted, check_common, checked, groups_of, layout, listed, noted
 from .state import Shown, Started, apart, are_same, hold, released, restored, started_of
@@ -247,17 +247,15 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
-            with torch.enable_grad():
+            with deciding(self._engine.together, "apply"), torch.enable_grad():
                 loss = closure()
         with self._engine.lock:
             found = vars(self).get("found_inf")
             if found is not None and found.item():
                 self._engine.skip()
-            elif self._engine.together is not None:
-                with self._engine.together.deciding("apply"):
-                    self._apply(self._gradients())
             else:
-                self._apply(self._gradients())
+                with deciding(self._engine.together, "apply"):
+                    self._apply(self._gradients())
         return loss
 
     def _gradients(self) -> list[Any]:
@@ -285,6 +283,8 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
 
     def _apply(self, gradients: list[Any]) -> None:
         if not gradients:
+            if self._engine.together is not None:
+                self._engine.together.idle(self._engine, self._engine.rates_now())
             return
         scale = vars(self).get("grad_scale")
         if scale is not None:

@@ -197,10 +197,18 @@ def test_an_error_reaches_all(way, of_two):
         assert_matches(
             each["errors"]["rate", way], "RankError: the learning rates differ: 0.1 on rank 0, 0.2 on rank 1"
         )
-        assert_matches(
-            each["errors"]["missing", way],
-            "RankError: the variables, or which of them have gradients, differ: number 0 is .* on rank 0",
-        )
+        for case in ("missing", "nothing"):
+            assert_matches(
+                each["errors"][case, way],
+                "RankError: the variables, or which of them have gradients, differ: number 0 is .* on rank 0",
+            )
+        if way == "front":
+            assert_matches(each["errors"]["closure", way], f"{start}ArithmeticError: in the closure")
+            assert each["errors"]["idle", way] == "nothing"  # as with torch's own
+        else:
+            assert_matches(
+                each["errors"]["idle", way], "ValueError: No gradients provided for any variable on any rank"
+            )
 
 
 @pytest.mark.slow

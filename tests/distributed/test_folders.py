@@ -1,6 +1,7 @@
 """What ranks save together: loaded by any number of them, cut in any way, as if they had never stopped."""
 
 import contextlib
+import copy
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ from helpers.thread_ranks import together
 from adamw_numba import AdamW, Checkpoints, LossScaleOptimizer, saved_variables
 from adamw_numba.__main__ import main
 from adamw_numba.distributed import RankError, Sharded
+from adamw_numba.saving import folders
 from adamw_numba.saving.stores.atomic import CorruptFileError
 
 SIZES = [1, 2, 3, 4]
@@ -501,6 +503,134 @@ def test_pieces_that_do_not_fit(case):
     def work(ranks):
         with pytest.raises((kind, RankError), match=re.escape(text)):
             AdamW().build({"w": np.ones((2, 3))}, comm=ranks, pieces=pieces if ranks.rank == 1 else None)
+
+    together(2, work)
+
+
+def test_a_piece_that_two_ranks_have():
+    def work(ranks):
+        with pytest.raises(RankError, match="the pieces of 'w' overlap, or leave gaps"):
+            AdamW().build({"w": np.ones(6)}, comm=ranks, pieces={"w": slice(0, 6)})
+
+    together(2, work)
+
+
+def saved_alone(path, value):
+    optimizer, variables = AdamW(0.1), {"w": np.full(4, value)}
+    optimizer.build(variables)
+    optimizer.apply([np.ones(4)])
+    optimizer.save(path, variables=True)
+
+
+def test_ranks_that_load_different_saves(tmp_path):
+    for rank in range(2):
+        saved_alone(tmp_path / f"{rank}.npz", float(rank))
+
+    def work(ranks):
+        variables = {"w": np.ones(4)}
+        with pytest.raises(RankError, match="the ranks have loaded different saves"):
+            AdamW.load(tmp_path / f"{ranks.rank}.npz", variables, comm=ranks, replicated=["w"])
+        np.testing.assert_array_equal(variables["w"], np.ones(4))
+        optimizer = AdamW.load(tmp_path / "0.npz", variables, comm=ranks, replicated=["w"])
+        with pytest.raises(RankError, match="the ranks have read different saves"):
+            optimizer.restore(tmp_path / f"{ranks.rank}.npz")
+        optimizer.restore(tmp_path / "1.npz")
+
+    together(2, work)
+
+
+@pytest.mark.parametrize("spoil", ["variable", "momentum"])
+def test_an_array_that_is_read_only_on_one_rank(spoil, tmp_path):
+    saved_alone(tmp_path / "state.npz", 3.0)
+
+    def work(ranks):
+        variables = {"w": np.ones(4)}
+        optimizer = AdamW(0.1)
+        optimizer.build(variables, comm=ranks, replicated=["w"])
+        array = variables["w"] if spoil == "variable" else optimizer.state["momentum/w"]
+        array.flags.writeable = ranks.rank == 0
+        with pytest.raises((ValueError, RankError), match="read-only"):
+            optimizer.restore(tmp_path / "state.npz")
+        np.testing.assert_array_equal(variables["w"], np.ones(4))
+        assert not optimizer.state["momentum/w"].any()
+
+    together(2, work)
+
+
+def drift_of(name):
+    def drift(optimizer):
+        optimizer.state[name][...] += 1
+
+    return drift
+
+
+DRIFTS = {
+    "the iteration": (drift_of("iteration"), "iteration is 1 on rank 0, 2 on rank 1"),
+    "the rate": (drift_of("learning_rate"), r"learning_rate is 0\.1 on rank 0, 1\.1 on rank 1"),
+    "a moment": (drift_of("velocity/w"), r"replicated variables differ: \['velocity/w'\] are others on rank 1"),
+    "a variable": (lambda o: o.trainable_variables[0].fill(3), r"differ: \['variables/w'\] are others on rank 1"),
+}
+
+
+@pytest.mark.parametrize("case", DRIFTS)
+def test_what_must_be_the_same_when_it_is_saved(case, tmp_path):
+    drift, text = DRIFTS[case]
+
+    def work(ranks):
+        optimizer = AdamW(0.1)
+        optimizer.build({"w": np.ones(4)}, comm=ranks, replicated=["w"])
+        optimizer.apply([np.ones(4)])
+        optimizer.save(tmp_path / "state", extra={"a": 1, "b": 2} if ranks.rank else {"b": 2, "a": 1})
+        if ranks.rank:
+            drift(optimizer)
+        with pytest.raises((ValueError, RankError), match=text):
+            optimizer.save(tmp_path / "state")
+        AdamW.load(tmp_path / "state", {"w": np.ones(4)})
+
+    together(2, work)
+
+
+def test_two_programs_that_save_in_one_folder(tmp_path, monkeypatch):
+    """The one whose files are gone says so; the other's save stays."""
+    usual, saved = folders.archive.write, []
+
+    def write(path, *rest):
+        usual(path, *rest)
+        if not saved:
+            saved.append(path)
+            run = AdamW(0.1)
+            run.build({"w": np.full(4, 7.0)}, comm=One())
+            run.save(tmp_path / "state", variables=True)
+
+    monkeypatch.setattr(folders.archive, "write", write)
+    optimizer = AdamW(0.1)
+    optimizer.build({"w": np.ones(4)}, comm=One())
+    with pytest.raises(FileNotFoundError, match="another program saves in the folder"):
+        optimizer.save(tmp_path / "state", variables=True)
+    np.testing.assert_array_equal(saved_variables(tmp_path / "state")["w"], np.full(4, 7.0))
+
+
+class One:
+    rank, size = 0, 1
+
+    def gather(self, row):
+        return row[None].copy()
+
+
+def test_checkpoints_that_one_rank_cannot_list(tmp_path, monkeypatch):
+    def work(ranks):
+        optimizer = AdamW(0.1)
+        optimizer.build({"w": np.ones(4)}, comm=ranks, replicated=["w"])
+        checkpoints = Checkpoints(tmp_path / "run", suffix="")
+        checkpoints.save(optimizer, 1)
+        if ranks.rank:
+            monkeypatch.setattr(checkpoints, "_steps", lambda: [][3])
+        with pytest.raises((IndexError, RankError)):
+            checkpoints.restore_latest(optimizer)
+        with pytest.raises((ValueError, RankError), match="step"):
+            checkpoints.save(optimizer, -1 if ranks.rank else 2)
+        with pytest.raises(RuntimeError, match="is the copy of one that was connected"):
+            Checkpoints(tmp_path / "run", suffix="").restore_latest(copy.deepcopy(optimizer))
 
     together(2, work)
 

@@ -469,6 +469,57 @@ def test_nobody_is_warned_of_a_gradient_that_another_rank_has(recwarn):
     assert not recwarn.list
 
 
+@pytest.mark.parametrize("mode", ["mean", "reduced"])
+def test_a_warning_that_is_an_error_on_one_rank(mode, monkeypatch):
+    def work(ranks):
+        variables = {"w": np.ones(100), "b": np.ones(3)}
+        sharded = Sharded(AdamW(0.1), ranks, gradients=mode)
+        sharded.build(variables)
+        with pytest.raises(UserWarning if ranks.rank else RankError, match="Gradients do not exist"):
+            sharded.apply({"w": np.ones(100), "b": None})
+        np.testing.assert_array_equal(variables["w"], np.ones(100))
+
+    def warn(*args, **options):
+        if threading.current_thread() is not first:
+            raise UserWarning(args[0])
+
+    def remembered(ranks):
+        nonlocal first
+        first = threading.current_thread() if ranks.rank == 0 else first
+        ranks.gather(np.zeros(1))
+        work(ranks)
+
+    first = None
+    monkeypatch.setattr("warnings.warn", warn)
+    together(2, remembered)
+
+
+def test_calls_that_differ():
+    def work(ranks):
+        sharded = Sharded(AdamW(0.1, use_ema=True), ranks)
+        sharded.build([np.ones(100)])
+        with pytest.raises(
+            RankError, match="the calls differ: apply of a Sharded on rank 0, verify of a Sharded on rank 1"
+        ):
+            sharded.apply([np.ones(100)]) if ranks.rank == 0 else sharded.verify()
+        with pytest.raises(RankError, match="the calls differ"):
+            if ranks.rank == 0:
+                sharded.apply([np.ones(100)])
+            else:
+                with sharded.averaged():
+                    pass
+        sharded.apply([np.ones(100)])
+        with sharded.averaged():
+            pass
+        sharded._engine.swapped = ranks.rank == 1
+        with pytest.raises(RuntimeError, match="active already"), sharded.averaged():
+            pass
+        sharded._engine.swapped = False
+        sharded.verify()
+
+    together(2, work)
+
+
 def test_a_variable_that_has_become_read_only():
     def work(ranks):
         variables = values(0, "float32")
@@ -521,7 +572,13 @@ def test_gradients_that_differ_between_ranks(case):
 
 
 @pytest.mark.parametrize(
-    "spoil", [lambda g, k: g * (1 + k), lambda g, k: g * (-1) ** k, lambda g, k: g[::-1] if k else g]
+    "spoil",
+    [
+        lambda g, k: g * (1 + k),
+        lambda g, k: g * (-1) ** k,
+        lambda g, k: g[::-1] if k else g,
+        lambda g, k: g * (np.nan if k else 1),
+    ],
 )
 def test_gradients_that_were_not_reduced(spoil):
     def work(ranks):
@@ -536,7 +593,7 @@ def test_gradients_that_were_not_reduced(spoil):
 
 
 VARIABLES = {
-    "values": (lambda v: v | {"b": v["b"] + 1}, "the values of the variables differ: ['b'] on rank 0, ['b'] on rank 1"),
+    "values": (lambda v: v | {"b": v["b"] + 1}, "the values of the variables differ: ['b'] on ranks 0 and 1"),
     "a shape": (lambda v: v | {"b": v["b"][:4].copy()}, "the variables differ: ['b', [5], 'float32', True] on rank 0"),
     "fewer": (
         lambda v: {n: x for n, x in v.items() if n != "f"},
@@ -580,7 +637,7 @@ def test_a_difference_that_arises_later():
         sharded.build(variables)
         sharded.verify()
         variables["e"][3] += ranks.rank == 2
-        with pytest.raises(RankError, match=r"\['e'\] on rank 0, \['e'\] on rank 2"):
+        with pytest.raises(RankError, match=r"\['e'\] on ranks 0 and 2"):
             sharded.verify()
 
     together(3, work)

@@ -152,6 +152,109 @@ def test_calls_that_differ():
     assert on_ranks(2, work) == [None, None]
 
 
+def test_two_optimizers_whose_steps_are_taken_in_another_order():
+    def work(ranks):
+        both = [AdamW(0.1), AdamW(0.1)]
+        for optimizer in both:
+            optimizer.build([np.ones(2)], comm=ranks)
+        with pytest.raises(RankError, match=r"the calls differ: apply of optimizer [0-9a-f]+ on rank 0, apply of"):
+            both[ranks.rank].apply([np.ones(2)])
+        for optimizer in both:
+            optimizer.apply([np.ones(2)])
+
+    together(2, work)
+
+
+@pytest.mark.parametrize("built", [(0,), (0, 1)])
+def test_what_is_built_already_cannot_be_connected(built):
+    def work(ranks):
+        optimizer, variables = AdamW(), [np.ones(2)]
+        if ranks.rank in built:
+            optimizer.build(variables)
+        with pytest.raises((ValueError, RankError), match="`comm` is given, and the optimizer is built already"):
+            optimizer.build(variables, comm=ranks)
+
+    together(2, work)
+
+
+@pytest.mark.parametrize("kind", [AdamW, LossScaleOptimizer])
+@pytest.mark.parametrize("pairs", [[(np.ones(2),)], [], 3, "raises"], ids=str)
+def test_pairs_that_are_none_on_one_rank(kind, pairs):
+    def raises():
+        yield 1 / 0
+
+    def work(ranks):
+        optimizer, variable = AdamW(), np.ones(2)
+        optimizer = optimizer if kind is AdamW else kind(optimizer)
+        optimizer.build([variable], comm=ranks)
+        good = [(np.ones(2), variable)]
+        with pytest.raises((ValueError, TypeError, ZeroDivisionError, RankError)) as caught:
+            optimizer.apply_gradients((raises() if pairs == "raises" else pairs) if ranks.rank == 1 else good)
+        assert isinstance(caught.value, RankError) == (ranks.rank != 1)
+        optimizer.apply_gradients(good)
+        assert optimizer.iterations == 1
+
+    together(2, work)
+
+
+def test_a_dynamic_scale_out_of_range_on_one_rank():
+    def work(ranks):
+        optimizer = LossScaleOptimizer(AdamW())
+        optimizer.build([np.ones(2)], comm=ranks)
+        if ranks.rank:
+            optimizer.scale_state.scalars["dynamic_scale"][...] = np.inf
+        with pytest.raises((ValueError, RankError), match="dynamic_scale"):
+            optimizer.apply([np.ones(2)])
+
+    together(2, work)
+
+
+def test_an_iteration_that_is_read_only_on_one_rank():
+    def work(ranks):
+        optimizer, variable = AdamW(), np.ones(2)
+        optimizer.build([variable], comm=ranks)
+        optimizer.apply([np.ones(2)])
+        before = variable.copy()
+        optimizer.state["iteration"].flags.writeable = ranks.rank == 0
+        with pytest.raises((ValueError, RankError), match="the iteration is 1 or read-only"):
+            optimizer.apply([np.ones(2)])
+        np.testing.assert_array_equal(variable, before)
+
+    together(2, work)
+
+
+def test_a_group_that_was_frozen_meanwhile_on_one_rank():
+    def work(ranks):
+        optimizer = AdamW()
+        optimizer.override(var_names=["b"], trainable=True, weight_decay=0.0)
+        optimizer.build({"w": np.ones(2), "b": np.ones(2)}, comm=ranks, replicated=["b"])
+        optimizer.apply([np.ones(2), np.ones(2)])
+        if ranks.rank:
+            optimizer.groups[1].trainable = False
+            optimizer.groups[1].trainable = True
+        with pytest.raises(RankError, match=r"groups\[1\].started is 0 on rank 0, 1 on rank 1"):
+            optimizer.apply([np.ones(2), np.ones(2)])
+
+    together(2, work)
+
+
+def test_replicated_variables_in_any_order():
+    """And gradients that differ in the sign of a zero alone."""
+
+    def work(ranks):
+        names = ["a", "b"][:: 1 - 2 * ranks.rank]
+        variables = {name: np.ones(3) for name in names}
+        optimizer = AdamW(0.1)
+        optimizer.build(variables, comm=ranks, replicated=["."])
+        gradients = {"a": np.arange(3.0), "b": np.zeros(3) * (1 - 2 * ranks.rank)}
+        for _ in range(3):
+            optimizer.apply({name: gradients[name] for name in names})
+        return variables
+
+    first, second = together(2, work)
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
 @pytest.mark.parametrize("bad", [(0,), (2, 3), (5,)])
 @pytest.mark.parametrize("size", SIZES)
 def test_a_step_that_one_rank_skips_all_skip(size, bad):
@@ -313,11 +416,14 @@ DISAGREE = {
     "a clip": (setting("global_clipnorm", None), "global_clipnorm is 1.0 on ranks 0, 2, None on rank 1"),
     "a replicated gradient": (
         lambda o, gradients, _: (gradients | {"shared": np.ones(2) * 2}, lambda: None),
-        "the gradients of the replicated variables differ",
+        "the gradients of the replicated variables differ: that of 'shared' is another one on rank 1 than on rank 0",
     ),
     "a loss scale": (setting("loss_scale_factor", 4.0), "loss_scale is 1.0 on ranks 0, 2, 4.0 on rank 1"),
     "a group's own": (of_the_group("beta_1", 0.5), "groups[1].beta_1 is 0.8 on ranks 0, 2, 0.5 on rank 1"),
-    "a group's rate": (of_the_group("learning_rate", 0.5), "the rates of the groups differ"),
+    "a group's rate": (
+        of_the_group("learning_rate", 0.5),
+        "the rates of the groups differ: groups[1].learning_rate is 0.1 on ranks 0, 2, 0.5 on rank 1",
+    ),
     "a group's clip": (of_the_group("clipvalue", 0.5), "groups[1].clipvalue is None on ranks 0, 2, 0.5 on rank 1", None),
 }  # fmt: skip
 

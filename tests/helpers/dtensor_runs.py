@@ -281,6 +281,22 @@ def errors(cut, rank):
             model.uneven.grad = None
         take()
 
+    def nothing(model, optimizer, take):
+        if rank == 1:
+            model.zero_grad()
+        take()
+
+    def closure(model, optimizer, take):
+        def fails():
+            raise ArithmeticError("in the closure")
+
+        if isinstance(optimizer, Front):
+            optimizer.step(fails if rank == 1 else None)
+
+    def idle(model, optimizer, take):
+        model.zero_grad()
+        take()
+
     def rate(model, optimizer, take):
         if rank == 1:
             if isinstance(optimizer, Front):
@@ -293,6 +309,9 @@ def errors(cut, rank):
         told("wrong", way, wrong)
         told("rate", way, rate)
         told("missing", way, missing)
+        told("nothing", way, nothing)
+        told("closure", way, closure)
+        told("idle", way, idle)
     return found
 
 
