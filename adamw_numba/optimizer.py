@@ -16,6 +16,7 @@ from .arrays.tree import Container, flatten
 from .hyperparameters import table as hp
 from .hyperparameters.conventions import Conventional
 from .hyperparameters.groups import CHECKS, Group, read_override
+from .moments import MOMENTS
 from .ranks.agreement import Agreement
 from .saving import overrides
 from .saving.manifest import DTYPES
@@ -81,6 +82,11 @@ class AdamW(Saveable, Conventional):
     epsilon_mode : {"hat", "corrected"}
         Add ``epsilon`` to the square root of the raw second moment, as Keras does, or of the one whose bias is
         corrected, as torch and optax do.
+    moments : {"float32", "bfloat16", "8bit"}
+        What momentum and velocity are kept in, of variables of 16 and 32 bits: with less memory, and faster where
+        memory is the limit (docs/numerics.md).
+    seed : int, default 0
+        Of the stochastic rounding of such moments, which depends on it, the step, the name and the element alone.
     **kwargs
         Nothing else is known; ``decay`` is ignored with a warning, as in Keras.
 
@@ -122,6 +128,8 @@ class AdamW(Saveable, Conventional):
     maximize: bool = _checked(hp.flag)
     nesterov: bool = _checked(hp.flag)
     epsilon_mode: str = _checked(hp.choice("hat", "corrected"))
+    moments: str = _checked(hp.choice(*MOMENTS), fixed=True)
+    seed: int = _checked(hp.integer(0, optional=False, most=2**32 - 1))
     engine: Engine
     hyper: hp.Hyperparameters
 
@@ -150,6 +158,8 @@ class AdamW(Saveable, Conventional):
         maximize: bool = False,
         nesterov: bool = False,
         epsilon_mode: str = "hat",
+        moments: str = "float32",
+        seed: int = 0,
         **kwargs: Any,
     ) -> None:
         given = locals()
@@ -717,4 +727,6 @@ _EXTRAS = {  # what Keras lacks, and its default
     "maximize": False,
     "nesterov": False,
     "epsilon_mode": "hat",
+    "moments": "float32",
+    "seed": 0,
 }

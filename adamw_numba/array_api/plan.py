@@ -45,6 +45,7 @@ class Plan:
         slots: Sequence[Slots],
         which: Sequence[int],
         groups: int,
+        places: Sequence[Any] | None = None,
     ) -> None:
         self.names, self.slots, self.which = names, slots, which
         self.variables = {i: variable for i, variable in enumerate(variables) if variable is not None}
@@ -53,7 +54,7 @@ class Plan:
         if place:
             from ..arrays.table import AddressTable  # imports Numba, which arrays of other libraries do without
 
-            self._table = AddressTable(place, names, variables, slots)
+            self._table = AddressTable(place, names, variables, slots, places)
         seen: set[int] = set()
         for i, variable in self.variables.items():
             if arrays.is_mutable(variable):

@@ -18,13 +18,30 @@ from numba import carray, types
 from numpy.lib.stride_tricks import as_strided
 
 from ..arrays.compiled import c_function, first_above, jit, jit_for_python, pointer
-from ..arrays.runs import ARRAY, COUNT, G_AT, G_STEP, P_AT, P_STEP, S_AT, S_STEP, START
+from ..arrays.runs import (
+    ARRAY,
+    COLUMNS,
+    COUNT,
+    G_AT,
+    G_STEP,
+    P_AT,
+    P_STEP,
+    PLACE,
+    PLACE_STEP,
+    S_AT,
+    S_STEP,
+    START,
+)  # fmt: skip
+from ..moments import BLOCK
 from ..update import (
     AVERAGE,
     LEAST_EPSILON,
+    M_SCALE,
     MASTER,
+    ROWS,
     TOP,
     TOTAL,
+    V_SCALE,
     Coefficients,
     G,
     M,
@@ -35,8 +52,9 @@ from ..update import (
     accumulate,
     blend,
     make_update,
-)
-from .intrinsics import FLUSHING, ask_for, exchange_mode, mode_for, narrow, widen
+)  # fmt: skip
+from . import moments as small
+from .intrinsics import AHEAD, FLUSHING, ask_for, exchange_mode, mode_for, narrow, widen
 
 WHOLE = 2**30  # elements: longer than any chunk
 PIECE = 128  # elements that are prefetched together
@@ -47,10 +65,12 @@ LIKE = {"float32": np.float32(0), "float64": np.float64(0), "float16": np.int16(
 # Entries of a block: addresses, then sizes.
 WORK, CHUNKS, TABLE, ARRAYS, FACTORS, NUMBERS, PARTIALS, SUMS, IS_FAR, BLOCK_WORDS = range(10)
 # The numbers of a step, in a row for each group: the coefficients (see update.Coefficients), whether to overwrite the
-# variables with their averages, and the scale of the squares. The last two are those of the first row.
-SCALE, OVERWRITE, SQUARE_SCALE, HOW_MANY = 9, 12, 13, 14
-# Rows of the factors, one number for each variable: which row of the numbers holds for it, and its clip.
-WHICH, CLIP = range(2)
+# variables with their averages, the scale of the squares, and what the rounding of moments depends on: the seed and the
+# number of the step. The last four are those of the first row.
+SCALE, OVERWRITE, SQUARE_SCALE, SEED, NUMBER, HOW_MANY = 9, 12, 13, 14, 15, 16
+# Rows of the factors, one number for each variable: which row of the numbers holds for it, its clip, its name (as a
+# number).
+WHICH, CLIP, NAME, FACTOR_ROWS = range(4)
 
 
 def on(flag):
@@ -105,15 +125,24 @@ def slot_of(exists, address, count, step, like, strided):
 
 
 @jit
-def update_chunk(count, p, g, m, v, top, average, total, master, limit, lead, c):
+def update_chunk(count, p, g, m, v, top, average, total, master, limit, lead, c, noise=None):
     """Update the elements of one dense or strided run: arrays, or pointers."""
+    place = small.first_place(noise)
     for i in range(count):
         value, mi, vi, highest, mean = update(
-            _value(p, master, i), widen(g[i]), m[i], v[i], _at(top, i), _at(average, i), _at(total, i), limit, lead, c
+            _value(p, master, i),
+            widen(g[i]),
+            widen(m[i]),
+            widen(v[i]),
+            _at(top, i),
+            _at(average, i),
+            _at(total, i),
+            limit,
+            lead,
+            c,
         )
         p[i] = narrow(value, p[i])
-        m[i] = mi
-        v[i] = vi
+        place = small.put_moments(m, v, i, mi, vi, place, noise)
         _put(top, i, highest)
         _put(average, i, mean)
         _put(master, i, value)
@@ -146,7 +175,7 @@ def _share(block, part, parts):
     chunk by chunk.
     """
     chunks = block[CHUNKS]
-    work = carray(pointer(block[WORK], np.int64(0)), (chunks, 9))
+    work = carray(pointer(block[WORK], np.int64(0)), (chunks, COLUMNS))
     if parts == 1:
         return work, 0, chunks
     total = work[chunks - 1, START] + work[chunks - 1, COUNT]
@@ -162,7 +191,7 @@ def _numbers(block):
 
 @jit
 def coefficients_of(block, a, like):
-    factors = carray(pointer(block[FACTORS], 0.0), (2, block[ARRAYS]))
+    factors = carray(pointer(block[FACTORS], 0.0), (FACTOR_ROWS, block[ARRAYS]))
     row = carray(pointer(block[NUMBERS] + 8 * HOW_MANY * np.int64(factors[WHICH, a]), 0.0), HOW_MANY)
     return cast_coefficients(row, factors[CLIP, a], like)
 
@@ -190,7 +219,7 @@ def cast_coefficients(c, clip, like):
 @jit
 def _mode(block):
     """The floating-point mode of a step: the one that suits the smallest factor of any variable's gradient."""
-    factors, least = carray(pointer(block[FACTORS], 0.0), (2, block[ARRAYS])), 1.0
+    factors, least = carray(pointer(block[FACTORS], 0.0), (FACTOR_ROWS, block[ARRAYS])), 1.0
     for a in range(block[ARRAYS]):
         least = min(least, factors[CLIP, a])
     return mode_for(abs(_numbers(block)[SCALE]) * least)
@@ -198,22 +227,34 @@ def _mode(block):
 
 @jit
 def table_of(block):
-    return carray(pointer(block[TABLE], np.int64(0)), (8, block[ARRAYS]))
+    return carray(pointer(block[TABLE], np.int64(0)), (ROWS, block[ARRAYS]))
+
+
+@jit
+def _keys(block, a, halvings):
+    """What the noise of one variable at this step depends on, besides the elements."""
+    if halvings == 0:
+        return np.uint32(0), np.uint32(0)
+    numbers, factors = _numbers(block), carray(pointer(block[FACTORS], 0.0), (FACTOR_ROWS, block[ARRAYS]))
+    seed, name, number = np.int64(numbers[SEED]), np.int64(factors[NAME, a]), np.int64(numbers[NUMBER])
+    return small.keys(np.uint32(seed), np.uint32(name), np.uint32(number))
 
 
 @jit
 def _update_share(
-    address, part, parts, p_like, g_like, like, strided, master, amsgrad, average, accumulate, clip, nesterov
+    address, part, parts, p_like, g_like, like, m_like, strided, master, amsgrad, average, accumulate, clip, nesterov
 ):
     block = carray(pointer(address, np.int64(0)), BLOCK_WORDS)
     work, first, last = _share(block, part, parts)
     table = table_of(block)
     overwrite = _numbers(block)[OVERWRITE] != 0
     far = block[IS_FAR] != 0
-    piece = PIECE if far else WHOLE
+    halvings = small.halvings(like, m_like)
+    piece = (PIECE if far else WHOLE) if halvings == 0 else small.PIECE
     for w in range(first, last):
         a, step = work[w, ARRAY], work[w, S_STEP]
         c = coefficients_of(block, a, like)
+        keys = _keys(block, a, halvings)
         for start in range(0, work[w, COUNT], piece):
             n, at = min(piece, work[w, COUNT] - start), work[w, S_AT] + start * step
             p_at = table[P, a] + work[w, P_AT] + start * work[w, P_STEP]
@@ -225,18 +266,27 @@ def _update_share(
                 if far and strided is None:
                     ask_for(True, p_at, n, work[w, P_STEP])
                     ask_for(True, g_at, n, work[w, G_STEP])
-                    ask_for(True, table[M, a] + at, n, step)
-                    ask_for(True, table[V, a] + at, n, step)
+                    ask_for(True, table[M, a] + (at >> halvings), n, step >> halvings, AHEAD >> halvings)
+                    ask_for(True, table[V, a] + (at >> halvings), n, step >> halvings, AHEAD >> halvings)
                     ask_for(amsgrad, table[TOP, a] + at, n, step)
                     ask_for(average, table[AVERAGE, a] + at, n, step)
                     ask_for(accumulate, table[TOTAL, a] + at, n, step)
                     ask_for(master, table[MASTER, a] + at, n, step)
+                m = row_of(table[M, a] + (at >> halvings), n, step >> halvings, m_like, strided)
+                v = row_of(table[V, a] + (at >> halvings), n, step >> halvings, m_like, strided)
+                # Four bytes of a scale for each block, where an element has four in other slots.
+                m_scales = carray(pointer(table[M_SCALE, a] + at // BLOCK, like), -(-n // BLOCK))
+                v_scales = carray(pointer(table[V_SCALE, a] + at // BLOCK, like), -(-n // BLOCK))
+                place = work[w, PLACE] + start * work[w, PLACE_STEP]
+                noise = small.noise_of(m, place, work[w, PLACE_STEP], keys)
+                new_m = small.brought_in(m, m_scales, small.scratch(), n, True)
+                new_v = small.brought_in(v, v_scales, small.scratch(), n, None)
                 update_chunk(
                     n,
                     p,
                     row_of(g_at, n, work[w, G_STEP], g_like, strided),
-                    row_of(table[M, a] + at, n, step, like, strided),
-                    row_of(table[V, a] + at, n, step, like, strided),
+                    new_m,
+                    new_v,
                     slot_of(amsgrad, table[TOP, a] + at, n, step, like, strided),
                     averages,
                     slot_of(accumulate, table[TOTAL, a] + at, n, step, like, strided),
@@ -244,7 +294,9 @@ def _update_share(
                     None if clip is None else c.limit,
                     None if nesterov is None else c.lead,
                     c,
+                    noise,
                 )
+                small.round_back(m, v, m_scales, v_scales, new_m, new_v, n, noise)
             else:
                 _blend_chunk(p, averages, masters, c)
             if overwrite:
@@ -331,6 +383,7 @@ def update_kernel(storage: Storage, variant: Variant) -> Any:
     p_like, g_like, like = LIKE[storage.p], LIKE[storage.g], LIKE[storage.compute]
     strided, master, amsgrad = on(storage.strided), on(storage.master), on(storage.amsgrad)
     average, accumulate, clip, nesterov = map(on, variant)
+    m_like = small.LIKE.get(storage.moments, like)
 
     @c_kernel
     def update_kernel(block, part, parts):
@@ -342,13 +395,14 @@ def update_kernel(storage: Storage, variant: Variant) -> Any:
             p_like,
             g_like,
             like,
-            strided=strided,
-            master=master,
-            amsgrad=amsgrad,
-            average=average,
-            accumulate=accumulate,
-            clip=clip,
-            nesterov=nesterov,
+            m_like,
+            strided,
+            master,
+            amsgrad,
+            average,
+            accumulate,
+            clip,
+            nesterov,
         )
         exchange_mode(mode)
 
@@ -367,7 +421,7 @@ def square_kernel(storage: Storage, accumulate: bool) -> Any:
 
 def _of_gradients(storage):
     """A storage as kernels see it that do not touch the variables: one of them serves variables of any kind."""
-    return storage._replace(p=storage.g, master=False, amsgrad=False)
+    return storage._replace(p=storage.g, master=False, amsgrad=False, moments="float32")
 
 
 @cache

@@ -155,7 +155,7 @@ class AdamW(WithState):
                 f"Keras's backend is {keras.backend.backend()!r}; expected one of {list(_BACKENDS)}: set KERAS_BACKEND "
                 "in the environment before Keras is imported"
             )
-        options: dict[str, Any] = {key: given[key] for key in surface.HYPERPARAMETERS if key != "name"}
+        options: dict[str, Any] = {key: given[key] for key in surface.HYPERPARAMETERS if key in given and key != "name"}
         adamw = surface.AdamW(**options, **kwargs)
         self.__dict__.update(_adamw=adamw)  # Keras refuses and tracks what is set otherwise
         shared = {key: value for key, value in options.items() if key not in _EXTRAS}

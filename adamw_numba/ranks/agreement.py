@@ -53,7 +53,7 @@ MUST_AGREE = {
 SETTINGS_NAMES = (
     "beta_1", "beta_2", "epsilon", "amsgrad", "clipnorm", "clipvalue", "global_clipnorm", "use_ema", "ema_momentum",
     "ema_overwrite_frequency", "gradient_accumulation_steps", "nonfinite", "master_weights", "decouple_lr", "maximize",
-    "nesterov", "epsilon_mode",
+    "nesterov", "epsilon_mode", "moments", "seed",
 )  # fmt: skip
 _NOTHING: dict[int, str] = {}
 ROUNDINGS = 64  # on the way from the norms of variables to that of all, at most
