@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from zlib import crc32
 
 MOMENTS = ("float32", "bfloat16", "8bit")
-BLOCK = 128  # elements that have one scale
+BLOCK = 256  # elements that have one scale
 SCALES = ("momentum_scale", "velocity_scale")
 NARROWER = {"float32": 0, "bfloat16": 1, "8bit": 2}  # how many times the itemsize is halved
 _GOLDEN = 0x9E3779B1
@@ -168,7 +168,8 @@ def make_rounding(compiled: Callable[..., Any], word: Any, bits_of: Any, number_
         """8 bits of magnitude, at least 1 of what is not 0."""
         x = word(bits_of(x) & word(_MAGNITUDE))
         code = coded(x, inverse, word(_VELOCITY_OFFSET), word(255), bits)
-        return choose(code < word(1), choose(x > word(0), word(code | word(1)), code), code)
+        least = choose(x > word(1), word(word(x & word(0)) | word(1)), x)
+        return choose(code < least, least, code)
 
     @compiled
     def from_velocity(code, scale):  # type: ignore[no-untyped-def]

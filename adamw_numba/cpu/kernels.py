@@ -9,7 +9,6 @@ Loops become vectors only if LLVM can see that no array of a step overlaps anoth
 call of a loop: it compares the ends of all arrays, and if any of them overlap, it takes the elements one by one.
 """
 
-import math
 from functools import cache
 from typing import Any
 
@@ -17,21 +16,9 @@ import numpy as np
 from numba import carray, types
 from numpy.lib.stride_tricks import as_strided
 
+from ..arrays import runs as r
 from ..arrays.compiled import c_function, first_above, jit, jit_for_python, pointer
-from ..arrays.runs import (
-    ARRAY,
-    COLUMNS,
-    COUNT,
-    G_AT,
-    G_STEP,
-    P_AT,
-    P_STEP,
-    PLACE,
-    PLACE_STEP,
-    S_AT,
-    S_STEP,
-    START,
-)  # fmt: skip
+from ..arrays.runs import ARRAY, COUNT, G_AT, G_STEP, P_AT, P_STEP, PLACE, PLACE_STEP, S_AT, S_STEP, START
 from ..moments import BLOCK
 from ..update import (
     AVERAGE,
@@ -51,9 +38,9 @@ from ..update import (
     Variant,
     accumulate,
     blend,
-    make_update,
-)  # fmt: skip
+)
 from . import moments as small
+from .formula import update
 from .intrinsics import AHEAD, FLUSHING, ask_for, exchange_mode, mode_for, narrow, widen
 
 WHOLE = 2**30  # elements: longer than any chunk
@@ -83,7 +70,6 @@ def on(flag):
 
 
 c_kernel = c_function(types.void(types.intp, types.intp, types.intp))
-update = jit(make_update(math.sqrt, np.maximum, np.minimum))
 _accumulate = jit(accumulate)
 _blend = jit(blend)
 
@@ -125,15 +111,15 @@ def slot_of(exists, address, count, step, like, strided):
 
 
 @jit
-def update_chunk(count, p, g, m, v, top, average, total, master, limit, lead, c, noise=None):
+def update_chunk(count, p, g, m, v, top, average, total, master, limit, lead, c, small_ones=None):
     """Update the elements of one dense or strided run: arrays, or pointers."""
-    place = small.first_place(noise)
+    place = small.first_place(small_ones)
     for i in range(count):
         value, mi, vi, highest, mean = update(
             _value(p, master, i),
             widen(g[i]),
-            widen(m[i]),
-            widen(v[i]),
+            small.momentum(m, i, small_ones),
+            small.velocity(v, i, small_ones),
             _at(top, i),
             _at(average, i),
             _at(total, i),
@@ -142,7 +128,7 @@ def update_chunk(count, p, g, m, v, top, average, total, master, limit, lead, c,
             c,
         )
         p[i] = narrow(value, p[i])
-        place = small.put_moments(m, v, i, mi, vi, place, noise)
+        place = small.put(m, v, i, mi, vi, place, small_ones)
         _put(top, i, highest)
         _put(average, i, mean)
         _put(master, i, value)
@@ -175,7 +161,7 @@ def _share(block, part, parts):
     chunk by chunk.
     """
     chunks = block[CHUNKS]
-    work = carray(pointer(block[WORK], np.int64(0)), (chunks, COLUMNS))
+    work = carray(pointer(block[WORK], np.int64(0)), (chunks, r.COLUMNS))
     if parts == 1:
         return work, 0, chunks
     total = work[chunks - 1, START] + work[chunks - 1, COUNT]
@@ -250,7 +236,7 @@ def _update_share(
     overwrite = _numbers(block)[OVERWRITE] != 0
     far = block[IS_FAR] != 0
     halvings = small.halvings(like, m_like)
-    piece = (PIECE if far else WHOLE) if halvings == 0 else small.PIECE
+    piece = BLOCK if halvings == 2 else PIECE if far else WHOLE
     for w in range(first, last):
         a, step = work[w, ARRAY], work[w, S_STEP]
         c = coefficients_of(block, a, like)
@@ -274,29 +260,28 @@ def _update_share(
                     ask_for(master, table[MASTER, a] + at, n, step)
                 m = row_of(table[M, a] + (at >> halvings), n, step >> halvings, m_like, strided)
                 v = row_of(table[V, a] + (at >> halvings), n, step >> halvings, m_like, strided)
+                g = row_of(g_at, n, work[w, G_STEP], g_like, strided)
+                total = slot_of(accumulate, table[TOTAL, a] + at, n, step, like, strided)
+                limit = None if clip is None else c.limit
+                places = work[w, PLACE] + start * work[w, PLACE_STEP], work[w, PLACE_STEP]
                 # Four bytes of a scale for each block, where an element has four in other slots.
-                m_scales = carray(pointer(table[M_SCALE, a] + at // BLOCK, like), -(-n // BLOCK))
-                v_scales = carray(pointer(table[V_SCALE, a] + at // BLOCK, like), -(-n // BLOCK))
-                place = work[w, PLACE] + start * work[w, PLACE_STEP]
-                noise = small.noise_of(m, place, work[w, PLACE_STEP], keys)
-                new_m = small.brought_in(m, m_scales, small.scratch(), n, True)
-                new_v = small.brought_in(v, v_scales, small.scratch(), n, None)
+                scales = table[M_SCALE, a] + at // BLOCK, table[V_SCALE, a] + at // BLOCK
+                small_ones = small.described(m, v, g, total, n, limit, c, places, keys, scales)
                 update_chunk(
                     n,
                     p,
-                    row_of(g_at, n, work[w, G_STEP], g_like, strided),
-                    new_m,
-                    new_v,
+                    g,
+                    m,
+                    v,
                     slot_of(amsgrad, table[TOP, a] + at, n, step, like, strided),
                     averages,
-                    slot_of(accumulate, table[TOTAL, a] + at, n, step, like, strided),
+                    total,
                     masters,
-                    None if clip is None else c.limit,
+                    limit,
                     None if nesterov is None else c.lead,
                     c,
-                    noise,
+                    small_ones,
                 )
-                small.round_back(m, v, m_scales, v_scales, new_m, new_v, n, noise)
             else:
                 _blend_chunk(p, averages, masters, c)
             if overwrite:

@@ -1,21 +1,20 @@
-"""Moments in 16 and 8 bits on the CPU: brought into float32 for a piece of a run, and rounded back.
+"""Moments in 16 and 8 bits on the CPU: how the loop around the formula loads and stores them.
 
-What is brought in lies in the first-level cache, so that the loop around the formula stays the one of float32, and all
-three loops become vectors; there is far more time for them than memory takes.
+That loop stays one loop, whose integers are rounded while its division and root are under way. For 8 bits the scales of
+a block have to be known before; see `_scales`.
 """
 
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import overload
 
-from ..arrays.compiled import cached, jit
-from ..moments import BLOCK, make_rounding
+from ..arrays.compiled import jit, pointer
+from ..moments import make_rounding
+from .formula import update
+from .intrinsics import widen
 
-PIECE = 128  # elements that are brought in together
 LIKE: dict[str, Any] = {"bfloat16": np.uint16(0), "8bit": np.uint8(0)}
 
 
@@ -45,21 +44,6 @@ _noise, _to_bfloat, _from_bfloat, _scale_of, _inverse_of = _R[1:6]
 _to_momentum, _from_momentum, _to_velocity, _from_velocity = _R[6:]
 
 
-@intrinsic
-def scratch(typingctx):
-    """A block of float32 of a function's own, which LLVM knows to overlap with nothing."""
-
-    def codegen(context, builder, signature, args):
-        return builder.bitcast(
-            cgutils.alloca_once(builder, ir.ArrayType(ir.FloatType(), PIECE)), ir.FloatType().as_pointer()
-        )
-
-    return types.CPointer(types.float32)(), codegen
-
-
-inlined = cached(no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True)
-
-
 def halvings(like, m_like):
     """How often the itemsize of other slots is halved to be that of moments: a constant."""
     raise NotImplementedError
@@ -71,117 +55,136 @@ def _overload_halvings(like, m_like):
     return lambda like, m_like: count
 
 
-def noise_of(m, place, step, keys):
-    """What the noise of a run follows from, where moments of its kind are rounded; else None."""
-    raise NotImplementedError
-
-
-@overload(noise_of, inline="always")
-def _overload_noise_of(m, place, step, keys):
-    if isinstance(m.dtype, types.Float):
-        return lambda m, place, step, keys: None
-    return lambda m, place, step, keys: (np.uint32(place), np.uint32(step), keys[0], keys[1])
+@jit
+def _bits_of_largest(x, count):
+    """The bits of the largest magnitude; those of a NaN are larger than all others."""
+    largest = np.uint32(0)
+    if x is not None:
+        for i in range(count):
+            bits = np.uint32(_bits_of(widen(x[i])) & np.uint32(0x7FFFFFFF))
+            largest = bits if bits > largest else largest
+    return largest
 
 
 @jit
-def first_place(noise):
-    """Where the first element of a run is in the whole variable."""
-    return None if noise is None else noise[0]
+def _largest_code(codes, count, mask):
+    largest = np.uint8(0)
+    for i in range(count):
+        code = np.uint8(codes[i] & mask)
+        largest = code if code > largest else largest
+    return np.uint32(largest)
 
 
-def put_moments(m, v, i, new_m, new_v, place, noise):
+@jit
+def _scales(m, v, g, total, count, limit, c, m_scale, v_scale):
+    """The bits of the scales that a block will have.
+
+    They have to be known before its first moment is rounded. The formula is monotone: of the largest magnitudes, it
+    gives moments that no element can exceed.
+    """
+    up = np.float32(-1 if c.scale < 0 else 1)
+    largest_g = up * _number_of(_bits_of_largest(g, count))
+    largest_total = None if total is None else up * _number_of(_bits_of_largest(total, count))
+    largest_m = _from_momentum(_largest_code(m, count, np.uint8(127)), m_scale)
+    largest_v = _from_velocity(_largest_code(v, count, np.uint8(255)), v_scale)
+    zero = np.float32(0)
+    bounds = update(zero, largest_g, largest_m, largest_v, None, None, largest_total, limit, None, c)
+    return _scale_of(_bits_of(bounds[1])), _scale_of(_bits_of(bounds[2]))
+
+
+def described(m, v, g, total, count, limit, c, places, keys, scales):
+    """What is to be known of a piece besides its moments; None where they are float32 or float64.
+
+    The place of its first element in the whole variable, how far the next is from it, and what noise follows from. In 8
+    bits, where a piece is a block, its scales as well, and what new moments are multiplied with; the new scales are
+    stored at their addresses.
+    """
+    raise NotImplementedError
+
+
+@overload(described)
+def _overload_described(m, v, g, total, count, limit, c, places, keys, scales):
+    if isinstance(m.dtype, types.Float):
+        return lambda m, v, g, total, count, limit, c, places, keys, scales: None
+    if m.dtype == types.uint16:
+
+        def described(m, v, g, total, count, limit, c, places, keys, scales):
+            return np.uint32(places[0]), np.uint32(places[1]), keys[0], keys[1]
+
+    else:
+
+        def described(m, v, g, total, count, limit, c, places, keys, scales):
+            m_at, v_at = pointer(scales[0], np.float32(0)), pointer(scales[1], np.float32(0))
+            m_scale, v_scale = m_at[0], v_at[0]
+            m_bits, v_bits = _scales(m, v, g, total, count, limit, c, m_scale, v_scale)
+            m_at[0], v_at[0] = _number_of(m_bits), _number_of(v_bits)
+            noise = np.uint32(places[0]), np.uint32(places[1]), keys[0], keys[1]
+            return (*noise, m_scale, v_scale, _inverse_of(m_bits), _inverse_of(v_bits))
+
+    return described
+
+
+@jit
+def first_place(small):
+    """Where the first element of a piece is in the whole variable."""
+    return None if small is None else small[0]
+
+
+def momentum(m, i, small):
+    """The first moment of an element."""
+    raise NotImplementedError
+
+
+@overload(momentum, inline="always")
+def _overload_momentum(m, i, small):
+    if m.dtype == types.uint16:
+        return lambda m, i, small: _from_bfloat(np.uint32(m[i]))
+    if m.dtype == types.uint8:
+        return lambda m, i, small: _from_momentum(np.uint32(m[i]), small[4])
+    return lambda m, i, small: m[i]
+
+
+def velocity(v, i, small):
+    """The second moment of an element."""
+    raise NotImplementedError
+
+
+@overload(velocity, inline="always")
+def _overload_velocity(v, i, small):
+    if v.dtype == types.uint16:
+        return lambda v, i, small: _from_bfloat(np.uint32(v[i]))
+    if v.dtype == types.uint8:
+        return lambda v, i, small: _from_velocity(np.uint32(v[i]), small[5])
+    return lambda v, i, small: v[i]
+
+
+def put(m, v, i, new_m, new_v, place, small):
     """Store the moments of an element; returns the place of the next one."""
     raise NotImplementedError
 
 
-@overload(put_moments, inline="always")
-def _overload_put_moments(m, v, i, new_m, new_v, place, noise):
+@overload(put, inline="always")
+def _overload_put(m, v, i, new_m, new_v, place, small):
     if m.dtype == types.uint16:
 
-        def put_moments(m, v, i, new_m, new_v, place, noise):
-            bits = _noise(place, noise[2], noise[3])
+        def put(m, v, i, new_m, new_v, place, small):
+            bits = _noise(place, small[2], small[3])
             m[i] = np.uint16(_to_bfloat(new_m, np.uint32(bits & np.uint32(0xFFFF))))
             v[i] = np.uint16(_to_bfloat(new_v, np.uint32(bits >> np.uint32(16))))
-            return np.uint32(place + noise[1])
+            return np.uint32(place + small[1])
+
+    elif m.dtype == types.uint8:
+
+        def put(m, v, i, new_m, new_v, place, small):
+            bits = _noise(place, small[2], small[3])
+            m[i] = np.uint8(_to_momentum(new_m, small[6], np.uint32(bits & np.uint32(0xFFFF))))
+            v[i] = np.uint8(_to_velocity(new_v, small[7], np.uint32(bits >> np.uint32(16))))
+            return np.uint32(place + small[1])
 
     else:
 
-        def put_moments(m, v, i, new_m, new_v, place, noise):
+        def put(m, v, i, new_m, new_v, place, small):
             m[i] = new_m
             v[i] = new_v
-            return place
 
-    return put_moments
-
-
-def brought_in(stored, scales, values, count, signed):
-    """Moments of a piece as they are updated: themselves, or those of 8 bits, with the scales of blocks, as `values`."""
-    raise NotImplementedError
-
-
-def round_back(m, v, m_scales, v_scales, new_m, new_v, count, noise):
-    """Store the moments of 8 bits of a piece."""
-    raise NotImplementedError
-
-
-@inlined
-def _bring_block(stored, scale, values, start, count, signed):
-    for i in range(count):
-        code = np.uint32(stored[i])
-        values[start + i] = _from_velocity(code, scale) if signed is None else _from_momentum(code, scale)
-
-
-@overload(brought_in)
-def _overload_brought_in(stored, scales, values, count, signed):
-    if stored.dtype != types.uint8:
-        return lambda stored, scales, values, count, signed: stored
-
-    def brought_in(stored, scales, values, count, signed):
-        blocks = count // BLOCK
-        for k in range(blocks):
-            _bring_block(stored[k * BLOCK :], scales[k], values, k * BLOCK, BLOCK, signed)
-        if blocks * BLOCK < count:
-            at = blocks * BLOCK
-            _bring_block(stored[at:], scales[blocks], values, at, count - at, signed)
-        return values
-
-    return brought_in
-
-
-@inlined
-def _magnitude(x):
-    return np.uint32(_bits_of(x) & np.uint32(0x7FFFFFFF))
-
-
-@inlined
-def _round_block(m, v, scales, new_m, new_v, start, count, noise):
-    m_largest = v_largest = np.uint32(0)
-    for i in range(count):  # the bits of a NaN are larger than all others
-        m_bits, v_bits = _magnitude(new_m[start + i]), _magnitude(new_v[start + i])
-        m_largest = m_bits if m_bits > m_largest else m_largest
-        v_largest = v_bits if v_bits > v_largest else v_largest
-    m_scale, v_scale = _scale_of(m_largest), _scale_of(v_largest)
-    scales[0][0], scales[1][0] = _number_of(m_scale), _number_of(v_scale)
-    m_inverse, v_inverse = _inverse_of(m_scale), _inverse_of(v_scale)
-    at = np.uint32(noise[0] + np.uint32(start))
-    for i in range(count):
-        bits = _noise(np.uint32(at + np.uint32(i)), noise[2], noise[3])
-        m[i] = np.uint8(_to_momentum(new_m[start + i], m_inverse, np.uint32(bits & np.uint32(0xFFFF))))
-        v[i] = np.uint8(_to_velocity(new_v[start + i], v_inverse, np.uint32(bits >> np.uint32(16))))
-
-
-@overload(round_back)
-def _overload_round_back(m, v, m_scales, v_scales, new_m, new_v, count, noise):
-    if m.dtype != types.uint8:
-        return lambda m, v, m_scales, v_scales, new_m, new_v, count, noise: None
-
-    def round_back(m, v, m_scales, v_scales, new_m, new_v, count, noise):
-        blocks = count // BLOCK
-        for k in range(blocks):
-            at, own = k * BLOCK, (m_scales[k:], v_scales[k:])
-            _round_block(m[at:], v[at:], own, new_m, new_v, at, BLOCK, noise)
-        at, own = blocks * BLOCK, (m_scales[blocks:], v_scales[blocks:])
-        if at < count:
-            _round_block(m[at:], v[at:], own, new_m, new_v, at, count - at, noise)
-
-    return round_back
+    return put
