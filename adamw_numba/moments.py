@@ -13,7 +13,8 @@ whole variable, so that bits depend neither on threads nor on how variables are 
   of exponent for the momentum, 5 for the velocity. A small offset makes the numbers near 0 evenly spaced, down to
   2^-18 of the block's scale for the momentum, and to 2^-34 for the velocity, whose root is 2^-17: what the noise can
   add to a momentum is thus at most half of what it is divided by. A velocity that is not 0 never becomes 0. A block's
-  scale is a power of two, so that nothing is lost where it changes. A block that holds a NaN or an infinity is NaN.
+  scale is a power of two, so that nothing is lost where it changes. A block that holds a NaN, or more than
+  1.6e38, becomes NaN.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,7 @@ BLOCK = 256  # elements that have one scale
 SCALES = ("momentum_scale", "velocity_scale")
 NARROWER = {"float32": 0, "bfloat16": 1, "8bit": 2}  # how many times the itemsize is halved
 _GOLDEN = 0x9E3779B1
-_MAGNITUDE, _INFINITE, _NAN = 0x7FFFFFFF, 0x7F800000, 0x7FC00000
+_MAGNITUDE, _NAN = 0x7FFFFFFF, 0x7FC00000
 _LARGEST_BFLOAT = 0x7F7F0000
 _MOMENTUM_OFFSET, _VELOCITY_OFFSET = (127 - 15) << 23, (127 - 31) << 23  # 2^-15 and 2^-31, as bits
 _DROPPED = 20  # bits of a float32's mantissa that 8 bits do not have
@@ -130,33 +131,32 @@ def make_rounding(compiled: Callable[..., Any], word: Any, bits_of: Any, number_
     def scale_of(largest):  # type: ignore[no-untyped-def]
         """The bits of a block's scale; `largest` are those of its largest magnitude."""
         exponent = word(word(largest + word(_CARRY)) >> word(23))
-        exponent = choose(exponent < word(_LEAST_SCALE), word(word(exponent & word(0)) + word(_LEAST_SCALE)), exponent)
-        exponent = choose(exponent > word(_MOST_SCALE), word(word(exponent & word(0)) + word(_MOST_SCALE)), exponent)
-        scale = word(exponent << word(23))
-        return choose(largest < word(_INFINITE), scale, word(scale | word(_NAN)))
+        too_small = exponent < word(_LEAST_SCALE)
+        scale = word(choose(too_small, word(word(exponent & word(0)) | word(_LEAST_SCALE)), exponent) << word(23))
+        return choose(exponent > word(_MOST_SCALE), word(scale | word(_NAN)), scale)
 
     @compiled
     def inverse_of(scale):  # type: ignore[no-untyped-def]
-        """The bits of 1 / scale."""
+        """The bits of 1 / scale; anything where that is NaN."""
         return word(word(254 << 23) - scale)
 
+    # The offsets are multiples of what is dropped, so the codes are the last bits of what is left.
+
     @compiled
-    def coded(magnitude, inverse, offset, most, bits):  # type: ignore[no-untyped-def]
-        moved = bits_of(number_of(magnitude) * number_of(inverse) + number_of(offset))
-        dither = word(word(bits << word(4)) | word(8))
-        code = word(word(word(moved - offset) + dither) >> word(_DROPPED))
-        return choose(code > most, word(word(code & word(0)) + most), code)
+    def coded(magnitude, inverse, offset, dither):  # type: ignore[no-untyped-def]
+        return word(word(bits_of(magnitude * inverse + number_of(offset)) + dither) >> word(_DROPPED))
 
     @compiled
     def decoded(code, offset):  # type: ignore[no-untyped-def]
         return number_of(word(word(code << word(_DROPPED)) + offset)) - number_of(offset)
 
     @compiled
-    def to_momentum(x, inverse, bits):  # type: ignore[no-untyped-def]
-        """8 bits: the sign and 7 bits of magnitude."""
+    def to_momentum(x, inverse, noise):  # type: ignore[no-untyped-def]
+        """8 bits, rounded by the last 20 bits of noise: the sign and 7 bits of magnitude."""
         x = bits_of(x)
-        code = coded(word(x & word(_MAGNITUDE)), inverse, word(_MOMENTUM_OFFSET), word(127), bits)
-        return word(code | word(word(x >> word(24)) & word(128)))
+        dither = word(noise & word(_CARRY - 1))
+        code = coded(number_of(word(x & word(_MAGNITUDE))), inverse, word(_MOMENTUM_OFFSET), dither)
+        return word(word(code & word(127)) | word(word(x >> word(24)) & word(128)))
 
     @compiled
     def from_momentum(code, scale):  # type: ignore[no-untyped-def]
@@ -164,12 +164,12 @@ def make_rounding(compiled: Callable[..., Any], word: Any, bits_of: Any, number_
         return number_of(word(magnitude | word(word(code << word(24)) & word(0x80000000)))) * scale
 
     @compiled
-    def to_velocity(x, inverse, bits):  # type: ignore[no-untyped-def]
-        """8 bits of magnitude, at least 1 of what is not 0."""
-        x = word(bits_of(x) & word(_MAGNITUDE))
-        code = coded(x, inverse, word(_VELOCITY_OFFSET), word(255), bits)
-        least = choose(x > word(1), word(word(x & word(0)) | word(1)), x)
-        return choose(code < least, least, code)
+    def to_velocity(x, inverse, noise):  # type: ignore[no-untyped-def]
+        """8 bits of magnitude, rounded by the first 20 bits of noise; at least 1 of what is not 0."""
+        code = coded(x, inverse, word(_VELOCITY_OFFSET), word(noise >> word(32 - _DROPPED)))
+        least = word((_VELOCITY_OFFSET >> _DROPPED) + 1)
+        code = choose(x > number_of(word(0)), choose(code < least, word(word(code & word(0)) | least), code), code)
+        return word(code & word(255))
 
     @compiled
     def from_velocity(code, scale):  # type: ignore[no-untyped-def]

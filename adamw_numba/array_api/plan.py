@@ -13,7 +13,7 @@ from ..arrays import Array
 from ..arrays.brief import brief
 from ..coefficients import Recipe, whole_norm
 from ..update import Coefficients
-from . import functions
+from . import functions, moments
 
 Call = tuple[Any, ...]
 Slots = dict[str, Array]
@@ -51,6 +51,7 @@ class Plan:
         self.variables = {i: variable for i, variable in enumerate(variables) if variable is not None}
         self.own = list(self.variables)
         self._table: Any = None
+        self._places = places
         if place:
             from ..arrays.table import AddressTable  # imports Numba, which arrays of other libraries do without
 
@@ -104,6 +105,12 @@ class Plan:
         made = self._updates if recipe.is_update else self._accumulations
         return [(arrays.write_all, made(recipe, recipe.coefficients(), gradients))], []
 
+    def _noise(self, i: int, recipe: Recipe) -> Any:
+        """What the moments of a variable are rounded by; None where there are no places of its elements."""
+        if self._places is None:
+            return None
+        return moments.noise_of(recipe.seed, self.names[i], recipe.number, self._places[i])
+
     def _accumulations(
         self, recipe: Recipe, c: Sequence[Coefficients], gradients: Sequence[Array | None]
     ) -> list[tuple[Array, Array]]:
@@ -130,7 +137,9 @@ class Plan:
                 new, changed = functions.blended(p, slots, own, recipe.overwrite)
             else:
                 g, nesterov = arrays.detached(g), recipe.variant.nesterov
-                new, changed = functions.updated(p, g, slots, own, limit, nesterov, recipe.overwrite)
+                new, changed = functions.updated(
+                    p, g, slots, own, limit, nesterov, recipe.overwrite, self._noise(i, recipe)
+                )
             writes += [(p, new), *((slots[key], changed[key]) for key in slots)]
         return writes
 

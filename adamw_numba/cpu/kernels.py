@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from numba import carray, types
-from numpy.lib.stride_tricks import as_strided
 
 from ..arrays import runs as r
 from ..arrays.compiled import c_function, first_above, jit, jit_for_python, pointer
@@ -23,12 +22,10 @@ from ..moments import BLOCK
 from ..update import (
     AVERAGE,
     LEAST_EPSILON,
-    M_SCALE,
     MASTER,
     ROWS,
     TOP,
     TOTAL,
-    V_SCALE,
     Coefficients,
     G,
     M,
@@ -40,7 +37,7 @@ from ..update import (
     blend,
 )
 from . import moments as small
-from .formula import update
+from .formula import row_of, slot_of, update
 from .intrinsics import AHEAD, FLUSHING, ask_for, exchange_mode, mode_for, narrow, widen
 
 WHOLE = 2**30  # elements: longer than any chunk
@@ -94,20 +91,6 @@ def _value(p, master, i):
     if master is None:
         return widen(p[i])
     return master[i] if narrow(master[i], p[i]) == p[i] else widen(p[i])
-
-
-@jit
-def row_of(address, count, step, like, strided):
-    if strided is None:
-        return carray(pointer(address, like), count)
-    return as_strided(carray(pointer(address, like), 1), (count,), (step,))
-
-
-@jit
-def slot_of(exists, address, count, step, like, strided):
-    if exists is None:
-        return None
-    return row_of(address, count, step, like, strided)
 
 
 @jit
@@ -235,7 +218,7 @@ def _update_share(
     table = table_of(block)
     overwrite = _numbers(block)[OVERWRITE] != 0
     far = block[IS_FAR] != 0
-    halvings = small.halvings(like, m_like)
+    halvings, kept = small.halvings(like, m_like), small.kept_scales()
     piece = BLOCK if halvings == 2 else PIECE if far else WHOLE
     for w in range(first, last):
         a, step = work[w, ARRAY], work[w, S_STEP]
@@ -264,9 +247,9 @@ def _update_share(
                 total = slot_of(accumulate, table[TOTAL, a] + at, n, step, like, strided)
                 limit = None if clip is None else c.limit
                 places = work[w, PLACE] + start * work[w, PLACE_STEP], work[w, PLACE_STEP]
-                # Four bytes of a scale for each block, where an element has four in other slots.
-                scales = table[M_SCALE, a] + at // BLOCK, table[V_SCALE, a] + at // BLOCK
-                small_ones = small.described(m, v, g, total, n, limit, c, places, keys, scales)
+                if start % small.SPAN == 0:
+                    small.prepare(m, kept, work[w], start, table, g_like, like, strided, accumulate, limit, c)
+                small_ones = small.described(m, kept, start, places, keys)
                 update_chunk(
                     n,
                     p,

@@ -7,14 +7,19 @@ a block have to be known before; see `_scales`.
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import types
-from numba.extending import overload
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
 
-from ..arrays.compiled import jit, pointer
-from ..moments import make_rounding
-from .formula import update
+from ..arrays.compiled import cached, jit, pointer
+from ..arrays.runs import ARRAY, COUNT, G_AT, G_STEP, S_AT, S_STEP
+from ..moments import BLOCK, make_rounding
+from ..update import M_SCALE, TOTAL, V_SCALE, G, M, V
+from .formula import row_of, slot_of, update
 from .intrinsics import widen
 
+SPAN = 8 * BLOCK  # elements whose scales are found together
 LIKE: dict[str, Any] = {"bfloat16": np.uint16(0), "8bit": np.uint8(0)}
 
 
@@ -44,6 +49,20 @@ _noise, _to_bfloat, _from_bfloat, _scale_of, _inverse_of = _R[1:6]
 _to_momentum, _from_momentum, _to_velocity, _from_velocity = _R[6:]
 
 
+inlined = cached(no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True)
+
+
+@intrinsic
+def kept_scales(typingctx):
+    """Room for the old scales of some blocks, and for the inverses of the new ones."""
+
+    def codegen(context, builder, signature, args):
+        numbers = ir.ArrayType(ir.FloatType(), 4 * SPAN // BLOCK)
+        return builder.bitcast(cgutils.alloca_once(builder, numbers), ir.FloatType().as_pointer())
+
+    return types.CPointer(types.float32)(), codegen
+
+
 def halvings(like, m_like):
     """How often the itemsize of other slots is halved to be that of moments: a constant."""
     raise NotImplementedError
@@ -55,7 +74,7 @@ def _overload_halvings(like, m_like):
     return lambda like, m_like: count
 
 
-@jit
+@inlined
 def _bits_of_largest(x, count):
     """The bits of the largest magnitude; those of a NaN are larger than all others."""
     largest = np.uint32(0)
@@ -66,7 +85,7 @@ def _bits_of_largest(x, count):
     return largest
 
 
-@jit
+@inlined
 def _largest_code(codes, count, mask):
     largest = np.uint8(0)
     for i in range(count):
@@ -75,7 +94,7 @@ def _largest_code(codes, count, mask):
     return np.uint32(largest)
 
 
-@jit
+@inlined
 def _scales(m, v, g, total, count, limit, c, m_scale, v_scale):
     """The bits of the scales that a block will have.
 
@@ -92,34 +111,63 @@ def _scales(m, v, g, total, count, limit, c, m_scale, v_scale):
     return _scale_of(_bits_of(bounds[1])), _scale_of(_bits_of(bounds[2]))
 
 
-def described(m, v, g, total, count, limit, c, places, keys, scales):
+def prepare(m, kept, run, start, table, g_like, like, strided, accumulate, limit, c):
+    """Where moments are of 8 bits, find the new scales of the next blocks of a run, and keep the old ones too.
+
+    Of several blocks, since what leads to a scale is one thing after the other, and the processor can do those of
+    several blocks at a time.
+    """
+    raise NotImplementedError
+
+
+@overload(prepare)
+def _overload_prepare(m, kept, run, start, table, g_like, like, strided, accumulate, limit, c):
+    if m.dtype != types.uint8:
+        return lambda m, kept, run, start, table, g_like, like, strided, accumulate, limit, c: None
+
+    def prepare(m, kept, run, start, table, g_like, like, strided, accumulate, limit, c):
+        a, k = run[ARRAY], 0
+        for first in range(start, min(start + SPAN, run[COUNT]), BLOCK):
+            n, at = min(BLOCK, run[COUNT] - first), run[S_AT] + first * run[S_STEP]
+            m = row_of(table[M, a] + (at >> 2), n, run[S_STEP] >> 2, np.uint8(0), strided)
+            v = row_of(table[V, a] + (at >> 2), n, run[S_STEP] >> 2, np.uint8(0), strided)
+            g = row_of(table[G, a] + run[G_AT] + first * run[G_STEP], n, run[G_STEP], g_like, strided)
+            total = slot_of(accumulate, table[TOTAL, a] + at, n, run[S_STEP], like, strided)
+            # Four bytes of a scale for each block, where an element has four in other slots.
+            m_at, v_at = pointer(table[M_SCALE, a] + at // BLOCK, like), pointer(table[V_SCALE, a] + at // BLOCK, like)
+            m_bits, v_bits = _scales(m, v, g, total, n, limit, c, m_at[0], v_at[0])
+            kept[k], kept[k + 1] = m_at[0], v_at[0]
+            m_at[0], v_at[0] = _number_of(m_bits), _number_of(v_bits)
+            kept[k + 2], kept[k + 3] = _number_of(_inverse_of(m_bits)), _number_of(_inverse_of(v_bits))
+            k += 4
+
+    return prepare
+
+
+def described(m, kept, start, places, keys):
     """What is to be known of a piece besides its moments; None where they are float32 or float64.
 
     The place of its first element in the whole variable, how far the next is from it, and what noise follows from. In 8
-    bits, where a piece is a block, its scales as well, and what new moments are multiplied with; the new scales are
-    stored at their addresses.
+    bits, where a piece is a block, its scales as well, and what new moments are multiplied with.
     """
     raise NotImplementedError
 
 
 @overload(described)
-def _overload_described(m, v, g, total, count, limit, c, places, keys, scales):
+def _overload_described(m, kept, start, places, keys):
     if isinstance(m.dtype, types.Float):
-        return lambda m, v, g, total, count, limit, c, places, keys, scales: None
+        return lambda m, kept, start, places, keys: None
     if m.dtype == types.uint16:
 
-        def described(m, v, g, total, count, limit, c, places, keys, scales):
+        def described(m, kept, start, places, keys):
             return np.uint32(places[0]), np.uint32(places[1]), keys[0], keys[1]
 
     else:
 
-        def described(m, v, g, total, count, limit, c, places, keys, scales):
-            m_at, v_at = pointer(scales[0], np.float32(0)), pointer(scales[1], np.float32(0))
-            m_scale, v_scale = m_at[0], v_at[0]
-            m_bits, v_bits = _scales(m, v, g, total, count, limit, c, m_scale, v_scale)
-            m_at[0], v_at[0] = _number_of(m_bits), _number_of(v_bits)
+        def described(m, kept, start, places, keys):
+            k = 4 * (start % SPAN // BLOCK)
             noise = np.uint32(places[0]), np.uint32(places[1]), keys[0], keys[1]
-            return (*noise, m_scale, v_scale, _inverse_of(m_bits), _inverse_of(v_bits))
+            return (*noise, kept[k], kept[k + 1], kept[k + 2], kept[k + 3])
 
     return described
 
@@ -177,8 +225,8 @@ def _overload_put(m, v, i, new_m, new_v, place, small):
 
         def put(m, v, i, new_m, new_v, place, small):
             bits = _noise(place, small[2], small[3])
-            m[i] = np.uint8(_to_momentum(new_m, small[6], np.uint32(bits & np.uint32(0xFFFF))))
-            v[i] = np.uint8(_to_velocity(new_v, small[7], np.uint32(bits >> np.uint32(16))))
+            m[i] = np.uint8(_to_momentum(new_m, small[6], bits))
+            v[i] = np.uint8(_to_velocity(new_v, small[7], bits))
             return np.uint32(place + small[1])
 
     else:
