@@ -28,10 +28,7 @@ from .step.engine import Engine
 from .step.record import LastStep
 
 _ABSENT: Any = inspect.Parameter.empty
-
-
-def _checked(check: hp.Check, fixed: bool = False) -> Any:
-    return hp.Hyperparameter(check, fixed)
+_checked: Any = hp.Hyperparameter
 
 
 @outside_graphs(traced=("stateless_apply", "scale_loss"))
@@ -83,10 +80,9 @@ class AdamW(Saveable, Conventional):
         Add ``epsilon`` to the square root of the raw second moment, as Keras does, or of the one whose bias is
         corrected, as torch and optax do.
     moments : {"float32", "bfloat16", "8bit"}
-        What momentum and velocity are kept in, of variables of 16 and 32 bits: with less memory, and faster where
-        memory is the limit (docs/numerics.md).
+        What momentum and velocity are kept in, of variables of 16 and 32 bits (docs/numerics.md, "Small moments").
     seed : int, default 0
-        Of the stochastic rounding of such moments, which depends on it, the step, the name and the element alone.
+        Of the stochastic rounding of such moments.
     **kwargs
         Nothing else is known; ``decay`` is ignored with a warning, as in Keras.
 
@@ -719,14 +715,5 @@ SYNONYMS = {  # what other libraries call them
     "b2": "beta_2",
     "params": "build(params)",
 }
-_EXTRAS = {  # what Keras lacks, and its default
-    "nonfinite": "propagate",
-    "threads": None,
-    "master_weights": True,
-    "decouple_lr": False,
-    "maximize": False,
-    "nesterov": False,
-    "epsilon_mode": "hat",
-    "moments": "float32",
-    "seed": 0,
-}
+_ARGUMENTS = inspect.signature(AdamW.__init__).parameters.values()
+_EXTRAS = {each.name: each.default for each in _ARGUMENTS if each.kind is each.KEYWORD_ONLY}  # what Keras lacks

@@ -157,6 +157,7 @@ class AdamW(WithState):
             )
         options: dict[str, Any] = {key: given[key] for key in surface.HYPERPARAMETERS if key in given and key != "name"}
         adamw = surface.AdamW(**options, **kwargs)
+        hp.choice("float32")("moments", adamw.moments)  # Keras makes the state
         self.__dict__.update(_adamw=adamw)  # Keras refuses and tracks what is set otherwise
         shared = {key: value for key, value in options.items() if key not in _EXTRAS}
         # Where the host counts the steps and reads the rate, it would wait for another device.

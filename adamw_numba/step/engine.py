@@ -28,7 +28,7 @@ from .forked import renew_lock
 from .norms import judge
 from .rates import Rates
 from .record import Record
-from .slots import new_slots
+from .slots import new_slots, of_pieces
 from .workspace import Workspace
 
 
@@ -101,7 +101,7 @@ class Engine(Rates):
             unmatched = together.meet(self, names, variables, given, groups, unmatched)
             hyper.most_threads = together.threads
             if hyper.moments != "float32":  # which depend on where the parts of variables lie in the whole ones
-                workspace = self._of_pieces(workspace, len(groups), together.pieces)
+                workspace = of_pieces(hyper, workspace, len(groups), together.pieces)
                 slots = workspace.slots
         for called, nothing in unmatched:
             warnings.warn(
@@ -117,12 +117,6 @@ class Engine(Rates):
         self._take(workspace, groups)
         self.together = together
         return workspace
-
-    def _of_pieces(self, built: Workspace, groups: int, pieces: Any) -> Workspace:
-        """The same with slots for variables that are these pieces of whole ones."""
-        named = zip(built.names, built.variables, built.slots, strict=True)
-        slots = [self.new_slots(variable, None, name, pieces[name]) if own else own for name, variable, own in named]
-        return building.build(built.names, built.variables, slots, built.which, groups, built.given, True, pieces)
 
     def lay_out(
         self,
@@ -350,9 +344,7 @@ class Engine(Rates):
             self.lay_out(workspace.names, workspace.variables, workspace.slots, which, groups)
         return idle
 
-    def new_slots(
-        self, variable: Array, amsgrad: bool | None = None, name: str | None = None, piece: Any = None
-    ) -> Slots:
+    def new_slots(self, variable: Array, amsgrad: bool | None = None, name: Any = None, piece: Any = None) -> Slots:
         """The arrays of the state of one variable; where groups differ in it, with or without amsgrad."""
         return new_slots(self.hyper, variable, self.hyper.amsgrad if amsgrad is None else amsgrad, name, piece)
 

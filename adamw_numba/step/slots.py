@@ -1,6 +1,7 @@
 """The arrays of the state of one variable, and what its moments are kept in."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from .. import arrays
@@ -9,6 +10,7 @@ from ..arrays.brief import brief
 from ..arrays.pieces import Piece, whole
 from ..moments import BLOCK, SCALES, stored_as
 from ..state import Slots
+from .workspace import Workspace, build
 
 
 def new_slots(hyper: Any, variable: Array, amsgrad: bool, name: str | None, piece: Piece | None) -> Slots:
@@ -32,6 +34,15 @@ def new_slots(hyper: Any, variable: Array, amsgrad: bool, name: str | None, piec
     if hyper.master_weights and arrays.dtype_name(variable) in ("float16", "bfloat16"):
         slots["master"] = arrays.like(arrays.zeros_like(variable, dtype), variable)
     return slots
+
+
+def of_pieces(hyper: Any, built: Workspace, groups: int, pieces: Mapping[str, Any]) -> Workspace:
+    """The same workspace with slots for variables that are these pieces of whole ones."""
+    named = zip(built.names, built.variables, built.slots, strict=True)
+    slots = [
+        new_slots(hyper, variable, hyper.amsgrad, name, pieces[name]) if own else own for name, variable, own in named
+    ]
+    return build(built.names, built.variables, slots, built.which, groups, built.given, True, pieces)
 
 
 def _moments_of(asked: str, name: str | None, variable: Array, piece: Piece | None) -> str:
