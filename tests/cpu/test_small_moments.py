@@ -79,7 +79,9 @@ def numbers(optimizer, name):
 
 @pytest.mark.parametrize("seed", [0, 7, 2**32 - 1])
 def test_the_first_step_in_16_bits(seed):
-    gradient = (np.random.default_rng(0).standard_normal(1000) * 10.0 ** np.arange(-9, 11).repeat(50)).astype(np.float32)
+    gradient = (np.random.default_rng(0).standard_normal(1000) * 10.0 ** np.arange(-9, 11).repeat(50)).astype(
+        np.float32
+    )
     gradient[:3] = 0, -0.0, 1
     optimizer = AdamW(moments="bfloat16", seed=seed)
     optimizer.build({"w": np.zeros(1000, np.float32)})
@@ -95,7 +97,7 @@ def test_the_first_step_in_8_bits():
     gradient = np.random.default_rng(0).standard_normal(1000)
     gradient[:300] *= 10.0 ** -np.arange(15).repeat(20)
     gradient = gradient.astype(np.float32)
-    gradient[300:303] = 0, -0.0, 1e-20
+    gradient[300:303] = 0, -0.0, 1e-17
     optimizer = AdamW(moments="8bit", seed=3)
     optimizer.build({"w": np.zeros(1000, np.float32)})
     optimizer.apply({"w": gradient})
@@ -209,9 +211,12 @@ def same(found, expected):
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("moments", ["bfloat16", "8bit"])
 def test_threads(moments, options, monkeypatch):
-    monkeypatch.setattr("adamw_numba.cpu.pool.SMALLEST_PART", 100, raising=False)
+    """Nor the size of chunks, as long as it is one of blocks."""
     expected, _ = trained(libraries.numpy, moments=moments, threads=1, **options)
-    for threads in (2, 3):
+    for name in ("HELPED_FROM", "WOKEN_FROM", "LEAST", "PART"):
+        monkeypatch.setattr(f"adamw_numba.cpu.pool.{name}", 256)
+    for chunk, threads in ((16_384, 2), (2048, 2), (512, 3)):
+        monkeypatch.setattr("adamw_numba.arrays.runs.CHUNK", chunk)
         same(trained(libraries.numpy, moments=moments, threads=threads, **options)[0], expected)
 
 
@@ -232,7 +237,11 @@ def test_close_to_float32(moments, dtype, options):
     found, optimizer = trained(libraries.numpy, dtype, moments=moments, **options)
     exact = {"a", "e", "f"} - set(SHAPES) if moments == "bfloat16" else {"b", "c"}  # less than a block
     for name, array in found.items():
-        moved = np.abs(expected[name].astype(complex) - libraries.numpy(values(0, dtype)[name], dtype)).mean() if array.size else 1
+        moved = (
+            np.abs(expected[name].astype(complex) - libraries.numpy(values(0, dtype)[name], dtype)).mean()
+            if array.size
+            else 1
+        )
         error = np.abs(array.astype(complex) - expected[name]).mean() if array.size else 0
         assert error <= (0.0 if name in exact else {"bfloat16": 0.01, "8bit": 0.06}[moments] * moved), name
     assert f"state_bytes={sum(a.nbytes for a in optimizer.variables)}" in repr(optimizer)
@@ -263,7 +272,7 @@ def test_a_variable_of_other_strides_in_8_bits():
     optimizer = AdamW(moments="8bit")
     optimizer.build({"w": variable})
     variable.data = torch.zeros(64, 64).t()
-    with pytest.raises(ValueError, match="'w'.*order of its axes"):
+    with pytest.raises(ValueError, match=r"'w'.*order of its axes"):
         optimizer.apply({"w": torch.ones(64, 64)})
     assert not variable.any()
     assert optimizer.iterations == 0
@@ -280,7 +289,10 @@ PIECES = {
 @pytest.mark.parametrize("cut", PIECES)
 @pytest.mark.parametrize("moments", ["bfloat16", "8bit"])
 def test_pieces(moments, cut, options):
-    whole, start = [np.random.default_rng(k).standard_normal((100, 8)).astype(np.float32) for k in range(5)], np.ones((100, 8), np.float32)
+    whole, start = (
+        [np.random.default_rng(k).standard_normal((100, 8)).astype(np.float32) for k in range(5)],
+        np.ones((100, 8), np.float32),
+    )
     optimizer = AdamW(0.01, moments=moments, **options)
     optimizer.build({"w": start})
     for gradient in whole:
@@ -401,9 +413,9 @@ def test_whole_arrays(moments, dtype, options):
     _, expected = trained(libraries.numpy, dtype, moments=moments, **options)
     _, found = trained(libraries.strict, dtype, moments=moments, **options)
     for name, array in found.state.items():
-        if name.startswith(("momentum", "velocity/", "velocity_scale")) and array.dtype.name.startswith("uint"):
-            differ = np.asarray(array) != expected.state[name]
-            assert differ.mean() <= 0.005, name
+        wanted = expected.state[name]
+        if wanted.dtype.kind == "u" and wanted.size:
+            assert np.mean(np.asarray(array) != wanted) <= 0.005, name
 
 
 @pytest.mark.parametrize("moments", ["bfloat16", "8bit"])
