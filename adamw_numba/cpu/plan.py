@@ -275,8 +275,8 @@ class Plan:
         if len(odd):
             name = brief(self.table.names[runs[odd[0], ARRAY]])
             raise ValueError(
-                f"moments='8bit': variable {name} is laid out in another way than when it was built; expected its elements "
-                "in the order of its axes"
+                f"moments='8bit': variable {name} is laid out in another way than when it was built; expected its "
+                "elements in the order of its axes"
             )
 
     def _group(self, p_type: str, g_type: str, strided: bool, amsgrad: bool, moments: str, work: Matrix) -> Group:

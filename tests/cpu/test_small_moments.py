@@ -115,7 +115,7 @@ def test_the_first_step_in_8_bits():
 
 # What 10,000 steps come to
 
-COUNT, STEPS = 4096, 10_000
+COUNT, STEPS = 2**15, 10_000
 GRADIENTS = {
     "constant": lambda t: 1.0,
     "decaying": lambda t: 0.9995**t,
@@ -143,7 +143,8 @@ def test_rounding_does_not_drift(moments, most, kind, beta_2):
             found = numbers(optimizer, "w")
             for mean, wanted in zip(found, (m * factors, v * factors.astype(float) ** 2), strict=True):
                 assert mean.mean() == pytest.approx(wanted.mean(), rel=most)
-                assert (np.abs(mean / wanted - 1) < 0.7).all()  # 8 bits: five steps of an eighth
+                # Each is a random walk around that; one that had stayed where it was would be a thousandfold.
+                assert (np.abs(np.log2(mean / wanted)) < 4).all()
 
 
 @pytest.mark.parametrize("moments", ["bfloat16", "8bit"])
