@@ -11,12 +11,12 @@ import numpy as np
 from . import arrays, schedules
 from .arrays import Array
 from .arrays.brief import brief, brief_names
+from .arrays.moments import MOMENTS
 from .arrays.torch_graphs import outside_graphs
 from .arrays.tree import Container, flatten
 from .hyperparameters import table as hp
 from .hyperparameters.conventions import Conventional
 from .hyperparameters.groups import CHECKS, Group, read_override
-from .moments import MOMENTS
 from .ranks.agreement import Agreement
 from .saving import overrides
 from .saving.manifest import DTYPES

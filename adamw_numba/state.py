@@ -8,8 +8,8 @@ import numpy as np
 from . import arrays
 from .arrays import Array
 from .arrays.brief import brief, brief_names
+from .arrays.moments import SCALES
 from .hyperparameters.table import scale
-from .moments import SCALES
 
 Slots = dict[str, Array]
 Place = tuple[str, dict[str, Array], str]

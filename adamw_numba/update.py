@@ -62,7 +62,7 @@ class Storage(NamedTuple):
     strided: bool
     master: bool  # whether a 16-bit variable has a float32 master copy
     amsgrad: bool = False  # whether there is the largest second moment so far
-    moments: str = "float32"  # or "bfloat16" or "8bit": what momentum and velocity are kept in (see moments.py)
+    moments: str = "float32"  # or "bfloat16" or "8bit": what momentum and velocity are kept in (see arrays/moments.py)
 
 
 def make_update(sqrt: Callable[..., Any], maximum: Callable[..., Any], minimum: Callable[..., Any]) -> Any:

@@ -10,8 +10,8 @@ import array_api_compat
 import numpy as np
 
 from ..arrays import Array, dtype_name, is_complex, namespace
+from ..arrays.moments import BLOCK, Rounding, kind_of, make_rounding, name_word
 from ..arrays.pieces import places_of, whole
-from ..moments import BLOCK, Rounding, kind_of, make_rounding, name_word
 from ..update import Coefficients
 
 Slots = dict[str, Array]

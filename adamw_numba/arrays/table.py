@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_api_compat import is_torch_array
 
-from ..moments import NARROWER, kind_of
 from ..update import ROWS, SLOTS, G, P
 from . import reader
 from .brief import brief
@@ -15,6 +14,7 @@ from .checks import check_gradient, check_tensor, check_variable, read_directly
 from .garbage import without_collections
 from .layout import Layout, address, extent, is_c_contiguous, layout_of, memory, share_memory, signature
 from .library import SLOT, Array, device, dtype_name, family, is_complex, place
+from .moments import NARROWER, kind_of
 from .overlap import Addresses, covered, overlapping, touching
 from .runs import Matrix, Places, runs_by_kind
 from .torch_storage import Tensors

@@ -17,8 +17,8 @@ from numba import carray, types
 
 from ..arrays import runs as r
 from ..arrays.compiled import c_function, first_above, jit, jit_for_python, pointer
+from ..arrays.moments import BLOCK
 from ..arrays.runs import ARRAY, COUNT, G_AT, G_STEP, P_AT, P_STEP, PLACE, PLACE_STEP, S_AT, S_STEP, START
-from ..moments import BLOCK
 from ..update import (
     AVERAGE,
     LEAST_EPSILON,
@@ -219,7 +219,7 @@ def _update_share(
     overwrite = _numbers(block)[OVERWRITE] != 0
     far = block[IS_FAR] != 0
     halvings, kept = small.halvings(like, m_like), small.kept_scales()
-    piece = BLOCK if halvings == 2 else PIECE if far else WHOLE
+    piece = BLOCK if halvings == 2 else (PIECE if halvings == 0 else 64) if far else WHOLE
     for w in range(first, last):
         a, step = work[w, ARRAY], work[w, S_STEP]
         c = coefficients_of(block, a, like)

@@ -13,8 +13,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from ..arrays.compiled import cached, jit, pointer
+from ..arrays.moments import BLOCK, make_rounding
 from ..arrays.runs import ARRAY, COUNT, G_AT, G_STEP, S_AT, S_STEP
-from ..moments import BLOCK, make_rounding
 from ..update import M_SCALE, TOTAL, V_SCALE, G, M, V
 from .formula import row_of, slot_of, update
 from .intrinsics import widen

@@ -12,10 +12,10 @@ import numpy as np
 from .. import arrays
 from ..arrays import Array
 from ..arrays.brief import brief
+from ..arrays.moments import MOMENTS, name_word
 from ..arrays.runs import ARRAY, COUNT, P_STEP, PLACE, PLACE_STEP, START, chunks_of
 from ..arrays.table import AddressTable
 from ..coefficients import Recipe
-from ..moments import MOMENTS, name_word
 from ..update import Storage
 from . import exact
 from . import kernels as cpu

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..moments import BLOCK
+from ..arrays.moments import BLOCK
 
 ALIGNED = BLOCK  # elements, at a multiple of which a variable is cut, unless asked for: as moments of 8 bits need it
 

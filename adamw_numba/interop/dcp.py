@@ -10,7 +10,7 @@ from .. import arrays
 from ..arrays import Array
 from ..arrays.brief import brief, brief_names
 from ..arrays.dtensors import check_alike, is_dtensor, like
-from ..moments import SCALES
+from ..arrays.moments import SCALES
 from ..saving import archive, restore, snapshot
 from ..saving.archive import Saved
 from ..saving.saveable import Saveable

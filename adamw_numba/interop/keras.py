@@ -13,9 +13,9 @@ import numpy as np
 from .. import arrays
 from ..arrays import Array
 from ..arrays.brief import brief, brief_names
+from ..arrays.moments import SCALES
 from ..arrays.tree import Container
 from ..loss_scale import LossScaleOptimizer
-from ..moments import SCALES
 from ..optimizer import AdamW
 from ..saving.restore import Loaded
 from ..saving.snapshot import inner_of, places_of

@@ -11,9 +11,9 @@ from ..array_api.moments import brought_in
 from ..arrays import Array
 from ..arrays.brief import brief
 from ..arrays.dtensors import is_dtensor
+from ..arrays.moments import SCALES
 from ..arrays.tree import Container, flatten, materialized
 from ..hyperparameters.groups import Override
-from ..moments import SCALES
 from ..optimizer import AdamW
 from ..saving.manifest import encoded
 from ..saving.restore import Loaded

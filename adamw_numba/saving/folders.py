@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from ..arrays.brief import brief, brief_names
+from ..arrays.moments import BLOCK, SCALES
 from ..arrays.pieces import Piece, copy_common, make_whole, whole
-from ..moments import BLOCK, SCALES
 from ..update import SLOTS
 from . import archive, manifest, snapshot
 from .archive import Saved

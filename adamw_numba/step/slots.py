@@ -7,8 +7,8 @@ from typing import Any
 from .. import arrays
 from ..arrays import Array
 from ..arrays.brief import brief
+from ..arrays.moments import BLOCK, SCALES, stored_as
 from ..arrays.pieces import Piece, whole
-from ..moments import BLOCK, SCALES, stored_as
 from ..state import Slots
 from .workspace import Workspace, build
 

@@ -9,11 +9,11 @@ from .. import arrays
 from ..arrays import Array
 from ..arrays.brief import brief
 from ..arrays.dtensors import check_alike, is_dtensor
+from ..arrays.moments import kind_of
 from ..arrays.overlap import overlapping
 from ..arrays.pieces import Piece, places_of, whole
 from ..arrays.runs import Places
 from ..coefficients import Recipe
-from ..moments import kind_of
 from .commit import Call
 
 
