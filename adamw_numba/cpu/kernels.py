@@ -219,7 +219,8 @@ def _update_share(
     overwrite = _numbers(block)[OVERWRITE] != 0
     far = block[IS_FAR] != 0
     halvings, kept = small.halvings(like, m_like), small.kept_scales()
-    piece = BLOCK if halvings == 2 else (PIECE if halvings == 0 else 64) if far else WHOLE
+    piece = PIECE if far else BLOCK if halvings == 2 else WHOLE  # of 8 bits, within a block
+    further = small.SPAN if halvings == 2 else 0  # elements: their scales are looked for first
     for w in range(first, last):
         a, step = work[w, ARRAY], work[w, S_STEP]
         c = coefficients_of(block, a, like)
@@ -234,9 +235,10 @@ def _update_share(
             if table[G, a] != 0:
                 if far and strided is None:
                     ask_for(True, p_at, n, work[w, P_STEP])
-                    ask_for(True, g_at, n, work[w, G_STEP])
-                    ask_for(True, table[M, a] + (at >> halvings), n, step >> halvings, AHEAD >> halvings)
-                    ask_for(True, table[V, a] + (at >> halvings), n, step >> halvings, AHEAD >> halvings)
+                    narrow_step, ahead = step >> halvings, (AHEAD + further * step) >> halvings
+                    ask_for(True, g_at, n, work[w, G_STEP], AHEAD + further * work[w, G_STEP])
+                    ask_for(True, table[M, a] + (at >> halvings), n, narrow_step, ahead)
+                    ask_for(True, table[V, a] + (at >> halvings), n, narrow_step, ahead)
                     ask_for(amsgrad, table[TOP, a] + at, n, step)
                     ask_for(average, table[AVERAGE, a] + at, n, step)
                     ask_for(accumulate, table[TOTAL, a] + at, n, step)

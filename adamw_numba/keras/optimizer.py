@@ -32,7 +32,7 @@ _BACKENDS = ("torch", "jax")
 _EXTRAS = {  # what Keras lacks, and its default
     name: parameter.default
     for name, parameter in inspect.signature(surface.AdamW).parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY
+    if parameter.kind is parameter.KEYWORD_ONLY and name not in ("moments", "seed")  # the state is made by Keras
 }
 _constraint_of = attrgetter("constraint")
 _OWN = [name for name in CHECKS if name != "trainable"]  # what an `override` may give
