@@ -163,8 +163,8 @@ class Recipe(Numbers):
         Whether a group clips gradients one by one, by their norms.
     threads : int or None
         The most threads to use; None for Numba's own number.
-    number : int
-        Calls of `apply` before this step.
+    number, seed : int
+        Calls of `apply` before this step, and the seed: what the rounding of moments depends on.
     clips : array of float64, or None
         What each variable's gradient is multiplied with besides.
     """
@@ -179,7 +179,7 @@ class Recipe(Numbers):
         self.global_clipnorm: float | None = None
         self.is_plain = self.clips_each = False
         self.threads: int | None = None
-        self.number, self.shrink = 0, 1.0
+        self.number, self.seed, self.shrink = 0, 0, 1.0
         self.clips: np.ndarray[Any, Any] | None = None
 
     def clip(self, norms: np.ndarray[Any, Any], norm: float, which: Sequence[int]) -> None:
@@ -292,7 +292,7 @@ class Recipes:
         recipe.clips_each = any(each.clipnorm for each in recipe.groups())
         recipe.is_plain = self._is_plain
         recipe.factor = 1 / self.window if accumulate else 1 / self.loss_scale
-        recipe.threads = hyper.threads or hyper.most_threads
+        recipe.threads, recipe.seed = hyper.threads or hyper.most_threads, hyper.seed
         recipe.global_clipnorm = hyper.global_clipnorm
         recipe.nonfinite = self.nonfinite
         by_norm = is_update and (recipe.clips_each or bool(hyper.global_clipnorm))
@@ -304,13 +304,14 @@ class Recipes:
         return coefficients(values, 0 if is_first else 1, 0.0, 0.0, 1 / self.loss_scale, 1.0)
 
 
-def adam_alone(hyper: Any, updates: int, learning_rate: float, groups: int) -> Recipe:
+def adam_alone(hyper: Any, updates: int, learning_rate: float, groups: int, number: int = 0) -> Recipe:
     """The recipe of Adam for one variable, with the hyperparameters of its group, whichever of so many that is.
 
-    There is no clip, decay, average or accumulator.
+    There is no clip, decay, average or accumulator. `number` is that of the calls of `apply` so far.
     """
     c = coefficients(hyper, updates, learning_rate, 0.0, 1.0, 1.0)
     c = c._replace(scale=-1.0 if hyper.maximize else 1.0, limit=math.inf)
     recipe = Recipe(c, Variant(False, False, False, hyper.nesterov), True, False, alone=True)
     recipe.threads, recipe.others = hyper.threads or hyper.most_threads, [Numbers(c, None)] * (groups - 1)
+    recipe.number, recipe.seed = number, hyper.seed
     return recipe

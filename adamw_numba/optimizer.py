@@ -11,6 +11,7 @@ import numpy as np
 from . import arrays, schedules
 from .arrays import Array
 from .arrays.brief import brief, brief_names
+from .arrays.moments import MOMENTS
 from .arrays.torch_graphs import outside_graphs
 from .arrays.tree import Container, flatten
 from .hyperparameters import table as hp
@@ -27,10 +28,7 @@ from .step.engine import Engine
 from .step.record import LastStep
 
 _ABSENT: Any = inspect.Parameter.empty
-
-
-def _checked(check: hp.Check, fixed: bool = False) -> Any:
-    return hp.Hyperparameter(check, fixed)
+_checked: Any = hp.Hyperparameter
 
 
 @outside_graphs(traced=("stateless_apply", "scale_loss"))
@@ -81,6 +79,10 @@ class AdamW(Saveable, Conventional):
     epsilon_mode : {"hat", "corrected"}
         Add ``epsilon`` to the square root of the raw second moment, as Keras does, or of the one whose bias is
         corrected, as torch and optax do.
+    moments : {"float32", "bfloat16", "8bit"}
+        What momentum and velocity are kept in, of variables of 16 and 32 bits (docs/numerics.md, "Small moments").
+    seed : int, default 0
+        Of the stochastic rounding of such moments.
     **kwargs
         Nothing else is known; ``decay`` is ignored with a warning, as in Keras.
 
@@ -122,6 +124,8 @@ class AdamW(Saveable, Conventional):
     maximize: bool = _checked(hp.flag)
     nesterov: bool = _checked(hp.flag)
     epsilon_mode: str = _checked(hp.choice("hat", "corrected"))
+    moments: str = _checked(hp.choice(*MOMENTS), fixed=True)
+    seed: int = _checked(hp.integer(0, optional=False, most=2**32 - 1))
     engine: Engine
     hyper: hp.Hyperparameters
 
@@ -150,6 +154,8 @@ class AdamW(Saveable, Conventional):
         maximize: bool = False,
         nesterov: bool = False,
         epsilon_mode: str = "hat",
+        moments: str = "float32",
+        seed: int = 0,
         **kwargs: Any,
     ) -> None:
         given = locals()
@@ -709,12 +715,5 @@ SYNONYMS = {  # what other libraries call them
     "b2": "beta_2",
     "params": "build(params)",
 }
-_EXTRAS = {  # what Keras lacks, and its default
-    "nonfinite": "propagate",
-    "threads": None,
-    "master_weights": True,
-    "decouple_lr": False,
-    "maximize": False,
-    "nesterov": False,
-    "epsilon_mode": "hat",
-}
+_ARGUMENTS = inspect.signature(AdamW.__init__).parameters.values()
+_EXTRAS = {each.name: each.default for each in _ARGUMENTS if each.kind is each.KEYWORD_ONLY}  # what Keras lacks

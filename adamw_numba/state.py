@@ -1,7 +1,6 @@
 """The arrays of an optimizer's state: named, live, and in the positions that Keras gives them."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,12 +8,14 @@ import numpy as np
 from . import arrays
 from .arrays import Array
 from .arrays.brief import brief, brief_names
+from .arrays.moments import SCALES
 from .hyperparameters.table import scale
 
 Slots = dict[str, Array]
 Place = tuple[str, dict[str, Array], str]
 
 
+_ORDER = (["average"], ["gradient_accumulator"], ["momentum", "velocity"], ["velocity_hat"], ["master"], list(SCALES))
 _SCALARS = ("iteration", "learning_rate", "step_counter", "dynamic_scale")
 
 
@@ -29,6 +30,7 @@ class State:
     slots : list of dict
         For each variable ``momentum`` and ``velocity``, and what the options ask for: ``velocity_hat``, ``average``,
         ``gradient_accumulator``, ``master``. float32 for a 16-bit variable, else of its dtype; laid out like it.
+        Moments of fewer bits are bfloat16 (in NumPy uint16), or uint8 with ``momentum_scale`` and ``velocity_scale``.
     """
 
     def __init__(self) -> None:
@@ -38,11 +40,11 @@ class State:
         self.added: tuple[dict[str, Array], dict[str, Array]] = ({}, {})  # before and after `build`
 
     def places(self) -> list[Place]:
-        """Name, dict and key of every array, in Keras's order; masters, which Keras lacks, follow its own."""
+        """Name, dict and key of every array, in Keras's order; what Keras lacks comes last."""
         scalars = [(key, self.scalars, key) for key in _SCALARS if key in self.scalars]
         before, after = ([(name, added, name) for name in added] for added in self.added)
         slots: list[Place] = []
-        for group in (["average"], ["gradient_accumulator"], ["momentum", "velocity"], ["velocity_hat"], ["master"]):
+        for group in _ORDER:
             for name, own in zip(self.names, self.slots, strict=True):
                 slots += [(f"{key}/{name}", own, key) for key in group if key in own]
         return [*scalars, *before, *slots, *after]
@@ -73,12 +75,3 @@ def check_scalar(key: str, value: Array, what: str) -> None:
         raise ValueError(f"{what}: {key!r} is {float(value)}; expected a finite number >= 0")
     if key == "dynamic_scale":
         scale(f"{what}: dynamic_scale", float(value))
-
-
-def new_slots(variable: Array, keys: Sequence[str], master: bool) -> Slots:
-    """Zeros for one variable, and the variable itself as the master of a 16-bit one."""
-    dtype = arrays.SLOT[arrays.dtype_name(variable)]
-    slots = {key: arrays.zeros_like(variable, dtype) for key in keys}
-    if master and arrays.dtype_name(variable) in ("float16", "bfloat16"):
-        slots["master"] = arrays.like(arrays.zeros_like(variable, dtype), variable)
-    return slots

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 # The operands, in the order of the rows of every table of addresses: the variable, its gradient, and the slots of its
 # state. Address 0 means that there is no gradient.
-P, G, M, V, TOP, AVERAGE, TOTAL, MASTER = range(8)
+P, G, M, V, TOP, AVERAGE, TOTAL, MASTER, M_SCALE, V_SCALE, ROWS = range(11)
 SLOTS = {
     "momentum": M,
     "velocity": V,
@@ -18,6 +18,8 @@ SLOTS = {
     "average": AVERAGE,
     "gradient_accumulator": TOTAL,
     "master": MASTER,
+    "momentum_scale": M_SCALE,
+    "velocity_scale": V_SCALE,
 }
 LEAST_EPSILON = 2.0**-126  # of compiled kernels: float32's smallest normal number, so that they never divide by 0
 
@@ -60,6 +62,7 @@ class Storage(NamedTuple):
     strided: bool
     master: bool  # whether a 16-bit variable has a float32 master copy
     amsgrad: bool = False  # whether there is the largest second moment so far
+    moments: str = "float32"  # or "bfloat16" or "8bit": what momentum and velocity are kept in (see arrays/moments.py)
 
 
 def make_update(sqrt: Callable[..., Any], maximum: Callable[..., Any], minimum: Callable[..., Any]) -> Any:

@@ -256,6 +256,8 @@ HYPERPARAMETERS = {
     "nonfinite": ["ignore", None, True],
     "threads": [0, -1, 1.5],
     "master_weights": [None, 0],
+    "moments": [None, "float16", 8, "8 bit"],
+    "seed": [None, -1, 2**32, 0.5, True],
 }
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..arrays import COMPUTE, SLOT, Array, dtype_name, is_complex, namespace
 from ..update import Coefficients, accumulate, blend, make_update
+from . import moments
 
 Slots = dict[str, Array]
 _LEAST_LIMIT = 1e-12  # of norms that cannot be wrong because the squares of float32 have underflowed
@@ -34,16 +35,32 @@ def _update_of(xp: Any) -> Any:
 
 @_quiet
 def updated(
-    p: Array, g: Array, slots: Slots, c: Coefficients, clipvalue: float | None, nesterov: bool, overwrite: Any
+    p: Array,
+    g: Array,
+    slots: Slots,
+    c: Coefficients,
+    clipvalue: float | None,
+    nesterov: bool,
+    overwrite: Any,
+    noise: Any = None,
 ) -> tuple[Array, Slots]:
     """The new variable and the new slots after one update; nothing given is changed.
 
     `slots` holds the arrays to use, `overwrite` says whether the variable becomes its average: a bool, or a scalar
-    array under a trace.
+    array under a trace. By `noise`, moments of fewer bits are rounded.
     """
     xp = namespace(p)
-    value = _value(xp, p, slots.get("master"))
-    new, state = _one_update(xp, value, _cast(xp, g, p), slots, c, clipvalue, nesterov, None)
+    value, g = _value(xp, p, slots.get("master")), _cast(xp, g, p)
+    new, state = _one_update(xp, value, g, moments.brought_in(p, slots), c, clipvalue, nesterov, None)
+    if noise is not None:
+
+        def bounds(g: Array, m: Array, v: Array, total: Array | None) -> tuple[Any, Any]:
+            limit = None if clipvalue is None else xp.full_like(g, clipvalue)
+            own = _coefficients(xp, c, g)
+            _, m, v, _, _ = _update_of(xp)(xp.zeros_like(g), g, m, v, None, None, total, limit, None, own)
+            return m, v
+
+        state = moments.rounded(p, g, slots, state, noise, bounds, c)
     return _stored(xp, p, new, state, overwrite)
 
 

@@ -13,7 +13,7 @@ from ..arrays import Array
 from ..arrays.brief import brief
 from ..coefficients import Recipe, whole_norm
 from ..update import Coefficients
-from . import functions
+from . import functions, moments
 
 Call = tuple[Any, ...]
 Slots = dict[str, Array]
@@ -45,15 +45,17 @@ class Plan:
         slots: Sequence[Slots],
         which: Sequence[int],
         groups: int,
+        places: Sequence[Any] | None = None,
     ) -> None:
         self.names, self.slots, self.which = names, slots, which
         self.variables = {i: variable for i, variable in enumerate(variables) if variable is not None}
         self.own = list(self.variables)
         self._table: Any = None
+        self._places = places
         if place:
             from ..arrays.table import AddressTable  # imports Numba, which arrays of other libraries do without
 
-            self._table = AddressTable(place, names, variables, slots)
+            self._table = AddressTable(place, names, variables, slots, places)
         seen: set[int] = set()
         for i, variable in self.variables.items():
             if arrays.is_mutable(variable):
@@ -103,6 +105,12 @@ class Plan:
         made = self._updates if recipe.is_update else self._accumulations
         return [(arrays.write_all, made(recipe, recipe.coefficients(), gradients))], []
 
+    def _noise(self, i: int, recipe: Recipe) -> Any:
+        """What the moments of a variable are rounded by; None where there are no places of its elements."""
+        if self._places is None:
+            return None
+        return moments.noise_of(recipe.seed, self.names[i], recipe.number, self._places[i])
+
     def _accumulations(
         self, recipe: Recipe, c: Sequence[Coefficients], gradients: Sequence[Array | None]
     ) -> list[tuple[Array, Array]]:
@@ -129,7 +137,9 @@ class Plan:
                 new, changed = functions.blended(p, slots, own, recipe.overwrite)
             else:
                 g, nesterov = arrays.detached(g), recipe.variant.nesterov
-                new, changed = functions.updated(p, g, slots, own, limit, nesterov, recipe.overwrite)
+                new, changed = functions.updated(
+                    p, g, slots, own, limit, nesterov, recipe.overwrite, self._noise(i, recipe)
+                )
             writes += [(p, new), *((slots[key], changed[key]) for key in slots)]
         return writes
 

@@ -24,6 +24,7 @@ from ..arrays.brief import brief_names
 from ..coefficients import clip_factor, coefficients, correction, log, whole_norm
 from ..update import Coefficients
 from . import functions as array_api
+from . import moments
 from .functions import select
 
 Slots = dict[str, Array]
@@ -72,8 +73,9 @@ def apply(
     rates = engine.rates_at(iteration, float(rate) if xp is None and rate is not None else rate)
     micro_steps = engine.hyper.gradient_accumulation_steps
     position = iteration // (micro_steps or 1), not micro_steps or (iteration + 1) % micro_steps == 0
+    noises = [_noise(engine.hyper, *each, iteration) for each in zip(built.names, variables, slots, strict=True)]
     finite, new_variables, new_slots = step(
-        engine.hyper, position, rates, variables, gradients, slots, built.which, loss_scale, nonfinite
+        engine.hyper, position, rates, variables, gradients, slots, built.which, loss_scale, nonfinite, noises=noises
     )
     new_iteration = select_number(finite, iteration + 1, iteration)
     if xp is None:
@@ -83,6 +85,12 @@ def apply(
         named |= {f"{key}/{name}": array for key, array in own.items()}
     new_variables, new_state = ([_fresh(a, given_arrays) for a in made] for made in (new_variables, named.values()))
     return new_variables, new_state
+
+
+def _noise(hyper: Any, name: str, variable: Array, slots: Slots, iteration: Any) -> Any:
+    if not slots or moments.kind(variable, slots) == "float32":
+        return None
+    return moments.noise_of(hyper.seed, name, iteration)
 
 
 def _check(built: Any, gradients: Sequence[Array | None], variables: Sequence[Array]) -> None:
@@ -99,9 +107,11 @@ def _check_like(what: str, array: Any, known: Array, complex_too: bool = False) 
         raise TypeError(f"{what} is {array!r} of type {type(array).__name__}; expected an array")
     if tuple(array.shape) != tuple(known.shape):
         raise ValueError(f"{what} has shape {tuple(array.shape)}; expected {tuple(known.shape)}")
-    if dtype_name(array) not in COMPUTE or (
-        is_complex(array) != is_complex(known) and (is_complex(array) or not complex_too)
-    ):
+    if {dtype_name(array), dtype_name(known)} <= COMPUTE.keys():
+        fits = is_complex(array) == is_complex(known) or (complex_too and is_complex(known))
+    else:  # moments of fewer bits
+        fits = dtype_name(array) == dtype_name(known)
+    if not fits:
         raise TypeError(f"{what} has dtype {dtype_name(array)}; expected one like {dtype_name(known)}")
 
 
@@ -148,6 +158,7 @@ def step(
     loss_scale: Any,
     nonfinite: str,
     eps_root: Any = None,
+    noises: Sequence[Any] | None = None,
 ) -> tuple[Any, list[Array], list[Slots]]:
     """Whether the step was taken, the next variables and the next slots; no traced value becomes a number.
 
@@ -157,6 +168,8 @@ def step(
         How many updates there were, and whether this step is one, or accumulates gradients.
     eps_root : float or scalar array, optional
         With it, the step is one of optax's, and changes are returned in the place of variables: see `functions.change`.
+    noises : list, optional
+        What the moments of each variable are rounded by.
     """
     updates, is_update = position
     xp = math if isinstance(updates, int) else namespace(updates)
@@ -183,7 +196,8 @@ def step(
         own_c = c[which[k]]
         own_c = own_c._replace(scale=own_c.scale * clips[k])
         stays = p if corrected is None else array_api.no_change(p)
-        new = _variable(p, stays, g, own, own_c, groups[which[k]], is_update, overwrite, corrected)
+        noise = None if noises is None else noises[k]
+        new = _variable(p, stays, g, own, own_c, groups[which[k]], is_update, overwrite, corrected, noise)
         results.append((select(finite, new[0], stays), {name: select(finite, new[1][name], own[name]) for name in own}))
     return finite, [r[0] for r in results], [r[1] for r in results]
 
@@ -221,6 +235,7 @@ def _variable(
     is_update: Any,
     overwrite: Any,
     corrected: array_api.Corrected | None,
+    noise: Any,
 ) -> tuple[Array, Slots]:
     """The new variable or its change, which is `stays` where nothing is updated, and the new slots."""
     if is_update is False or not own:
@@ -229,7 +244,7 @@ def _variable(
         new_p, new = array_api.blended(p, own, c, overwrite)
         new_p = new_p if corrected is None else new_p - p
     elif corrected is None:
-        new_p, new = array_api.updated(p, g, own, c, hyper.clipvalue, hyper.nesterov, overwrite)
+        new_p, new = array_api.updated(p, g, own, c, hyper.clipvalue, hyper.nesterov, overwrite, noise)
     else:
         new_p, new = array_api.change(p, g, own, c, hyper.clipvalue, hyper.nesterov, overwrite, corrected)
     if is_update is True or not own:

@@ -2,7 +2,7 @@
 
 from .checks import check_gradient, check_tensor, check_variable, check_variables, read_directly
 from .foreign import origin, seen, seen_again, seen_all
-from .layout import Layout, address, extent, layout_of, memory, share_memory, signature
+from .layout import Layout, address, extent, is_c_contiguous, layout_of, memory, share_memory, signature
 from .library import (
     COMPUTE,
     ITEMSIZE,
@@ -13,6 +13,7 @@ from .library import (
     device,
     dtype_name,
     family,
+    has_dtype,
     has_version,
     is_array,
     is_complex,
@@ -35,4 +36,5 @@ from .transfer import (
     write_all,
     writeable_copy,
     zeros_like,
+    zeros_of,
 )

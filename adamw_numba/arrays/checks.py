@@ -85,8 +85,8 @@ def check_gradient(name: str, gradient: Array, variable: Array) -> None:
         raise TypeError(f"{what} is on device {device(gradient)}; expected {device(variable)}, its variable's")
 
 
-def check_tensor(what: str, array: Array) -> None:
-    """Refuse a tensor whose elements are not all at one place in memory."""
+def check_tensor(what: str, array: Array, of_state: bool = False) -> None:
+    """Refuse a tensor whose elements are not all at one place in memory; one of the state may be of integers."""
     tensor = sys.modules["torch"].Tensor
     # A subclass that dispatches for itself (DTensor, fake or quantized tensors) only wraps what holds the elements.
     if type(array).__torch_dispatch__ is not tensor.__torch_dispatch__:
@@ -95,7 +95,8 @@ def check_tensor(what: str, array: Array) -> None:
         raise TypeError(f"{what} has layout {array.layout}; expected a dense tensor: pass `to_dense()`")
     if array.device.type == "meta":
         raise TypeError(f"{what} is on device meta, where nothing is stored; expected a tensor with data")
-    _check_dtype(what, array)
+    if not of_state:
+        _check_dtype(what, array)
     # A tensor keeps its shape when its storage is resized or freed, and its kernels would then write beyond the end.
     try:
         held = array.untyped_storage().nbytes() - array.storage_offset() * array.element_size()

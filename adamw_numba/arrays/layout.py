@@ -120,6 +120,17 @@ def _shadow(layout: Layout) -> np.ndarray[Any, Any]:
     return np.asarray(SimpleNamespace(__array_interface__=interface))
 
 
+def is_c_contiguous(array: Array) -> bool:
+    """Whether the elements lie next to each other, in the order of the axes."""
+    layout = layout_of(array)
+    expected = ITEMSIZE[layout.dtype]
+    for size, stride in zip(reversed(layout.shape), reversed(layout.strides), strict=True):
+        if size != 1 and stride != expected:
+            return 0 in layout.shape
+        expected *= size
+    return True
+
+
 def is_aligned(array: Array) -> bool:
     layout = layout_of(array)
     return layout.address % min(ITEMSIZE.get(layout.dtype, 1), 8) == 0

@@ -26,6 +26,7 @@ COMPUTE = {
 }
 SLOT = COMPUTE | {"complex64": "complex64", "complex128": "complex128"}
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "complex64": 8, "complex128": 16}
+ITEMSIZE |= {"uint8": 1, "uint16": 2, "uint32": 4}  # as which moments of fewer bits are kept: see moments.py
 _ARRAY_TYPES: set[type] = set()
 _NAMES: dict[tuple[type, Any], str] = {}  # by dtype: NumPy puts the name together whenever it is asked
 
@@ -109,6 +110,11 @@ def dtype_name(array: Array) -> str:
         if name in COMPUTE:  # few; there is no end of structured dtypes
             _NAMES[key] = name
         return name
+
+
+def has_dtype(array: Array, name: str) -> bool:
+    """Whether the library of an array has a dtype of that name."""
+    return hasattr(namespace(array), name)
 
 
 def byte_count(array: Array) -> int:

@@ -58,6 +58,14 @@ class Piece(NamedTuple):
         return None
 
 
+def places_of(piece: Piece) -> tuple[int, tuple[int, ...]]:
+    """Where a part's elements are in the order of the axes of the whole: the first, and the steps along each axis."""
+    if piece.is_run:
+        return piece.start[0], (1,)
+    steps = tuple(math.prod(piece.shape[k + 1 :]) for k in range(len(piece.shape)))
+    return sum(at * step for at, step in zip(piece.start, steps, strict=True)), steps
+
+
 def whole(shape: Sequence[int]) -> Piece:
     """All of an array."""
     return Piece(tuple(shape), (0,) * len(shape), tuple(shape))

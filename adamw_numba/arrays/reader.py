@@ -18,7 +18,7 @@ from llvmlite import ir
 from numba import carray, config, types
 from numba.extending import intrinsic
 
-from ..update import G
+from ..update import ROWS, G
 from . import cupy_header
 from .compiled import cached, call_plain, entry_point, first_above, jit, jit_for_python, pointer
 
@@ -255,7 +255,7 @@ def read(gradients, address):
     count = block[GRADIENTS]
     starts = _words(starts, owned.size + count + 1)
     known, places = _words(block[KNOWN], starts[owned.size + count]), _words(block[PLACES], owned.size)
-    table = _words(block[TABLE], 8 * count)
+    table = _words(block[TABLE], ROWS * count)
     lows, highs = _words(block[LOWS], block[RANGES]), _words(block[HIGHS], block[RANGES])
     references = _words(block[REFERENCES], count)
     present = new = 0

@@ -7,15 +7,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_api_compat import is_torch_array
 
-from ..update import SLOTS, G, P
+from ..update import ROWS, SLOTS, G, P
 from . import reader
 from .brief import brief
 from .checks import check_gradient, check_tensor, check_variable, read_directly
 from .garbage import without_collections
-from .layout import Layout, address, extent, layout_of, memory, share_memory, signature
-from .library import SLOT, Array, device, dtype_name, family, place
+from .layout import Layout, address, extent, is_c_contiguous, layout_of, memory, share_memory, signature
+from .library import SLOT, Array, device, dtype_name, family, is_complex, place
+from .moments import NARROWER, kind_of
 from .overlap import Addresses, covered, overlapping, touching
-from .runs import Matrix, runs_by_kind
+from .runs import Matrix, Places, runs_by_kind
 from .torch_storage import Tensors
 from .transfer import cast, zeros_like
 
@@ -52,10 +53,12 @@ class AddressTable:
         Those that lie here, checked (see `check_variable`); None for one that lies elsewhere, which is skipped.
     slots : list of dict
         The state of each variable, by the names of `update.SLOTS`: arrays of one layout.
+    places : list, optional
+        Where the elements of each variable are in the whole one (see `pieces.places_of`).
 
     Attributes
     ----------
-    addresses : array of int64, shape (8, n)
+    addresses : array of int64, shape (ROWS, n)
         The address of each variable, its gradient and its slots, in the rows of `update`.
     own : list of int
         Which variables lie here.
@@ -63,14 +66,22 @@ class AddressTable:
         Whether something has changed that has not been remembered yet.
     arrangement : list of pairs of Layout
         How each of them and its gradient are laid out; another list where any of that has changed.
+    moments : dict
+        Of each of them, what its moments are kept in: one of `moments.MOMENTS`.
     """
 
     def __init__(
-        self, place: str, names: Sequence[str], variables: Sequence[Array], slots: Sequence[dict[str, Array]]
+        self,
+        place: str,
+        names: Sequence[str],
+        variables: Sequence[Array],
+        slots: Sequence[dict[str, Array]],
+        places: Sequence[Places] | None = None,
     ) -> None:
         self.place, self.names, self.variables, self.slots = place, names, variables, slots
+        self._whole = places
         self.own = [i for i, variable in enumerate(variables) if variable is not None]
-        self.addresses = np.zeros((8, len(names)), np.int64)
+        self.addresses = np.zeros((ROWS, len(names)), np.int64)
         self.arrangement: Arrangement = []
         self._scratch: dict[int, Array] = {}
         self._held: list[Array | None] = []
@@ -83,7 +94,8 @@ class AddressTable:
         self._written = [_shared(once, array, signature(array)) for _, _, array in self._places]
         self._as_built = [seen.layout for seen in self._written]
         where = {cell: k for k, cell in enumerate(place[:2] for place in self._places)}
-        self._slot_layouts = [self._as_built[where[SLOTS["momentum"], i]] for i in self.own]
+        self.moments = {i: kind_of(dtype_name(slots[i]["momentum"]), is_complex(variables[i])) for i in self.own}
+        self._slot_layouts = [self._of_wide_slots(i, self._as_built[where[SLOTS["momentum"], i]]) for i in self.own]
         self._gradients = [_UNSEEN] * len(self.own)
         self._references: list[Any] = []  # to gradients: see `reader.Reader`
         self._claimed: list[int] = []  # where all of them lay when `_extents` and `_ranges` were made
@@ -148,7 +160,15 @@ class AddressTable:
     def runs(self) -> Iterator[tuple[tuple[str, str], Matrix]]:
         """The elements of all variables as evenly spaced runs, by how a variable and its gradient are stored."""
         triples = ((p, g, slot) for (p, g), slot in zip(self.arrangement, self._slot_layouts, strict=True))
-        yield from runs_by_kind(self.own, triples).items()
+        places = None if self._whole is None else [self._whole[i] for i in self.own]
+        yield from runs_by_kind(self.own, triples, places).items()
+
+    def _of_wide_slots(self, i: int, layout: Layout) -> Layout:
+        """How slots of a variable are laid out that are not of fewer bits, if its momentum has that layout."""
+        if self.moments[i] == "float32":
+            return layout
+        strides = tuple(stride << NARROWER[self.moments[i]] for stride in layout.strides)
+        return layout._replace(strides=strides, dtype=SLOT[dtype_name(self.variables[i])])
 
     def _reads_one_by_one(self, gradients: Sequence[Array | None]) -> int:
         if self._memory is None or len(gradients) != len(self.names):
@@ -211,7 +231,7 @@ class AddressTable:
                 )
             return
         if family(array) == "torch":
-            check_tensor(self._name(k), array)
+            check_tensor(self._name(k), array, of_state=True)
         layout = layout_of(array)
         if layout[1:] != built[1:] or not getattr(getattr(array, "flags", None), "writeable", True):
             raise ValueError(
@@ -262,7 +282,7 @@ class AddressTable:
             return seen, 0
         # Whether a gradient fits follows from both signatures: of many layers that are alike, one is looked at.
         found, variable = signature(gradient), self.variables[i]
-        key = found, id(getattr(gradient, "dtype", None)), self._written[k].signature
+        key = found, id(getattr(gradient, "dtype", None)), self._written[k].signature, self.moments[i]
         if found != seen.signature:
             seen = once.get(key, _UNSEEN)
         if found is not None and found == seen.signature and gradient is not variable:
@@ -270,7 +290,10 @@ class AddressTable:
             if not _has_lost_memory(where, seen):
                 return seen, where
         check_gradient(self.names[i], gradient, variable)
-        seen = once[key] = _seen(gradient, found, read_directly(gradient, variable), reader.ALIGNED)
+        direct = read_directly(gradient, variable)
+        if self.moments[i] == "8bit":  # whose blocks are of elements in the order of the axes
+            direct = direct and is_c_contiguous(gradient)
+        seen = once[key] = _seen(gradient, found, direct, reader.ALIGNED)
         return seen, address(gradient)
 
     def _layout_read(self, k: int, seen: Seen) -> Layout:

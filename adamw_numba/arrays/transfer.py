@@ -34,6 +34,18 @@ def zeros_like(array: Array, dtype: str) -> Array:
     return xp.zeros(array.shape, dtype=getattr(xp, dtype), device=array_api_compat.device(array))
 
 
+def zeros_of(array: Array, shape: tuple[int, ...], dtype: str) -> Array:
+    """Zeros of an array's library and device."""
+    array = seen(array)
+    if isinstance(array, np.ndarray):
+        return np.zeros(shape, dtype)
+    xp, extra = (
+        namespace(array),
+        {} if array_api_compat.is_dask_array(array) else {"device": array_api_compat.device(array)},
+    )
+    return xp.zeros(shape, dtype=getattr(xp, dtype), **extra)
+
+
 def like(array: Array, value: Array) -> Array:
     """A copy of a value as an array of the library, dtype, layout and device of another array."""
     array = seen(array)

@@ -12,7 +12,7 @@ import numpy as np
 from numba import carray
 
 from ..arrays.compiled import jit, jit_for_python, pointer
-from ..arrays.runs import ARRAY, CHUNK, COUNT, G_AT, G_STEP, S_AT, S_STEP
+from ..arrays.runs import ARRAY, CHUNK, COLUMNS, COUNT, G_AT, G_STEP, S_AT, S_STEP
 from ..update import TOTAL, G
 from . import kernels as cpu
 
@@ -49,7 +49,7 @@ def _carry(digits):
 @jit_for_python
 def add_squares(block, g_like, like, strided, accumulates, digits):
     """Add the squares of the gradients that a block tells of (see kernels.py) to those of their variables."""
-    work, table = carray(pointer(block[cpu.WORK], np.int64(0)), (block[cpu.CHUNKS], 9)), cpu.table_of(block)
+    work, table = carray(pointer(block[cpu.WORK], np.int64(0)), (block[cpu.CHUNKS], COLUMNS)), cpu.table_of(block)
     for w in range(len(work)):
         a, n = work[w, ARRAY], work[w, COUNT]
         if table[G, a] == 0:

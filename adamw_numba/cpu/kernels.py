@@ -9,20 +9,21 @@ Loops become vectors only if LLVM can see that no array of a step overlaps anoth
 call of a loop: it compares the ends of all arrays, and if any of them overlap, it takes the elements one by one.
 """
 
-import math
 from functools import cache
 from typing import Any
 
 import numpy as np
 from numba import carray, types
-from numpy.lib.stride_tricks import as_strided
 
+from ..arrays import runs as r
 from ..arrays.compiled import c_function, first_above, jit, jit_for_python, pointer
-from ..arrays.runs import ARRAY, COUNT, G_AT, G_STEP, P_AT, P_STEP, S_AT, S_STEP, START
+from ..arrays.moments import BLOCK
+from ..arrays.runs import ARRAY, COUNT, G_AT, G_STEP, P_AT, P_STEP, PLACE, PLACE_STEP, S_AT, S_STEP, START
 from ..update import (
     AVERAGE,
     LEAST_EPSILON,
     MASTER,
+    ROWS,
     TOP,
     TOTAL,
     Coefficients,
@@ -34,9 +35,10 @@ from ..update import (
     Variant,
     accumulate,
     blend,
-    make_update,
 )
-from .intrinsics import FLUSHING, ask_for, exchange_mode, mode_for, narrow, widen
+from . import moments as small
+from .formula import row_of, slot_of, update
+from .intrinsics import AHEAD, FLUSHING, ask_for, exchange_mode, mode_for, narrow, widen
 
 WHOLE = 2**30  # elements: longer than any chunk
 PIECE = 128  # elements that are prefetched together
@@ -47,10 +49,12 @@ LIKE = {"float32": np.float32(0), "float64": np.float64(0), "float16": np.int16(
 # Entries of a block: addresses, then sizes.
 WORK, CHUNKS, TABLE, ARRAYS, FACTORS, NUMBERS, PARTIALS, SUMS, IS_FAR, BLOCK_WORDS = range(10)
 # The numbers of a step, in a row for each group: the coefficients (see update.Coefficients), whether to overwrite the
-# variables with their averages, and the scale of the squares. The last two are those of the first row.
-SCALE, OVERWRITE, SQUARE_SCALE, HOW_MANY = 9, 12, 13, 14
-# Rows of the factors, one number for each variable: which row of the numbers holds for it, and its clip.
-WHICH, CLIP = range(2)
+# variables with their averages, the scale of the squares, and what the rounding of moments depends on: the seed and the
+# number of the step. The last four are those of the first row.
+SCALE, OVERWRITE, SQUARE_SCALE, SEED, NUMBER, HOW_MANY = 9, 12, 13, 14, 15, 16
+# Rows of the factors, one number for each variable: which row of the numbers holds for it, its clip, its name (as a
+# number).
+WHICH, CLIP, NAME, FACTOR_ROWS = range(4)
 
 
 def on(flag):
@@ -63,7 +67,6 @@ def on(flag):
 
 
 c_kernel = c_function(types.void(types.intp, types.intp, types.intp))
-update = jit(make_update(math.sqrt, np.maximum, np.minimum))
 _accumulate = jit(accumulate)
 _blend = jit(blend)
 
@@ -91,29 +94,24 @@ def _value(p, master, i):
 
 
 @jit
-def row_of(address, count, step, like, strided):
-    if strided is None:
-        return carray(pointer(address, like), count)
-    return as_strided(carray(pointer(address, like), 1), (count,), (step,))
-
-
-@jit
-def slot_of(exists, address, count, step, like, strided):
-    if exists is None:
-        return None
-    return row_of(address, count, step, like, strided)
-
-
-@jit
-def update_chunk(count, p, g, m, v, top, average, total, master, limit, lead, c):
+def update_chunk(count, p, g, m, v, top, average, total, master, limit, lead, c, small_ones=None):
     """Update the elements of one dense or strided run: arrays, or pointers."""
+    place = small.first_place(small_ones)
     for i in range(count):
         value, mi, vi, highest, mean = update(
-            _value(p, master, i), widen(g[i]), m[i], v[i], _at(top, i), _at(average, i), _at(total, i), limit, lead, c
+            _value(p, master, i),
+            widen(g[i]),
+            small.momentum(m, i, small_ones),
+            small.velocity(v, i, small_ones),
+            _at(top, i),
+            _at(average, i),
+            _at(total, i),
+            limit,
+            lead,
+            c,
         )
         p[i] = narrow(value, p[i])
-        m[i] = mi
-        v[i] = vi
+        place = small.put(m, v, i, mi, vi, place, small_ones)
         _put(top, i, highest)
         _put(average, i, mean)
         _put(master, i, value)
@@ -146,7 +144,7 @@ def _share(block, part, parts):
     chunk by chunk.
     """
     chunks = block[CHUNKS]
-    work = carray(pointer(block[WORK], np.int64(0)), (chunks, 9))
+    work = carray(pointer(block[WORK], np.int64(0)), (chunks, r.COLUMNS))
     if parts == 1:
         return work, 0, chunks
     total = work[chunks - 1, START] + work[chunks - 1, COUNT]
@@ -162,7 +160,7 @@ def _numbers(block):
 
 @jit
 def coefficients_of(block, a, like):
-    factors = carray(pointer(block[FACTORS], 0.0), (2, block[ARRAYS]))
+    factors = carray(pointer(block[FACTORS], 0.0), (FACTOR_ROWS, block[ARRAYS]))
     row = carray(pointer(block[NUMBERS] + 8 * HOW_MANY * np.int64(factors[WHICH, a]), 0.0), HOW_MANY)
     return cast_coefficients(row, factors[CLIP, a], like)
 
@@ -190,7 +188,7 @@ def cast_coefficients(c, clip, like):
 @jit
 def _mode(block):
     """The floating-point mode of a step: the one that suits the smallest factor of any variable's gradient."""
-    factors, least = carray(pointer(block[FACTORS], 0.0), (2, block[ARRAYS])), 1.0
+    factors, least = carray(pointer(block[FACTORS], 0.0), (FACTOR_ROWS, block[ARRAYS])), 1.0
     for a in range(block[ARRAYS]):
         least = min(least, factors[CLIP, a])
     return mode_for(abs(_numbers(block)[SCALE]) * least)
@@ -198,22 +196,35 @@ def _mode(block):
 
 @jit
 def table_of(block):
-    return carray(pointer(block[TABLE], np.int64(0)), (8, block[ARRAYS]))
+    return carray(pointer(block[TABLE], np.int64(0)), (ROWS, block[ARRAYS]))
+
+
+@jit
+def _keys(block, a, halvings):
+    """What the noise of one variable at this step depends on, besides the elements."""
+    if halvings == 0:
+        return np.uint32(0), np.uint32(0)
+    numbers, factors = _numbers(block), carray(pointer(block[FACTORS], 0.0), (FACTOR_ROWS, block[ARRAYS]))
+    seed, name, number = np.int64(numbers[SEED]), np.int64(factors[NAME, a]), np.int64(numbers[NUMBER])
+    return small.keys(np.uint32(seed), np.uint32(name), np.uint32(number))
 
 
 @jit
 def _update_share(
-    address, part, parts, p_like, g_like, like, strided, master, amsgrad, average, accumulate, clip, nesterov
+    address, part, parts, p_like, g_like, like, m_like, strided, master, amsgrad, average, accumulate, clip, nesterov
 ):
     block = carray(pointer(address, np.int64(0)), BLOCK_WORDS)
     work, first, last = _share(block, part, parts)
     table = table_of(block)
     overwrite = _numbers(block)[OVERWRITE] != 0
     far = block[IS_FAR] != 0
-    piece = PIECE if far else WHOLE
+    halvings, kept = small.halvings(like, m_like), small.kept_scales()
+    piece = PIECE if far else BLOCK if halvings == 2 else WHOLE  # of 8 bits, within a block
+    further = small.SPAN if halvings == 2 else 0  # elements: their scales are looked for first
     for w in range(first, last):
         a, step = work[w, ARRAY], work[w, S_STEP]
         c = coefficients_of(block, a, like)
+        keys = _keys(block, a, halvings)
         for start in range(0, work[w, COUNT], piece):
             n, at = min(piece, work[w, COUNT] - start), work[w, S_AT] + start * step
             p_at = table[P, a] + work[w, P_AT] + start * work[w, P_STEP]
@@ -224,26 +235,37 @@ def _update_share(
             if table[G, a] != 0:
                 if far and strided is None:
                     ask_for(True, p_at, n, work[w, P_STEP])
-                    ask_for(True, g_at, n, work[w, G_STEP])
-                    ask_for(True, table[M, a] + at, n, step)
-                    ask_for(True, table[V, a] + at, n, step)
+                    narrow_step, ahead = step >> halvings, (AHEAD + further * step) >> halvings
+                    ask_for(True, g_at, n, work[w, G_STEP], AHEAD + further * work[w, G_STEP])
+                    ask_for(True, table[M, a] + (at >> halvings), n, narrow_step, ahead)
+                    ask_for(True, table[V, a] + (at >> halvings), n, narrow_step, ahead)
                     ask_for(amsgrad, table[TOP, a] + at, n, step)
                     ask_for(average, table[AVERAGE, a] + at, n, step)
                     ask_for(accumulate, table[TOTAL, a] + at, n, step)
                     ask_for(master, table[MASTER, a] + at, n, step)
+                m = row_of(table[M, a] + (at >> halvings), n, step >> halvings, m_like, strided)
+                v = row_of(table[V, a] + (at >> halvings), n, step >> halvings, m_like, strided)
+                g = row_of(g_at, n, work[w, G_STEP], g_like, strided)
+                total = slot_of(accumulate, table[TOTAL, a] + at, n, step, like, strided)
+                limit = None if clip is None else c.limit
+                places = work[w, PLACE] + start * work[w, PLACE_STEP], work[w, PLACE_STEP]
+                if start % small.SPAN == 0:
+                    small.prepare(m, kept, work[w], start, table, g_like, like, strided, accumulate, limit, c)
+                small_ones = small.described(m, kept, start, places, keys)
                 update_chunk(
                     n,
                     p,
-                    row_of(g_at, n, work[w, G_STEP], g_like, strided),
-                    row_of(table[M, a] + at, n, step, like, strided),
-                    row_of(table[V, a] + at, n, step, like, strided),
+                    g,
+                    m,
+                    v,
                     slot_of(amsgrad, table[TOP, a] + at, n, step, like, strided),
                     averages,
-                    slot_of(accumulate, table[TOTAL, a] + at, n, step, like, strided),
+                    total,
                     masters,
-                    None if clip is None else c.limit,
+                    limit,
                     None if nesterov is None else c.lead,
                     c,
+                    small_ones,
                 )
             else:
                 _blend_chunk(p, averages, masters, c)
@@ -331,6 +353,7 @@ def update_kernel(storage: Storage, variant: Variant) -> Any:
     p_like, g_like, like = LIKE[storage.p], LIKE[storage.g], LIKE[storage.compute]
     strided, master, amsgrad = on(storage.strided), on(storage.master), on(storage.amsgrad)
     average, accumulate, clip, nesterov = map(on, variant)
+    m_like = small.LIKE.get(storage.moments, like)
 
     @c_kernel
     def update_kernel(block, part, parts):
@@ -342,13 +365,14 @@ def update_kernel(storage: Storage, variant: Variant) -> Any:
             p_like,
             g_like,
             like,
-            strided=strided,
-            master=master,
-            amsgrad=amsgrad,
-            average=average,
-            accumulate=accumulate,
-            clip=clip,
-            nesterov=nesterov,
+            m_like,
+            strided,
+            master,
+            amsgrad,
+            average,
+            accumulate,
+            clip,
+            nesterov,
         )
         exchange_mode(mode)
 
@@ -367,7 +391,7 @@ def square_kernel(storage: Storage, accumulate: bool) -> Any:
 
 def _of_gradients(storage):
     """A storage as kernels see it that do not touch the variables: one of them serves variables of any kind."""
-    return storage._replace(p=storage.g, master=False, amsgrad=False)
+    return storage._replace(p=storage.g, master=False, amsgrad=False, moments="float32")
 
 
 @cache

@@ -11,7 +11,9 @@ import numpy as np
 
 from .. import arrays
 from ..arrays import Array
-from ..arrays.runs import ARRAY, COUNT, P_STEP, START, chunks_of
+from ..arrays.brief import brief
+from ..arrays.moments import MOMENTS, name_word
+from ..arrays.runs import ARRAY, COUNT, P_STEP, PLACE, PLACE_STEP, START, chunks_of
 from ..arrays.table import AddressTable
 from ..coefficients import Recipe
 from ..update import Storage
@@ -24,6 +26,7 @@ _LARGEST = sys.float_info.max
 # Packing takes a third of what assigning a tuple to an array does.
 _pack_numbers = struct.Struct(f"={cpu.HOW_MANY}d").pack_into
 _pack_rates = struct.Struct("=2d").pack_into  # the first two
+_pack_noise, _NOISE_AT = struct.Struct("=2d").pack_into, 8 * cpu.SEED
 _pack_varying = struct.Struct("=4d").pack_into  # all that vary
 RESCUE = 2.0**-600  # brings the square of any finite float64 into range
 
@@ -50,8 +53,8 @@ class Plan:
     ----------
     count : int
         How many variables there are, those of other places included.
-    factors : array of float64, shape (2, n)
-        Of each variable, the group that it is in, and what the scale of its gradient is multiplied with.
+    factors : array of float64, shape (3, n)
+        Of each variable, the group that it is in, what the scale of its gradient is multiplied with, and its name.
     numbers : array of float64, one row for each group
         Those of the step that is taken, as the kernels read them.
     groups : list of Group
@@ -66,11 +69,13 @@ class Plan:
         slots: Sequence[dict[str, Array]],
         which: Sequence[int],
         groups: int,
+        places: Sequence[Any] | None = None,
     ) -> None:
         self._threads: int | None = None
         self.count = len(names)
-        self.factors = np.ones((2, len(names)))
+        self.factors = np.ones((cpu.FACTOR_ROWS, len(names)))
         self.factors[cpu.WHICH] = which
+        self.factors[cpu.NAME] = list(map(name_word, names))
         self.numbers = np.zeros((groups, cpu.HOW_MANY))
         self._packed = memoryview(self.numbers.reshape(-1))  # type: ignore[arg-type]
         self._rows = range(0, self.numbers.nbytes, self.numbers.strides[0])  # where each begins
@@ -83,7 +88,8 @@ class Plan:
         self._sums = np.zeros((MOST_PARTS, cpu.LANES))
         self.additions: int | None = None
         self._scale = 1.0  # of the last sums of squares
-        self.table = AddressTable("cpu", names, variables, slots)
+        self.table = AddressTable("cpu", names, variables, slots, places)
+        self._rounds = set(self.table.moments.values()) != {"float32"}
         self._laid_out: object = None  # the arrangement that `groups` are made for
         self._lay_out()
 
@@ -172,6 +178,8 @@ class Plan:
         calls, helpers = self._loaded_calls
         if helpers[0]:
             call_helpers(*helpers)
+        if self._rounds:
+            calls = [(_pack_noise, self._packed, _NOISE_AT, float(recipe.seed), float(recipe.number % 2**32)), *calls]
         if recipe.is_plain:
             return (), [(_pack_rates, self._packed, 0, recipe.alpha, recipe.decay), *calls]
         if not recipe.others:
@@ -186,7 +194,7 @@ class Plan:
         if recipe.threads != self._threads:
             self._made, self._threads = {}, recipe.threads
         for at, each in zip(self._rows, recipe.groups(), strict=True):
-            _pack_numbers(self._packed, at, *each.c, recipe.overwrite, 1.0)
+            _pack_numbers(self._packed, at, *each.c, recipe.overwrite, 1.0, 0.0, 0.0)
         if self._clipped:
             self._set_clips(None)
         kernel = (cpu.update_kernel, recipe.variant) if recipe.is_update else (cpu.accumulate_kernel,)
@@ -246,18 +254,32 @@ class Plan:
     def _arrange(self) -> None:
         self._made, self._loaded, self.groups = {}, None, []
         has_maximum = np.array(["velocity_hat" in own for own in self.table.slots])
+        kinds = np.array(
+            [MOMENTS.index(self.table.moments.get(i, "float32")) for i in range(len(self.table.names))], int
+        )
         for (p_type, g_type), runs in self.table.runs():
             sizes = [arrays.ITEMSIZE[p_type], arrays.ITEMSIZE[g_type], arrays.ITEMSIZE[arrays.COMPUTE[p_type]]]
-            strided, amsgrad = (runs[:, P_STEP:] != sizes).any(axis=1), has_maximum[runs[:, ARRAY]]
-            for is_strided, has_top in itertools.product((False, True), repeat=2):
-                own = runs[(strided == is_strided) & (amsgrad == has_top)]
+            strided, amsgrad = (runs[:, P_STEP:PLACE] != sizes).any(axis=1), has_maximum[runs[:, ARRAY]]
+            self._check_blocks(runs[kinds[runs[:, ARRAY]] == MOMENTS.index("8bit")])
+            for is_strided, has_top, kind in itertools.product((False, True), (False, True), range(len(MOMENTS))):
+                own = runs[(strided == is_strided) & (amsgrad == has_top) & (kinds[runs[:, ARRAY]] == kind)]
                 if len(own):
-                    self.groups.append(self._group(p_type, g_type, is_strided, has_top, chunks_of(own)))
+                    self.groups.append(self._group(p_type, g_type, is_strided, has_top, MOMENTS[kind], chunks_of(own)))
         self._is_single = all(group.storage.compute == "float32" for group in self.groups)
         chunks = sum(len(group.work) for group in self.groups)
         self.additions = exact.IN_CHUNK + chunks + len(self.table.names) if self._is_single else None
 
-    def _group(self, p_type: str, g_type: str, strided: bool, amsgrad: bool, work: Matrix) -> Group:
+    def _check_blocks(self, runs: Matrix) -> None:
+        """Refuse variables whose elements do not follow each other any more, as those of a block have to."""
+        odd = np.flatnonzero((np.diff(runs[:, ARRAY], append=-1) == 0) | (runs[:, PLACE_STEP] != 1))
+        if len(odd):
+            name = brief(self.table.names[runs[odd[0], ARRAY]])
+            raise ValueError(
+                f"moments='8bit': variable {name} is laid out in another way than when it was built; expected its "
+                "elements in the order of its axes"
+            )
+
+    def _group(self, p_type: str, g_type: str, strided: bool, amsgrad: bool, moments: str, work: Matrix) -> Group:
         ends = np.cumsum(work[:, COUNT])
         work[1:, START] = ends[:-1]
         partials, block = np.zeros(len(work)), np.zeros(cpu.BLOCK_WORDS, np.int64)
@@ -274,5 +296,5 @@ class Plan:
         block[cpu.CHUNKS], block[cpu.ARRAYS] = len(work), len(self.table.names)
         block[cpu.IS_FAR] = ends[-1] >= FAR
         has_master = "master" in self.table.slots[work[0, ARRAY]]
-        storage = Storage(p_type, g_type, arrays.COMPUTE[p_type], strided, has_master, amsgrad)
+        storage = Storage(p_type, g_type, arrays.COMPUTE[p_type], strided, has_master, amsgrad, moments)
         return Group(storage, work, partials, block, block.ctypes.data, int(ends[-1]))

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-ALIGNED = 64  # elements, at a multiple of which a variable is cut, unless asked for
+from ..arrays.moments import BLOCK
+
+ALIGNED = BLOCK  # elements, at a multiple of which a variable is cut, unless asked for: as moments of 8 bits need it
 
 
 class Run(NamedTuple):

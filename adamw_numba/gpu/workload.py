@@ -12,7 +12,7 @@ from numba import cuda
 
 from .. import arrays
 from ..arrays import gpu as gpu_arrays
-from ..arrays.runs import ARRAY, COUNT, P_AT, Matrix
+from ..arrays.runs import ARRAY, COUNT, P_AT, S_STEP, Matrix
 from ..arrays.table import AddressTable
 from ..update import Storage
 from . import words as w
@@ -125,7 +125,7 @@ def _with_sets(runs: Matrix, which: Sequence[int]) -> Matrix:
     result = np.zeros((len(runs), w.RUN_COLUMNS), np.int64)
     result[:, w.ARRAY], result[:, w.COUNT] = runs[:, ARRAY], runs[:, COUNT]
     result[:, w.WHICH] = np.asarray(which)[runs[:, ARRAY]]
-    result[:, w.P_AT :] = runs[:, P_AT:]
+    result[:, w.P_AT :] = runs[:, P_AT : S_STEP + 1]
     return result
 
 

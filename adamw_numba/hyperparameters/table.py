@@ -256,17 +256,16 @@ def real(expected: str, test: Callable[[Any], bool], optional: bool = False) -> 
     return check
 
 
-def integer(least: int, optional: bool = True) -> Check:
+def integer(least: int, optional: bool = True, most: float = math.inf) -> Check:
     """A check for an integer that is large enough, or None."""
+    room = f">= {least}" if most == math.inf else f"from {least} to {most}"
 
     def check(name: str, value: Any) -> Any:
         if optional and value is None:
             return None
-        if isinstance(value, Integral) and not isinstance(value, _BOOLEAN) and int(value) >= least:
+        if isinstance(value, Integral) and not isinstance(value, _BOOLEAN) and least <= int(value) <= most:
             return int(value)
-        raise ValueError(
-            f"`{name}` must be an integer >= {least}{' or None' * optional}. Received: {name}={brief(value)}"
-        )
+        raise ValueError(f"`{name}` must be an integer {room}{' or None' * optional}. Received: {name}={brief(value)}")
 
     return check
 

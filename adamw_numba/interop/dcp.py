@@ -8,8 +8,9 @@ import numpy as np
 
 from .. import arrays
 from ..arrays import Array
-from ..arrays.brief import brief
+from ..arrays.brief import brief, brief_names
 from ..arrays.dtensors import check_alike, is_dtensor, like
+from ..arrays.moments import SCALES
 from ..saving import archive, restore, snapshot
 from ..saving.archive import Saved
 from ..saving.saveable import Saveable
@@ -86,7 +87,7 @@ def dcp_state(optimizer: Any) -> Stateful:
     TypeError
         If it is no such optimizer.
     ValueError
-        If it is not built.
+        If it is not built, or keeps moments of DTensors in 8 bits.
 
     Notes
     -----
@@ -106,7 +107,11 @@ def dcp_state(optimizer: Any) -> Stateful:
     """
     if not isinstance(optimizer, Saveable):
         raise TypeError(f"`optimizer` is {brief(optimizer)}; expected an AdamW or a LossScaleOptimizer that is built")
-    engine_of(optimizer).require_built("dcp_state")
+    built = engine_of(optimizer).require_built("dcp_state")
+    of_each = zip(built.names, built.given, built.slots, strict=True)
+    cut = [name for name, given, own in of_each if is_dtensor(given) and SCALES[0] in own]
+    if cut:
+        raise ValueError(f"moments='8bit': {brief_names(cut)} are DTensors; expected moments of 16 bits, or `save`")
     return Stateful(optimizer)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from .. import arrays
 from ..arrays import Array
 from ..arrays.brief import brief, brief_names
+from ..arrays.moments import SCALES
 from ..arrays.tree import Container
 from ..loss_scale import LossScaleOptimizer
 from ..optimizer import AdamW
@@ -24,6 +25,7 @@ from ..saving.stores.targets import adapted
 from ..saving.stores.zips import checked_members
 from ..state import check_scalar
 from .exact import Matrix, check_exact, exact
+from .moments import wide
 
 _GROUP = "optimizer"  # of HDF5, in a file of weights
 
@@ -229,9 +231,9 @@ def _state_of(optimizer: Any) -> list[Matrix]:
         slots = {f"{key}/{name}": name for name, own in zip(built.names, built.slots, strict=True) for key in own}
         result = []
         for name, own, key in places:
-            if key == "master":
+            if key == "master" or key in SCALES:
                 continue
-            array = own[key]
+            array = wide(variables[slots[name]], own)[key] if name in slots else own[key]
             result.append(exact(array, variables[slots[name]], name) if name in slots else _for_keras(array))
         return result
 

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 
 from .. import arrays
+from ..array_api.moments import brought_in
 from ..arrays import Array
 from ..arrays.brief import brief
 from ..arrays.dtensors import is_dtensor
+from ..arrays.moments import SCALES
 from ..arrays.tree import Container, flatten, materialized
 from ..hyperparameters.groups import Override
 from ..optimizer import AdamW
@@ -105,6 +107,11 @@ def _build_anew(optimizer: AdamW, count: int, variables: Container | None, where
     if len(leaves) != count:
         raise ValueError(f"{where} has {count} parameters; expected {len(leaves)}, as many as `variables` has")
     optimizer.build(variables)
+
+
+def wide(variable: Array, slots: Mapping[str, Array]) -> dict[str, Array]:
+    """The slots of a variable as other libraries know them: with moments as numbers, and without scales."""
+    return {key: array for key, array in brought_in(variable, dict(slots)).items() if key not in SCALES}
 
 
 def _moment(array: Array) -> Matrix:

@@ -11,7 +11,7 @@ from ..arrays.brief import brief, brief_names
 from ..arrays.tree import Container, flatten, rebuild
 from ..optimizer import AdamW
 from .exact import check_squares, checked_count, exact
-from .moments import assembled, exportable
+from .moments import assembled, exportable, wide
 
 _BESIDE_A_COUNT = ("hyperparams", "hyperparams_states", "inner_state")  # of optax.inject_hyperparams
 
@@ -101,7 +101,8 @@ def to_optax(optimizer: AdamW, state: Any, leave_out: Iterable[str] = ()) -> Any
         )
     adam = _adam_of(state)
     _check_window(state)
-    by_name = dict(zip(built.names, built.slots, strict=True))
+    slots = list(map(wide, built.variables, built.slots))
+    by_name = dict(zip(built.names, slots, strict=True))
     names = flatten(adam.mu, "mu")[0]
     if sorted(names) != sorted(built.names):
         positions = list(map(str, range(len(built.names))))
@@ -110,7 +111,7 @@ def to_optax(optimizer: AdamW, state: Any, leave_out: Iterable[str] = ()) -> Any
                 f"`state` has the parameters {brief_names(names)}; expected {brief_names(built.names)}, or a list on "
                 "one side, which is matched by position"
             )
-        by_name = dict(zip(names, built.slots, strict=True))
+        by_name = dict(zip(names, slots, strict=True))
 
     def filled(tree: Any, slot: str) -> Any:
         leaves = flatten(tree, slot)[1]

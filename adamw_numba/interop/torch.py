@@ -8,7 +8,7 @@ from ..arrays.tree import Container
 from ..hyperparameters.groups import Group
 from ..optimizer import AdamW
 from .exact import check_squares, checked_count, exact
-from .moments import assembled, eps_of, exportable
+from .moments import assembled, eps_of, exportable, wide
 
 _SLOTS = {"momentum": "exp_avg", "velocity": "exp_avg_sq", "velocity_hat": "max_exp_avg_sq"}
 
@@ -188,7 +188,7 @@ def _state_of(built: Any, i: int, updates: int) -> dict[str, Any]:
     """What torch keeps of one parameter."""
     import torch
 
-    variable, name, own = built.variables[i], built.names[i], built.slots[i]
+    variable, name, own = built.variables[i], built.names[i], wide(built.variables[i], built.slots[i])
     slots = {
         theirs: torch.from_numpy(exact(own[ours], variable, f"{ours} of {brief(name)}"))
         for ours, theirs in _SLOTS.items()

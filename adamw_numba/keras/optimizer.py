@@ -32,7 +32,7 @@ _BACKENDS = ("torch", "jax")
 _EXTRAS = {  # what Keras lacks, and its default
     name: parameter.default
     for name, parameter in inspect.signature(surface.AdamW).parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY
+    if parameter.kind is parameter.KEYWORD_ONLY and name not in ("moments", "seed")  # the state is made by Keras
 }
 _constraint_of = attrgetter("constraint")
 _OWN = [name for name in CHECKS if name != "trainable"]  # what an `override` may give
@@ -155,8 +155,9 @@ class AdamW(WithState):
                 f"Keras's backend is {keras.backend.backend()!r}; expected one of {list(_BACKENDS)}: set KERAS_BACKEND "
                 "in the environment before Keras is imported"
             )
-        options: dict[str, Any] = {key: given[key] for key in surface.HYPERPARAMETERS if key != "name"}
+        options: dict[str, Any] = {key: given[key] for key in surface.HYPERPARAMETERS if key in given and key != "name"}
         adamw = surface.AdamW(**options, **kwargs)
+        hp.choice("float32")("moments", adamw.moments)  # Keras makes the state
         self.__dict__.update(_adamw=adamw)  # Keras refuses and tracks what is set otherwise
         shared = {key: value for key, value in options.items() if key not in _EXTRAS}
         # Where the host counts the steps and reads the rate, it would wait for another device.

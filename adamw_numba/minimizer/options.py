@@ -90,7 +90,7 @@ _OPTIONS: dict[str, tuple[Any, hp.Check]] = {
     "callback_every": (1, hp.integer(1, optional=False)),
     "compiled": (True, hp.flag),
 }
-_NOT_HERE = ("name", "nonfinite", "maximize")
+_NOT_HERE = ("name", "nonfinite", "maximize", "moments", "seed")
 _HYPERPARAMETERS = ["learning_rate", *(key for key in HYPERPARAMETERS if key not in _NOT_HERE)]
 
 

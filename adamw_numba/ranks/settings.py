@@ -10,7 +10,7 @@ from .telling import values
 NAMES = (
     "beta_1", "beta_2", "epsilon", "amsgrad", "clipnorm", "clipvalue", "global_clipnorm", "use_ema", "ema_momentum",
     "ema_overwrite_frequency", "gradient_accumulation_steps", "nonfinite", "master_weights", "decouple_lr", "maximize",
-    "nesterov", "epsilon_mode",
+    "nesterov", "epsilon_mode", "moments", "seed",
 )  # fmt: skip
 
 

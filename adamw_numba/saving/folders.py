@@ -18,16 +18,18 @@ from typing import Any
 import numpy as np
 
 from ..arrays.brief import brief, brief_names
+from ..arrays.moments import BLOCK, SCALES
 from ..arrays.pieces import Piece, copy_common, make_whole, whole
 from ..ranks.meeting import checksums
 from ..ranks.settings import different_settings, settings_of
+from ..update import SLOTS
 from . import archive, manifest, snapshot
 from .archive import Saved
 from .manifest import encoded
 from .stores.atomic import CorruptFileError, naming, remove, replacing
 
 INDEX = "index.json"
-OF_A_VARIABLE = ("variables", "momentum", "velocity", "velocity_hat", "average", "gradient_accumulator", "master")
+OF_A_VARIABLE = ("variables", *SLOTS)
 _OURS = re.compile(r"rank-\d+-of-\d+\.[0-9a-f]{16}\.npz|index\.json|\..*\.tmp\..*")
 Pieces = Mapping[str, Piece]
 
@@ -35,6 +37,17 @@ Pieces = Mapping[str, Piece]
 def is_of_a_variable(key: str) -> bool:
     """Whether the array of that key is cut like a variable."""
     return key.partition("/")[0] in OF_A_VARIABLE
+
+
+def _of_slot(key: str, piece: Piece, dtype: str) -> Piece:
+    """The piece that an array of the state is, of a piece of a variable: scales are one for each block."""
+    if key.partition("/")[0] not in SCALES:
+        return piece
+    run, width = piece.as_run(), 1 + dtype.startswith("complex")
+    if run is None:
+        return Piece((0,), (0,), (0,))  # nothing has blocks that are cut so
+    sizes = [-(-elements * width // BLOCK) for elements in (math.prod(piece.shape), run.own[0])]
+    return Piece((sizes[0],), (run.start[0] * width // BLOCK,), (sizes[1],))
 
 
 def is_folder(target: Any) -> bool:
@@ -178,7 +191,9 @@ def _index(taken: snapshot.Snapshot, told: list[dict[str, Any]], files: list[str
             if all([start, own] != known[1:] for known in where):
                 where.append([rank, start, own])
             for slot, dtype in slots.items():
-                arrays[f"{slot}/{encoded(name)}"] = {"dtype": dtype, "shape": entry["shape"], "crc32": 0}
+                key = f"{slot}/{encoded(name)}"
+                shape = list(_of_slot(key, whole(entry["shape"]), entry["dtype"]).shape)
+                arrays[key] = {"dtype": dtype, "shape": shape, "crc32": 0}
         for group in each["groups"]:
             own = json.dumps({key: value for key, value in group.items() if key != "names"}, sort_keys=True)
             groups.setdefault(own, group | {"names": []})["names"] += group["names"]
@@ -290,13 +305,13 @@ def verify(target: Any, part: int = 0, parts: int = 1) -> int:
         return archive.verify(target)
     path, count = Path(target), 0
     document = _read_index(path)
-    pieces = _of_files(document)
+    pieces, dtypes = _of_files(document), _dtypes(document)
     for number in range(part, len(pieces), parts):
         saved = _file(path, document, number)
-        by_code = {encoded(name): piece for name, piece in pieces[number].items()}
+        by_code = {encoded(name): (piece, dtypes[name]) for name, piece in pieces[number].items()}
         for key in filter(is_of_a_variable, saved.arrays):
             piece = by_code.get(key.partition("/")[2])
-            if piece is None or saved.arrays[key].shape != piece.own:
+            if piece is None or saved.arrays[key].shape != _of_slot(key, *piece).own:
                 raise CorruptFileError(f"{saved.where}: {brief(key)} is not as {INDEX} of {path} says")
         count += sum(array.nbytes for array in saved.arrays.values())
     return count
@@ -364,6 +379,10 @@ def _wanted(document: dict[str, Any], together: Any, names: Any, where: str) -> 
     return wanted
 
 
+def _dtypes(document: dict[str, Any]) -> dict[str, str]:
+    return {entry["name"]: entry["dtype"] for entry in document["variables"]}
+
+
 def _of_files(document: dict[str, Any]) -> list[dict[str, Piece]]:
     """The pieces that each file of a folder has."""
     shapes = {entry["name"]: tuple(entry["shape"]) for entry in document["variables"]}
@@ -413,12 +432,13 @@ def _assembled(document: dict[str, Any], sources: Iterable[tuple[Saved, Pieces]]
     declared: dict[str, Any] = {}
     found: dict[str, np.ndarray[Any, Any]] = {}
     copied: dict[str, int] = {}
-    by_code = {encoded(name): name for name in wanted}
+    by_code, dtypes = {encoded(name): name for name in wanted}, _dtypes(document)
     for key, entry in document["arrays"].items():
         name = by_code.get(key.partition("/")[2])
         if is_of_a_variable(key) and name is not None:
-            found[key], copied[key] = np.empty(wanted[name].own, manifest.DTYPES[entry["dtype"]]), 0
-            declared[key] = entry | {"shape": list(wanted[name].own)}
+            own = _of_slot(key, wanted[name], dtypes[name]).own
+            found[key], copied[key] = np.empty(own, manifest.DTYPES[entry["dtype"]]), 0
+            declared[key] = entry | {"shape": list(own)}
     for number, (saved, pieces) in enumerate(sources):
         for key, array in saved.arrays.items():
             if not is_of_a_variable(key):
@@ -426,9 +446,10 @@ def _assembled(document: dict[str, Any], sources: Iterable[tuple[Saved, Pieces]]
                     found[key], declared[key] = array, saved.document["arrays"][key]
             elif key in copied:
                 name = by_code[key.partition("/")[2]]
-                if name not in pieces or array.shape != pieces[name].own or array.dtype != found[key].dtype:
+                there = None if name not in pieces else _of_slot(key, pieces[name], dtypes[name])
+                if there is None or array.shape != there.own or array.dtype != found[key].dtype:
                     raise CorruptFileError(f"{saved.where}: {brief(key)} is not as {INDEX} of {where} says")
-                copied[key] += copy_common(array, pieces[name], found[key], wanted[name])
+                copied[key] += copy_common(array, there, found[key], _of_slot(key, wanted[name], dtypes[name]))
     short = [key for key, count in copied.items() if count != found[key].size]
     if short:
         raise CorruptFileError(f"{where} holds not all elements of {brief(short[0])}")

@@ -29,6 +29,8 @@ _OPTION_OF = {
     "velocity_hat": "amsgrad",
     "gradient_accumulator": "gradient_accumulation_steps",
     "master": "master_weights",
+    "momentum_scale": "moments",
+    "velocity_scale": "moments",
 }
 
 
@@ -412,7 +414,8 @@ def _value_of_slot(loaded: Loaded, key: str, slot: str, name: str, array: Array)
                 "an optimizer with the options that it was saved with"
             )
     elif not _fits(value, array):
-        _check_fits(f"{loaded.where}: {slot} of {brief(name)}", value, array)
+        hint = ", of which `moments` decides" if slot in ("momentum", "velocity") else ""
+        _check_fits(f"{loaded.where}: {slot} of {brief(name)}{hint}", value, array)
     return value
 
 

@@ -48,7 +48,7 @@ def take(optimizer: Any, extra: Any = None, variables: bool = False, copy: bool 
         engine.check_not_swapped()
         engine.catch_up()
         live = _live(optimizer, workspace, variables)
-        dtypes = {key: arrays.dtype_name(array) for key, array in live.items()}
+        dtypes = {key: arrays.dtype_name(array) for key, array in live.items()} | _bfloat_moments(workspace)
         odd = {key: dtype for key, dtype in dtypes.items() if dtype not in manifest.DTYPES}
         if odd:
             raise TypeError(
@@ -85,6 +85,17 @@ def _live(optimizer: Any, workspace: Any, variables: bool) -> dict[str, Array]:
         if variables:
             live[key_of("variables", name)] = variable
     return live
+
+
+def _bfloat_moments(workspace: Any) -> dict[str, str]:
+    """The dtypes of moments that NumPy keeps as the bits of bfloat16."""
+    of_each = zip(workspace.names, workspace.variables, workspace.slots, strict=True)
+    return {
+        key_of(slot, name): "bfloat16"
+        for name, variable, own in of_each
+        for slot in ("momentum", "velocity")
+        if slot in own and (arrays.dtype_name(own[slot]), arrays.is_complex(variable)) == ("uint16", False)
+    }
 
 
 def scalars_of(optimizer: Any) -> dict[str, Place]:

@@ -19,7 +19,7 @@ from ..arrays.tree import Container, Form
 from ..coefficients import MOST_STEPS, Recipe, Recipes
 from ..hyperparameters.groups import Group, make_groups, parted
 from ..ranks.joining import joining
-from ..state import Place, Slots, State, new_slots
+from ..state import Place, Slots, State
 from . import gradients as matching
 from . import workspace as building
 from .commit import Call, commit, exhaust
@@ -28,6 +28,7 @@ from .forked import renew_lock
 from .norms import judge
 from .rates import Rates
 from .record import Record
+from .slots import new_slots, of_pieces
 from .workspace import Workspace
 
 
@@ -93,11 +94,15 @@ class Engine(Rates):
         hyper = self.hyper
         groups, which, unmatched = make_groups(self, hyper.overrides, names, variables, together)
         given, variables = variables, arrays.seen_all(names, variables)
-        slots = [self.new_slots(v) if groups[k].trainable else {} for v, k in zip(variables, which, strict=True)]
+        of_each = zip(names, variables, which, strict=True)
+        slots = [self.new_slots(v, name=name) if groups[k].trainable else {} for name, v, k in of_each]
         workspace = building.build(names, variables, slots, which, len(groups), given, together is not None)
         if together is not None:
             together.meet(self, names, variables, given)
             hyper.most_threads = together.threads
+            if hyper.moments != "float32":  # which depend on where the parts of variables lie in the whole ones
+                workspace = of_pieces(hyper, workspace, len(groups), together.pieces)
+                slots = workspace.slots
         for called, nothing in unmatched:
             warnings.warn(
                 f"{called}: each of {brief_names(nothing, 20)} matches none of the variables {brief_names(names)}",
@@ -139,7 +144,8 @@ class Engine(Rates):
         elif self.together is not None:
             self.together.arrange(names, given)
         with without_collections():
-            workspace = building.build(names, variables, slots, which, len(groups), given, self.together is not None)
+            pieces, is_cut = getattr(self.together, "pieces", None), self.together is not None
+            workspace = building.build(names, variables, slots, which, len(groups), given, is_cut, pieces)
         for k, group in enumerate(groups):
             group.take(self, [i for i, own in enumerate(which) if own == k], names, given)
         self._take(workspace, groups)
@@ -323,7 +329,8 @@ class Engine(Rates):
             slots, members = list(self.state.slots), set(group.names)
             for i, (name, variable) in enumerate(zip(workspace.names, workspace.variables, strict=True)):
                 if name in members:
-                    slots[i] = self.new_slots(variable) if trainable else {}
+                    piece = None if self.together is None else self.together.pieces[name]
+                    slots[i] = self.new_slots(variable, None, name, piece) if trainable else {}
             started = self.updates() if trainable else 0
             self.lay_out(workspace.names, workspace.variables, slots, workspace.which, self.hyper.groups)
             vars(group)["started"] = started
@@ -338,13 +345,9 @@ class Engine(Rates):
             self.lay_out(workspace.names, workspace.variables, workspace.slots, which, groups)
         return idle
 
-    def new_slots(self, variable: Array, amsgrad: bool | None = None) -> Slots:
+    def new_slots(self, variable: Array, amsgrad: bool | None = None, name: Any = None, piece: Any = None) -> Slots:
         """The arrays of the state of one variable; where groups differ in it, with or without amsgrad."""
-        hyper = self.hyper
-        keys = ["momentum", "velocity"]
-        keys += ["velocity_hat"] * (hyper.amsgrad if amsgrad is None else amsgrad) + ["average"] * hyper.use_ema
-        keys += ["gradient_accumulator"] * (hyper.gradient_accumulation_steps is not None)
-        return new_slots(variable, keys, hyper.master_weights)
+        return new_slots(self.hyper, variable, self.hyper.amsgrad if amsgrad is None else amsgrad, name, piece)
 
     # What a GPU has counted
 

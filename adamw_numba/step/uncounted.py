@@ -29,7 +29,8 @@ def update_one(engine: Engine, gradient: Array, variable: Array, learning_rate: 
             raise ValueError(f"variable {brief(workspace.names[index])} is not trainable; expected one that is")
         group = engine.hyper.groups[workspace.which[index]]
         updates = max(engine.updates() - group.started, 0)
-        recipe = adam_alone(group.values(), updates, rate, len(engine.hyper.groups))
+        number = int(engine.state.scalars["iteration"])
+        recipe = adam_alone(group.values(), updates, rate, len(engine.hyper.groups), number)
         gradients = workspace.seen([gradient if k == index else None for k in range(len(workspace.names))])
         gradients = workspace.of_trainable(gradients)
         workspace.begin(gradients)

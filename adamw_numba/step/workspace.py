@@ -1,6 +1,6 @@
 """What an optimizer is built on: its variables in order, the arrays of their state, and a plan for each place."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,7 +9,10 @@ from .. import arrays
 from ..arrays import Array
 from ..arrays.brief import brief
 from ..arrays.dtensors import check_alike, is_dtensor
+from ..arrays.moments import kind_of
 from ..arrays.overlap import overlapping
+from ..arrays.pieces import Piece, places_of, whole
+from ..arrays.runs import Places
 from ..coefficients import Recipe
 from .commit import Call
 
@@ -135,8 +138,11 @@ def build(
     groups: int,
     given: list[Array] | None = None,
     may_be_empty: bool = False,
+    pieces: Mapping[str, Piece | None] | None = None,
 ) -> Workspace:
     """Check that variables do not overlap, and lay out the work of a step.
+
+    Of variables that are parts of whole ones, `pieces` say which: the rounding of moments of fewer bits depends on it.
 
     Raises
     ------
@@ -149,12 +155,13 @@ def build(
     if len(trainable) < len(names):
         _check_apart_from_frozen(names, variables, slots)
     trained: Any = [[each[i] for i in trainable] for each in (names, variables, slots, which)]
+    whole_ones = _places(trained[0], trained[1], trained[2], pieces or {})
     places = [arrays.place(variable) for variable in trained[1]]
     has_kernels = "cpu" in places and compiles()
     plans = []
     for where in dict.fromkeys(places):
         here = [v if place == where else None for v, place in zip(trained[1], places, strict=True)]
-        plans.append(_plan(where, has_kernels, trained[0], here, *trained[2:], groups))
+        plans.append(_plan(where, has_kernels, trained[0], here, *trained[2:], groups, whole_ones))
     gpus = [plan for plan, where in zip(plans, dict.fromkeys(places), strict=True) if where not in ("cpu", None)]
     alone = plans[0] if len(plans) == 1 else None
     resident = alone if gpus else None
@@ -187,6 +194,17 @@ def _check_apart_from_frozen(names: list[str], variables: list[Array], slots: li
             )
 
 
+def _places(
+    names: list[str], variables: list[Array], slots: list[dict[str, Array]], pieces: Mapping[str, Piece | None]
+) -> list[Places] | None:
+    """Where the elements of variables are in the whole ones; None where nothing depends on it."""
+    of_all = zip(variables, slots, strict=True)
+    if all(kind_of(arrays.dtype_name(own["momentum"]), arrays.is_complex(v)) == "float32" for v, own in of_all):
+        return None
+    of_each = [pieces.get(name) or whole(variable.shape) for name, variable in zip(names, variables, strict=True)]
+    return [places_of(piece) for piece in of_each]
+
+
 def compiles() -> bool:
     """Whether there are kernels: ``NUMBA_DISABLE_JIT``, which users set to debug their own code, takes them away."""
     from numba import config
@@ -206,4 +224,4 @@ def _plan(where: str | None, has_kernels: bool, *described: Any) -> Any:
         return Plan(*described)
     from ..gpu.plan import Plan as GpuPlan
 
-    return GpuPlan(where, *described)
+    return GpuPlan(where, *described[:-1])  # which has no use for places

@@ -138,8 +138,10 @@ def groups_of(optimizer: Any, params: Iterable[Any]) -> list[Own]:
     Raises
     ------
     ValueError
-        If a rate is a schedule, a variable is not trainable, or something that it names is none of the parameters.
+        If a rate is a schedule, a variable is not trainable, something that it names is none of the parameters, or
+        moments are of fewer bits.
     """
+    hp.choice("float32")("moments", optimizer.moments)  # torch's own state dicts hold no others
     params = list(params)
     named = [each if isinstance(each, tuple) else (str(i), each) for i, each in enumerate(params)]
     names, tensors = [name for name, _ in named], [tensor for _, tensor in named]

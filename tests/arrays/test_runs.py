@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adamw_numba.arrays import Layout
-from adamw_numba.arrays.runs import ARRAY, CHUNK, COUNT, G_AT, P_AT, P_STEP, S_AT, chunks_of, runs_by_kind
+from adamw_numba.arrays.runs import ARRAY, CHUNK, COUNT, G_AT, P_AT, P_STEP, S_AT, S_STEP, chunks_of, runs_by_kind
 
 SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 5]), max_size=3).map(tuple)
 
@@ -43,7 +43,7 @@ def elements(layouts):
 def visited(work, i):
     rows = work[work[:, ARRAY] == i].tolist()
     return sorted(
-        tuple(at + k * step for at, step in zip(row[P_AT : S_AT + 1], row[P_STEP:], strict=True))
+        tuple(at + k * step for at, step in zip(row[P_AT : S_AT + 1], row[P_STEP : S_STEP + 1], strict=True))
         for row in rows
         for k in range(row[COUNT])
     )

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from adamw_numba import AdamW, LossScaleOptimizer, schedules
 from adamw_numba.cpu import sums
 from adamw_numba.distributed import RankError, Sharded
-from adamw_numba.distributed.cuts import buckets, shares
+from adamw_numba.distributed.cuts import ALIGNED, buckets, shares
 from adamw_numba.distributed.shares import Shares
 
 SIZES = [1, 2, 3, 4, 7]
@@ -172,8 +172,8 @@ def test_what_is_kept_and_sent(size):
 
     total = 4 * (count + 300 * 70)
     for sent, kept in together(size, work):
-        assert sent <= 2 * (size - 1) / size * total * 1.001 + 4 * 2 * 64 * size
-        assert kept <= 2 * total / size + 4 * 2 * 64 + 64
+        assert sent <= 2 * (size - 1) / size * total * 1.001 + 4 * 2 * ALIGNED * size
+        assert kept <= 2 * total / size + 4 * 2 * ALIGNED + 64
 
 
 class Echo:
@@ -232,7 +232,7 @@ def test_cuts_hold_every_element_once(sizes, ranks, most):
     assert all(sum(run.stop - run.start for run in runs) <= most for bucket in cut for runs in bucket)
     assert all(len({run.variable for run in runs}) == len(runs) for runs in parts)
     for runs in parts:
-        assert abs(sum(run.stop - run.start for run in runs) - sum(sizes) / ranks) <= 64 + 1
+        assert abs(sum(run.stop - run.start for run in runs) - sum(sizes) / ranks) <= ALIGNED + 1
 
 
 def test_torch_tensors():

@@ -1,0 +1,189 @@
+"""Moments in 16 and 8 bits: how a float32 becomes fewer bits and comes back, written once for every target.
+
+Rounding is stochastic: up or down, each as often as makes the mean right. A moment changes by a thousandth in a step,
+and what lies between two numbers of 8 bits apart by a hundredth would never move if it were rounded to the nearest one.
+The noise is a hash of the seed, the number of the step, the name of the variable and the place of an element in the
+whole variable, so that bits depend neither on threads nor on how variables are cut.
+
+`make_rounding` is bound by `numba` (cpu/moments.py) and by whole-array functions (array_api/moments.py).
+
+- **bfloat16** is the upper half of a float32. The second moment is stored itself and not as its root: that has the same
+  8 bits of precision, so the root of what is stored is twice as exact, and the range is float32's either way.
+- **8 bits** are a float in which 3 bits are the mantissa, relative to the largest element of a block: a sign and 4 bits
+  of exponent for the momentum, 5 for the velocity. A small offset makes the numbers near 0 evenly spaced, down to
+  2^-18 of the block's scale for the momentum, and to 2^-34 for the velocity, whose root is 2^-17: what the noise can
+  add to a momentum is thus at most half of what it is divided by. A velocity that is not 0 never becomes 0. A block's
+  scale is a power of two, so that nothing is lost where it changes. A block that holds a NaN, or more than
+  1.6e38, becomes NaN.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from zlib import crc32
+
+MOMENTS = ("float32", "bfloat16", "8bit")
+BLOCK = 256  # elements that have one scale
+SCALES = ("momentum_scale", "velocity_scale")
+NARROWER = {"float32": 0, "bfloat16": 1, "8bit": 2}  # how many times the itemsize is halved
+_GOLDEN = 0x9E3779B1
+_MAGNITUDE, _NAN = 0x7FFFFFFF, 0x7FC00000
+_LARGEST_BFLOAT = 0x7F7F0000
+_MOMENTUM_OFFSET, _VELOCITY_OFFSET = (127 - 15) << 23, (127 - 31) << 23  # 2^-15 and 2^-31, as bits
+_DROPPED = 20  # bits of a float32's mantissa that 8 bits do not have
+_CARRY = 1 << _DROPPED  # so that an element of 1.875 times a power of two or more has the next one for its scale
+_LEAST_SCALE, _MOST_SCALE = 1, 253  # exponents of powers of two whose inverses are no subnormal numbers
+
+
+# What NumPy keeps them in; a complex number in one word. bfloat16 is bfloat16 where a library has it.
+_WORDS = {
+    ("bfloat16", False): "uint16",
+    ("bfloat16", True): "uint32",
+    ("8bit", False): "uint8",
+    ("8bit", True): "uint16",
+}
+_KINDS = {(word, is_complex): kind for (kind, is_complex), word in _WORDS.items()} | {("bfloat16", False): "bfloat16"}
+
+
+def stored_as(moments: str, is_complex: bool, has_bfloat: bool) -> str:
+    """The dtype of moments of fewer bits, in a library that has bfloat16 or not."""
+    return moments if moments == "bfloat16" and has_bfloat and not is_complex else _WORDS[moments, is_complex]
+
+
+def kind_of(dtype: str, is_complex: bool) -> str:
+    """What moments of a dtype are: one of `MOMENTS`."""
+    return _KINDS.get((dtype, is_complex), "float32")
+
+
+class Rounding(NamedTuple):
+    """Functions of one target; words are unsigned integers of 32 bits."""
+
+    keys: Callable[..., Any]
+    noise: Callable[..., Any]
+    to_bfloat: Callable[..., Any]
+    from_bfloat: Callable[..., Any]
+    scale_of: Callable[..., Any]
+    inverse_of: Callable[..., Any]
+    to_momentum: Callable[..., Any]
+    from_momentum: Callable[..., Any]
+    to_velocity: Callable[..., Any]
+    from_velocity: Callable[..., Any]
+
+
+def name_word(name: str) -> int:
+    """What stands for the name of a variable."""
+    return crc32(name.encode("utf-8", "surrogatepass"))
+
+
+def make_rounding(compiled: Callable[..., Any], word: Any, bits_of: Any, number_of: Any, choose: Any) -> Rounding:
+    """The functions of a target.
+
+    Parameters
+    ----------
+    compiled : callable
+        A decorator.
+    word : callable
+        Makes 32 bits of what an operation on words gives.
+    bits_of, number_of : callable
+        The bits of a float32, and the float32 of bits.
+    choose : callable
+        ``choose(condition, yes, no)``.
+    """
+
+    @compiled
+    def mixed(x):  # type: ignore[no-untyped-def]
+        x = word(word(x ^ (x >> word(16))) * word(0x7FEB352D))
+        x = word(word(x ^ (x >> word(15))) * word(0x846CA68B))
+        return word(x ^ (x >> word(16)))
+
+    @compiled
+    def keys(seed, name, step):  # type: ignore[no-untyped-def]
+        """Two words for one variable at one step."""
+        first = mixed(word(mixed(word(name ^ mixed(word(seed + word(_GOLDEN))))) + word(step * word(_GOLDEN))))
+        return first, mixed(word(first + word(_GOLDEN)))
+
+    @compiled
+    def noise(place, first, second):  # type: ignore[no-untyped-def]
+        """32 bits for an element: those of `mixed`, with a key before each multiplication.
+
+        So two steps are no shifted copies of each other.
+        """
+        x = word(place + first)
+        x = word(word(x ^ (x >> word(16))) * word(0x7FEB352D))
+        x = word(x ^ second)
+        x = word(word(x ^ (x >> word(15))) * word(0x846CA68B))
+        return word(x ^ (x >> word(16)))
+
+    @compiled
+    def to_bfloat(x, bits):  # type: ignore[no-untyped-def]
+        """The 16 bits of a bfloat16, rounded by 16 bits of noise.
+
+        Nothing is added to NaN and infinities, nor to what would become one: that is cut to the largest bfloat16.
+        """
+        x = bits_of(x)
+        bits = choose(word(x & word(_MAGNITUDE)) < word(_LARGEST_BFLOAT), bits, word(bits & word(0)))
+        return word(word(x + bits) >> word(16))
+
+    @compiled
+    def from_bfloat(x):  # type: ignore[no-untyped-def]
+        return number_of(word(x << word(16)))
+
+    @compiled
+    def scale_of(largest):  # type: ignore[no-untyped-def]
+        """The bits of a block's scale; `largest` are those of its largest magnitude."""
+        exponent = word(word(largest + word(_CARRY)) >> word(23))
+        too_small = exponent < word(_LEAST_SCALE)
+        scale = word(choose(too_small, word(word(exponent & word(0)) | word(_LEAST_SCALE)), exponent) << word(23))
+        return choose(exponent > word(_MOST_SCALE), word(scale | word(_NAN)), scale)
+
+    @compiled
+    def inverse_of(scale):  # type: ignore[no-untyped-def]
+        """The bits of 1 / scale; anything where that is NaN."""
+        return word(word(254 << 23) - scale)
+
+    # The offsets are multiples of what is dropped, so the codes are the last bits of what is left.
+
+    @compiled
+    def coded(magnitude, inverse, offset, dither):  # type: ignore[no-untyped-def]
+        return word(word(bits_of(magnitude * inverse + number_of(offset)) + dither) >> word(_DROPPED))
+
+    @compiled
+    def decoded(code, offset):  # type: ignore[no-untyped-def]
+        return number_of(word(word(code << word(_DROPPED)) + offset)) - number_of(offset)
+
+    @compiled
+    def to_momentum(x, inverse, noise):  # type: ignore[no-untyped-def]
+        """8 bits, rounded by the last 20 bits of noise: the sign and 7 bits of magnitude."""
+        x = bits_of(x)
+        dither = word(noise & word(_CARRY - 1))
+        code = coded(number_of(word(x & word(_MAGNITUDE))), inverse, word(_MOMENTUM_OFFSET), dither)
+        return word(word(code & word(127)) | word(word(x >> word(24)) & word(128)))
+
+    @compiled
+    def from_momentum(code, scale):  # type: ignore[no-untyped-def]
+        magnitude = bits_of(decoded(word(code & word(127)), word(_MOMENTUM_OFFSET)))
+        return number_of(word(magnitude | word(word(code << word(24)) & word(0x80000000)))) * scale
+
+    @compiled
+    def to_velocity(x, inverse, noise):  # type: ignore[no-untyped-def]
+        """8 bits of magnitude, rounded by the first 20 bits of noise; at least 1 of what is not 0."""
+        code = coded(x, inverse, word(_VELOCITY_OFFSET), word(noise >> word(32 - _DROPPED)))
+        least = word((_VELOCITY_OFFSET >> _DROPPED) + 1)
+        code = choose(x > number_of(word(0)), choose(code < least, word(word(code & word(0)) | least), code), code)
+        return word(code & word(255))
+
+    @compiled
+    def from_velocity(code, scale):  # type: ignore[no-untyped-def]
+        return decoded(code, word(_VELOCITY_OFFSET)) * scale
+
+    return Rounding(
+        keys,
+        noise,
+        to_bfloat,
+        from_bfloat,
+        scale_of,
+        inverse_of,
+        to_momentum,
+        from_momentum,
+        to_velocity,
+        from_velocity,
+    )

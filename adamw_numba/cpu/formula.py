@@ -1,0 +1,26 @@
+"""The arithmetic of one element, compiled by Numba, and the runs of elements that it is for."""
+
+import math
+
+import numpy as np
+from numba import carray
+from numpy.lib.stride_tricks import as_strided
+
+from ..arrays.compiled import jit, pointer
+from ..update import make_update
+
+update = jit(make_update(math.sqrt, np.maximum, np.minimum))
+
+
+@jit
+def row_of(address, count, step, like, strided):
+    if strided is None:
+        return carray(pointer(address, like), count)
+    return as_strided(carray(pointer(address, like), 1), (count,), (step,))
+
+
+@jit
+def slot_of(exists, address, count, step, like, strided):
+    if exists is None:
+        return None
+    return row_of(address, count, step, like, strided)
