@@ -6,48 +6,37 @@ It is read by any number of processes, each its own pieces, and so is every othe
 import contextlib
 import errno
 import json
-import math
 import os
-import re
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..arrays.brief import brief, brief_names
-from ..arrays.moments import BLOCK, SCALES
-from ..arrays.pieces import Piece, copy_common, make_whole, whole
+from ..arrays.pieces import Piece, copy_common, whole
 from ..ranks.meeting import checksums
 from ..ranks.settings import different_settings, settings_of
-from ..update import SLOTS
 from . import archive, manifest, snapshot
 from .archive import Saved
+from .indexes import (
+    INDEX,
+    OF_A_VARIABLE,
+    OURS,
+    Pieces,
+    check_sizes,
+    dtypes_of,
+    index_of,
+    is_of_a_variable,
+    lacks,
+    of_files,
+    of_slot,
+    read_index,
+)
 from .manifest import encoded
-from .stores.atomic import CorruptFileError, naming, remove, replacing
-
-INDEX = "index.json"
-OF_A_VARIABLE = ("variables", *SLOTS)
-_OURS = re.compile(r"rank-\d+-of-\d+\.[0-9a-f]{16}\.npz|index\.json|\..*\.tmp\..*")
-Pieces = Mapping[str, Piece]
-
-
-def is_of_a_variable(key: str) -> bool:
-    """Whether the array of that key is cut like a variable."""
-    return key.partition("/")[0] in OF_A_VARIABLE
-
-
-def _of_slot(key: str, piece: Piece, dtype: str) -> Piece:
-    """The piece that an array of the state is, of a piece of a variable: scales are one for each block."""
-    if key.partition("/")[0] not in SCALES:
-        return piece
-    run, width = piece.as_run(), 1 + dtype.startswith("complex")
-    if run is None:
-        return Piece((0,), (0,), (0,))  # nothing has blocks that are cut so
-    sizes = [-(-elements * width // BLOCK) for elements in (math.prod(piece.shape), run.own[0])]
-    return Piece((sizes[0],), (run.start[0] * width // BLOCK,), (sizes[1],))
+from .stores.atomic import CorruptFileError, remove, replacing
 
 
 def is_folder(target: Any) -> bool:
@@ -136,7 +125,7 @@ def save(optimizer: Any, target: Any, extra: Any, variables: bool, durable: bool
                 if missing:
                     what = f"{brief_names(missing)} of this save are gone: another program saves in the folder"
                     raise FileNotFoundError(errno.ENOENT, what, str(path))
-                document = _index(taken, told, files)
+                document = index_of(taken.document, told, files)
                 with replacing(path / INDEX, durable) as temporary:
                     temporary.write_bytes(manifest.encode(document))
             agreed()
@@ -177,33 +166,6 @@ def _owned(told: list[dict[str, Any]], rank: int) -> set[str]:
     return owned
 
 
-def _index(taken: snapshot.Snapshot, told: list[dict[str, Any]], files: list[str]) -> dict[str, Any]:
-    """The document of a whole: rank 0's, with the variables and the groups of all."""
-    variables: dict[str, Any] = {}
-    parts: dict[str, list[Any]] = {}
-    arrays: dict[str, Any] = {}
-    groups: dict[str, Any] = {}
-    for rank, each in enumerate(told):
-        for entry, start, own, slots in each["variables"]:
-            name = entry["name"]
-            variables.setdefault(name, entry)
-            where = parts.setdefault(name, [])
-            if all([start, own] != known[1:] for known in where):
-                where.append([rank, start, own])
-            for slot, dtype in slots.items():
-                key = f"{slot}/{encoded(name)}"
-                shape = list(_of_slot(key, whole(entry["shape"]), entry["dtype"]).shape)
-                arrays[key] = {"dtype": dtype, "shape": shape, "crc32": 0}
-        for group in each["groups"]:
-            own = json.dumps({key: value for key, value in group.items() if key != "names"}, sort_keys=True)
-            groups.setdefault(own, group | {"names": []})["names"] += group["names"]
-    for group in groups.values():
-        group["names"] = list(dict.fromkeys(group["names"]))
-    merged = {"groups": list(groups.values())} if groups else {}
-    whole_ones = {"variables": list(variables.values()), "arrays": arrays, "files": files, "parts": parts}
-    return {**taken.document, **merged, **whole_ones}
-
-
 def _of_replicated(taken: snapshot.Snapshot, engine: Any, together: Any) -> list[list[Any]]:
     """The checksums of what has to be the same on all ranks."""
     workspace = engine.workspace
@@ -217,7 +179,7 @@ def _of_replicated(taken: snapshot.Snapshot, engine: Any, together: Any) -> list
 def _check_ours(path: Path) -> list[str]:
     """What is in a folder, all of which has been saved in it."""
     held = os.listdir(path)
-    others = sorted(found for found in held if not _OURS.fullmatch(found))
+    others = sorted(found for found in held if not OURS.fullmatch(found))
     if others:
         raise ValueError(f"the folder {path} holds {brief_names(others)}; expected a new folder, or one saved in")
     return held
@@ -258,14 +220,14 @@ def read_folder(
     CorruptFileError, ValueError
         As `read`; also if the folder has another index.
     """
-    document = _read_index(path)
+    document = read_index(path)
     if crc32 not in (None, document["crc32"]):
         raise ValueError(
             f"{path} holds another save than when the optimizer was loaded from it; expected the same: load it again"
         )
-    wanted, pieces = _wanted(document, together, names, str(path)), _of_files(document)
+    wanted, pieces = _wanted(document, together, names, str(path)), of_files(document)
     needed = [k for k, held in enumerate(pieces) if k == 0 or not wanted.keys().isdisjoint(held)]
-    _check_sizes(path, document, pieces, needed)
+    check_sizes(path, document, pieces, needed)
     sources = ((_file(path, document, k), pieces[k]) for k in needed)
     return _assembled(document, sources, wanted, str(path))
 
@@ -279,18 +241,7 @@ def cut(saved: Saved, together: Any, names: Iterable[str] | None = None) -> Save
 
 def describe(target: Any) -> dict[str, Any]:
     """The document of a target alone; of a folder its index."""
-    return _read_index(Path(target)) if is_folder(target) else archive.describe(target)
-
-
-def _read_index(path: Path) -> dict[str, Any]:
-    if not (path / INDEX).exists():
-        raise CorruptFileError(f"{path} lacks {INDEX}, which is written last; expected a folder that was saved")
-    with naming(str(path)):
-        data = (path / INDEX).read_bytes()
-    document = manifest.decode(data, str(path))
-    with naming(str(path)):
-        _check_index(document, str(path))
-    return document
+    return read_index(Path(target)) if is_folder(target) else archive.describe(target)
 
 
 def verify(target: Any, part: int = 0, parts: int = 1) -> int:
@@ -304,52 +255,17 @@ def verify(target: Any, part: int = 0, parts: int = 1) -> int:
     if not is_folder(target):
         return archive.verify(target)
     path, count = Path(target), 0
-    document = _read_index(path)
-    pieces, dtypes = _of_files(document), _dtypes(document)
+    document = read_index(path)
+    pieces, dtypes = of_files(document), dtypes_of(document)
     for number in range(part, len(pieces), parts):
         saved = _file(path, document, number)
         by_code = {encoded(name): (piece, dtypes[name]) for name, piece in pieces[number].items()}
         for key in filter(is_of_a_variable, saved.arrays):
             piece = by_code.get(key.partition("/")[2])
-            if piece is None or saved.arrays[key].shape != _of_slot(key, *piece).own:
+            if piece is None or saved.arrays[key].shape != of_slot(key, *piece).own:
                 raise CorruptFileError(f"{saved.where}: {brief(key)} is not as {INDEX} of {path} says")
         count += sum(array.nbytes for array in saved.arrays.values())
     return count
-
-
-def _check_index(document: dict[str, Any], where: str) -> None:
-    files, parts = document.get("files"), document.get("parts")
-    names = [entry["name"] for entry in document["variables"]]
-    if (
-        type(files) is not list
-        or not files
-        or not all(type(file) is str and _OURS.fullmatch(file) and file.endswith(".npz") for file in files)
-        or type(parts) is not dict
-        or set(parts) != set(names)
-    ):
-        raise CorruptFileError(f"{where}: {INDEX} names the files {brief(files)}; expected a file of each rank")
-    shapes = {encoded(entry["name"]): entry["shape"] for entry in document["variables"]}
-    for key, entry in document["arrays"].items():
-        if not is_of_a_variable(key) or shapes.get(key.partition("/")[2]) != entry["shape"]:
-            raise CorruptFileError(
-                f"{where}: {INDEX} says that {brief(key)} has shape {brief(entry['shape'])}; expected arrays of the "
-                f"variables, of their shapes: {', '.join(OF_A_VARIABLE)}"
-            )
-    for entry in document["variables"]:
-        try:
-            if any(type(k) is not int for file, start, own in parts[entry["name"]] for k in (file, *start, *own)):
-                raise ValueError("a position is no integer")
-            found = [Piece(tuple(entry["shape"]), tuple(start), tuple(own)) for _, start, own in parts[entry["name"]]]
-            fits = all(part.fault() is None for part in found) and make_whole(found)
-            held_by = {file for file, *_ in parts[entry["name"]]}  # each has one part at most
-            fits = fits and held_by.issubset(range(len(files))) and len(held_by) == len(found)
-        except (TypeError, ValueError):
-            fits = False
-        if not fits:
-            raise CorruptFileError(
-                f"{where}: {INDEX} says that the parts of {brief(entry['name'])} are {brief(parts[entry['name']])}; "
-                "expected parts that make a whole"
-            )
 
 
 def _wanted(document: dict[str, Any], together: Any, names: Any, where: str) -> dict[str, Piece]:
@@ -379,43 +295,11 @@ def _wanted(document: dict[str, Any], together: Any, names: Any, where: str) -> 
     return wanted
 
 
-def _dtypes(document: dict[str, Any]) -> dict[str, str]:
-    return {entry["name"]: entry["dtype"] for entry in document["variables"]}
-
-
-def _of_files(document: dict[str, Any]) -> list[dict[str, Piece]]:
-    """The pieces that each file of a folder has."""
-    shapes = {entry["name"]: tuple(entry["shape"]) for entry in document["variables"]}
-    found: list[dict[str, Piece]] = [{} for _ in document["files"]]
-    for name, parts in document["parts"].items():
-        for number, start, own in parts:
-            found[number][name] = Piece(shapes[name], tuple(start), tuple(own))
-    return found
-
-
-def _check_sizes(path: Path, document: dict[str, Any], pieces: Sequence[Pieces], needed: Iterable[int]) -> None:
-    """Refuse files shorter than their arrays, none of which is compressed: before memory is taken for these."""
-    widths = dict.fromkeys((encoded(name) for name in document["parts"]), 0)  # bytes of all that an element has
-    for key, entry in document["arrays"].items():
-        widths[key.partition("/")[2]] += manifest.DTYPES[entry["dtype"]].itemsize
-    for number in needed:
-        expected = sum(math.prod(piece.own) * widths[encoded(name)] for name, piece in pieces[number].items())
-        file = document["files"][number]
-        try:
-            size = (path / file).stat().st_size
-        except FileNotFoundError:
-            raise _lacks(path, file) from None
-        if size < expected:
-            raise CorruptFileError(
-                f"{path / file} has {size} bytes; expected at least {expected}, of arrays that {INDEX} says it holds"
-            )
-
-
 def _file(path: Path, document: dict[str, Any], number: int) -> Saved:
     try:
         saved = archive.read(path / document["files"][number])
     except FileNotFoundError:
-        raise _lacks(path, document["files"][number]) from None
+        raise lacks(path, document["files"][number]) from None
     if saved.document["step"] != document["step"]:
         raise CorruptFileError(
             f"{saved.where} is of step {saved.document['step']}, and its {INDEX} of {document['step']}"
@@ -423,20 +307,16 @@ def _file(path: Path, document: dict[str, Any], number: int) -> Saved:
     return saved
 
 
-def _lacks(path: Path, file: str) -> CorruptFileError:
-    return CorruptFileError(f"{path} lacks {file}, which its {INDEX} names")
-
-
 def _assembled(document: dict[str, Any], sources: Iterable[tuple[Saved, Pieces]], wanted: Pieces, where: str) -> Saved:
     """What was read as if it had been saved in the pieces that are wanted."""
     declared: dict[str, Any] = {}
     found: dict[str, np.ndarray[Any, Any]] = {}
     copied: dict[str, int] = {}
-    by_code, dtypes = {encoded(name): name for name in wanted}, _dtypes(document)
+    by_code, dtypes = {encoded(name): name for name in wanted}, dtypes_of(document)
     for key, entry in document["arrays"].items():
         name = by_code.get(key.partition("/")[2])
         if is_of_a_variable(key) and name is not None:
-            own = _of_slot(key, wanted[name], dtypes[name]).own
+            own = of_slot(key, wanted[name], dtypes[name]).own
             found[key], copied[key] = np.empty(own, manifest.DTYPES[entry["dtype"]]), 0
             declared[key] = entry | {"shape": list(own)}
     for number, (saved, pieces) in enumerate(sources):
@@ -446,10 +326,10 @@ def _assembled(document: dict[str, Any], sources: Iterable[tuple[Saved, Pieces]]
                     found[key], declared[key] = array, saved.document["arrays"][key]
             elif key in copied:
                 name = by_code[key.partition("/")[2]]
-                there = None if name not in pieces else _of_slot(key, pieces[name], dtypes[name])
+                there = None if name not in pieces else of_slot(key, pieces[name], dtypes[name])
                 if there is None or array.shape != there.own or array.dtype != found[key].dtype:
                     raise CorruptFileError(f"{saved.where}: {brief(key)} is not as {INDEX} of {where} says")
-                copied[key] += copy_common(array, there, found[key], _of_slot(key, wanted[name], dtypes[name]))
+                copied[key] += copy_common(array, there, found[key], of_slot(key, wanted[name], dtypes[name]))
     short = [key for key, count in copied.items() if count != found[key].size]
     if short:
         raise CorruptFileError(f"{where} holds not all elements of {brief(short[0])}")

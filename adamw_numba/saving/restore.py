@@ -18,6 +18,7 @@ from ..state import check_scalar
 from . import folders, manifest
 from .archive import Saved
 from .differences import UNUSABLE, differences
+from .indexes import is_of_a_variable
 from .manifest import encoded
 from .snapshot import Place, engine_of, scalars_of
 from .stores.atomic import CorruptFileError
@@ -242,7 +243,7 @@ def _common_start(group: Group, of: Mapping[str, int], where: str) -> int:
 
 
 def _loaded(saved: Saved) -> Loaded:
-    own = {key: array for key, array in saved.arrays.items() if folders.is_of_a_variable(key)}
+    own = {key: array for key, array in saved.arrays.items() if is_of_a_variable(key)}
     groups, mark = saved.document.get("groups", ()), float(int(saved.document["crc32"], 16))
     return Loaded(saved.document["variables"], own, saved.where, groups=groups, mark=mark)
 
@@ -291,7 +292,7 @@ def _scalar_writes(optimizer: Any, saved: Saved) -> list[Write]:
 
 
 def _check_keys(places: Mapping[str, Place], saved: Saved) -> None:
-    found = {key for key in saved.arrays if not folders.is_of_a_variable(key)}
+    found = {key for key in saved.arrays if not is_of_a_variable(key)}
     if found == set(places):
         return
     hint = ""
@@ -414,8 +415,7 @@ def _value_of_slot(loaded: Loaded, key: str, slot: str, name: str, array: Array)
                 "an optimizer with the options that it was saved with"
             )
     elif not _fits(value, array):
-        hint = ", of which `moments` decides" if slot in ("momentum", "velocity") else ""
-        _check_fits(f"{loaded.where}: {slot} of {brief(name)}{hint}", value, array)
+        _check_fits(f"{loaded.where}: {slot} of {brief(name)}", value, array)
     return value
 
 

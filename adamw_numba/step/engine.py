@@ -101,15 +101,14 @@ class Engine(Rates):
             together.meet(self, names, variables, given)
             hyper.most_threads = together.threads
             if hyper.moments != "float32":  # which depend on where the parts of variables lie in the whole ones
-                workspace = of_pieces(hyper, workspace, len(groups), together.pieces)
-                slots = workspace.slots
+                workspace = of_pieces(hyper, workspace, len(groups), together)
         for called, nothing in unmatched:
             warnings.warn(
                 f"{called}: each of {brief_names(nothing, 20)} matches none of the variables {brief_names(names)}",
                 stacklevel=4,
             )
         if self.loaded is not None:
-            counts = self.loaded.fill(names, variables, slots, groups, together)
+            counts = self.loaded.fill(names, variables, workspace.slots, groups, together)
             for group, started in zip(groups, counts, strict=True):
                 vars(group)["started"] = started
             self.loaded = None
@@ -326,11 +325,10 @@ class Engine(Rates):
             self.check_not_swapped()
             workspace = self.require_built("trainable")
             self.catch_up()
-            slots, members = list(self.state.slots), set(group.names)
+            slots, members, pieces = list(self.state.slots), set(group.names), getattr(self.together, "pieces", {})
             for i, (name, variable) in enumerate(zip(workspace.names, workspace.variables, strict=True)):
                 if name in members:
-                    piece = None if self.together is None else self.together.pieces[name]
-                    slots[i] = self.new_slots(variable, None, name, piece) if trainable else {}
+                    slots[i] = self.new_slots(variable, None, name, pieces.get(name)) if trainable else {}
             started = self.updates() if trainable else 0
             self.lay_out(workspace.names, workspace.variables, slots, workspace.which, self.hyper.groups)
             vars(group)["started"] = started

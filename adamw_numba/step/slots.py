@@ -1,7 +1,6 @@
 """The arrays of the state of one variable, and what its moments are kept in."""
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from .. import arrays
@@ -36,13 +35,17 @@ def new_slots(hyper: Any, variable: Array, amsgrad: bool, name: str | None, piec
     return slots
 
 
-def of_pieces(hyper: Any, built: Workspace, groups: int, pieces: Mapping[str, Any]) -> Workspace:
-    """The same workspace with slots for variables that are these pieces of whole ones."""
-    named = zip(built.names, built.variables, built.slots, strict=True)
-    slots = [
-        new_slots(hyper, variable, hyper.amsgrad, name, pieces[name]) if own else own for name, variable, own in named
-    ]
-    return build(built.names, built.variables, slots, built.which, groups, built.given, True, pieces)
+def of_pieces(hyper: Any, built: Workspace, groups: int, together: Any) -> Workspace:
+    """The same workspace with slots for variables that are pieces of whole ones; an error reaches all ranks."""
+    named, pieces = zip(built.names, built.variables, built.slots, strict=True), together.pieces
+    with together.deciding("build"):
+        slots = [
+            new_slots(hyper, variable, hyper.amsgrad, name, pieces[name]) if own else own
+            for name, variable, own in named
+        ]
+        workspace = build(built.names, built.variables, slots, built.which, groups, built.given, True, pieces)
+        together.agree()
+    return workspace
 
 
 def _moments_of(asked: str, name: str | None, variable: Array, piece: Piece | None) -> str:
