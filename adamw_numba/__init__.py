@@ -8,7 +8,7 @@ from .minimizer.minimize import minimize
 from .minimizer.multistart import multistart
 from .optimizer import AdamW
 from .saving.checkpoints import Checkpoints
-from .saving.restore import saved_variables
+from .saving.saved_variables import saved_variables
 from .saving.stores.atomic import CorruptFileError
 from .step.record import LastStep
 

@@ -192,46 +192,6 @@ def take(optimizer: Any, read: Callable[[], Saved]) -> Any:
         return engine.extra
 
 
-def saved_variables(target: Any) -> dict[str, np.ndarray[Any, Any]]:
-    """The variables that were saved with ``variables=True``, for arrays that cannot be written into, such as JAX's.
-
-    Parameters
-    ----------
-    target : path, URL or mapping
-
-    Returns
-    -------
-    dict
-        NumPy arrays by name, in the order of `build`; bfloat16 as float32, which holds it exactly.
-
-    Raises
-    ------
-    ValueError
-        If there are none.
-
-    Examples
-    --------
-    >>> from adamw_numba import AdamW, saved_variables
-    >>> store, optimizer = {}, AdamW()
-    >>> optimizer.build({"w": np.ones(2)})
-    >>> optimizer.save(store, variables=True)
-    >>> saved_variables(store)
-    {'w': array([1., 1.])}
-    """
-    saved = folders.read(target)
-    named = {entry["name"]: f"variables/{encoded(entry['name'])}" for entry in saved.document["variables"]}
-    if not named or any(key not in saved.arrays for key in named.values()):
-        raise ValueError(f"{saved.where} holds no variables; expected them to be saved with `variables=True`")
-    return {name: numbers(saved.arrays[key], saved.document["arrays"][key]["dtype"]) for name, key in named.items()}
-
-
-def numbers(array: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
-    """The numbers that saved bits stand for: bfloat16 as float32, which holds it exactly."""
-    if dtype != "bfloat16":
-        return array
-    return (array.astype(np.uint32) << 16).view(np.float32)  # the upper half of a float32's bits
-
-
 def _common_start(group: Group, of: Mapping[str, int], where: str) -> int:
     found = {of.get(name, 0) for name in group.names} or {0}
     if len(found) > 1:
@@ -415,7 +375,8 @@ def _value_of_slot(loaded: Loaded, key: str, slot: str, name: str, array: Array)
                 "an optimizer with the options that it was saved with"
             )
     elif not _fits(value, array):
-        _check_fits(f"{loaded.where}: {slot} of {brief(name)}", value, array)
+        hint = ", of which `moments` decides" if slot in ("momentum", "velocity") else ""
+        _check_fits(f"{loaded.where}: {slot} of {brief(name)}{hint}", value, array)
     return value
 
 
