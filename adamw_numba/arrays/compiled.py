@@ -1,6 +1,7 @@
 """How this package compiles with Numba: one set of options, a cache on disk, and memory reached by its address."""
 
 from contextlib import suppress
+from pathlib import Path
 
 from llvmlite import ir
 from numba import config, types
@@ -97,6 +98,12 @@ def entry_point(function):
 
 jit = cached(no_cpython_wrapper=True, no_cfunc_wrapper=True)  # for compiled code only
 jit_for_python = cached()
+
+
+def cache_folder() -> Path | None:
+    """Where what is compiled is kept; None where no folder can be written."""
+    path = getattr(getattr(first_above, "_cache", None), "cache_path", None)
+    return None if path is None else Path(path)
 
 
 @intrinsic

@@ -16,7 +16,6 @@ from numba.extending import intrinsic, overload
 
 from ..arrays.compiled import jit
 
-AHEAD = 1024  # how many bytes ahead a loop asks for elements
 # Modes of an x86 processor (its register MXCSR). Both mask all exceptions and round to nearest; the second also turns
 # subnormal results into 0. A float32 momentum becomes subnormal 830 steps after its gradients have stopped, and stays
 # so, and the processor takes twenty times as long for a step with such numbers.
@@ -164,28 +163,39 @@ def mode_for(scale):
     return FLUSHING if scale >= LEAST_FLUSHED else EXACT
 
 
-@intrinsic
-def _prefetch(typingctx, address):
+def _prefetch_into(level):
     """Ask for a cache line that will soon be read; an address that does not exist does no harm."""
 
-    def codegen(context, builder, signature, args):
-        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
-        function = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-        for_reading, keep, data = (ir.Constant(word, number) for number in (0, 3, 1))
-        builder.call(function, [builder.inttoptr(args[0], byte), for_reading, keep, data])
-        return context.get_dummy_value()
+    @intrinsic
+    def prefetch(typingctx, address):
+        def codegen(context, builder, signature, args):
+            byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+            kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+            function = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+            for_reading, keep, data = (ir.Constant(word, number) for number in (0, 4 - level, 1))
+            builder.call(function, [builder.inttoptr(args[0], byte), for_reading, keep, data])
+            return context.get_dummy_value()
 
-    return types.void(types.intp), codegen
+        return types.void(types.intp), codegen
+
+    return prefetch
+
+
+_into_first, _into_second = _prefetch_into(1), _prefetch_into(2)
 
 
 @jit
-def ask_for(exists, address, count, step, ahead=AHEAD):
+def ask_for(exists, address, count, step, ahead, level):
     """While `count` elements of a dense run are used, ask for as many that lie `ahead` bytes further on.
 
     Processors prefetch by themselves, but here too late: the formula is so long that only a few elements fit into the
-    window of instructions that they look at in advance.
+    window of instructions that they look at in advance. They go into the cache of a level, the first or the second.
     """
     if exists is not None:
-        for line in range(address + ahead, address + ahead + count * step, 64):
-            _prefetch(line)
+        first, last = address + ahead, address + ahead + count * step
+        if level == 1:
+            for line in range(first, last, 64):
+                _into_first(line)
+        else:
+            for line in range(first, last, 64):
+                _into_second(line)

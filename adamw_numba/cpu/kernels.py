@@ -38,16 +38,16 @@ from ..update import (
 )
 from . import moments as small
 from .formula import row_of, slot_of, update
-from .intrinsics import AHEAD, FLUSHING, ask_for, exchange_mode, mode_for, narrow, widen
+from .intrinsics import FLUSHING, ask_for, exchange_mode, mode_for, narrow, widen
 
 WHOLE = 2**30  # elements: longer than any chunk
-PIECE = 128  # elements that are prefetched together
 FURTHER_AHEAD = 4096  # bytes: a loop that only reads gets through them faster
 LANES = 64  # independent sums of squares in a chunk: the same on every machine, whatever its vectors, for the same bits
 LIKE = {"float32": np.float32(0), "float64": np.float64(0), "float16": np.int16(0), "bfloat16": np.uint16(0)}
 
-# Entries of a block: addresses, then sizes.
-WORK, CHUNKS, TABLE, ARRAYS, FACTORS, NUMBERS, PARTIALS, SUMS, IS_FAR, BLOCK_WORDS = range(10)
+# Entries of a block: addresses, then sizes. The last three say how elements are asked for (see prefetch.py): how many
+# at a time, how many bytes ahead (0 where none are), and for the cache of which level.
+WORK, CHUNKS, TABLE, ARRAYS, FACTORS, NUMBERS, PARTIALS, SUMS, IS_FAR, PIECE, AHEAD, LEVEL, BLOCK_WORDS = range(13)
 # The numbers of a step, in a row for each group: the coefficients (see update.Coefficients), whether to overwrite the
 # variables with their averages, the scale of the squares, and what the rounding of moments depends on: the seed and the
 # number of the step. The last four are those of the first row.
@@ -217,9 +217,9 @@ def _update_share(
     work, first, last = _share(block, part, parts)
     table = table_of(block)
     overwrite = _numbers(block)[OVERWRITE] != 0
-    far = block[IS_FAR] != 0
+    far, level = block[AHEAD], block[LEVEL]
     halvings, kept = small.halvings(like, m_like), small.kept_scales()
-    piece = PIECE if far else BLOCK if halvings == 2 else WHOLE  # of 8 bits, within a block
+    piece = min(block[PIECE], BLOCK) if halvings == 2 else block[PIECE]  # of 8 bits, within a block
     further = small.SPAN if halvings == 2 else 0  # elements: their scales are looked for first
     for w in range(first, last):
         a, step = work[w, ARRAY], work[w, S_STEP]
@@ -234,15 +234,15 @@ def _update_share(
             masters = slot_of(master, table[MASTER, a] + at, n, step, like, strided)
             if table[G, a] != 0:
                 if far and strided is None:
-                    ask_for(True, p_at, n, work[w, P_STEP])
-                    narrow_step, ahead = step >> halvings, (AHEAD + further * step) >> halvings
-                    ask_for(True, g_at, n, work[w, G_STEP], AHEAD + further * work[w, G_STEP])
-                    ask_for(True, table[M, a] + (at >> halvings), n, narrow_step, ahead)
-                    ask_for(True, table[V, a] + (at >> halvings), n, narrow_step, ahead)
-                    ask_for(amsgrad, table[TOP, a] + at, n, step)
-                    ask_for(average, table[AVERAGE, a] + at, n, step)
-                    ask_for(accumulate, table[TOTAL, a] + at, n, step)
-                    ask_for(master, table[MASTER, a] + at, n, step)
+                    ask_for(True, p_at, n, work[w, P_STEP], far, level)
+                    narrow_step, ahead = step >> halvings, (far + further * step) >> halvings
+                    ask_for(True, g_at, n, work[w, G_STEP], far + further * work[w, G_STEP], level)
+                    ask_for(True, table[M, a] + (at >> halvings), n, narrow_step, ahead, level)
+                    ask_for(True, table[V, a] + (at >> halvings), n, narrow_step, ahead, level)
+                    ask_for(amsgrad, table[TOP, a] + at, n, step, far, level)
+                    ask_for(average, table[AVERAGE, a] + at, n, step, far, level)
+                    ask_for(accumulate, table[TOTAL, a] + at, n, step, far, level)
+                    ask_for(master, table[MASTER, a] + at, n, step, far, level)
                 m = row_of(table[M, a] + (at >> halvings), n, step >> halvings, m_like, strided)
                 v = row_of(table[V, a] + (at >> halvings), n, step >> halvings, m_like, strided)
                 g = row_of(g_at, n, work[w, G_STEP], g_like, strided)
@@ -308,9 +308,9 @@ def sum_squares(g, total, c, scale, sums, far):
     fours = g.size - g.size % rows
     for start in range(0, fours, rows):
         if far:
-            ask_for(True, g.ctypes.data + start * g.itemsize, rows, g.itemsize, FURTHER_AHEAD)
+            ask_for(True, g.ctypes.data + start * g.itemsize, rows, g.itemsize, FURTHER_AHEAD, 1)
             if total is not None:
-                ask_for(True, total.ctypes.data + start * total.itemsize, rows, total.itemsize, FURTHER_AHEAD)
+                ask_for(True, total.ctypes.data + start * total.itemsize, rows, total.itemsize, FURTHER_AHEAD, 1)
         for lane in range(LANES):  # four rows at once, so that each sum is loaded and stored once for all of them
             i = start + lane
             value = sums[lane] + _square(g, total, i, c, scale)

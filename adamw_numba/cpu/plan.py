@@ -12,6 +12,7 @@ import numpy as np
 from .. import arrays
 from ..arrays import Array
 from ..arrays.brief import brief
+from ..arrays.compiled import cache_folder
 from ..arrays.moments import MOMENTS, name_word
 from ..arrays.runs import ARRAY, COUNT, P_STEP, PLACE, PLACE_STEP, START, chunks_of
 from ..arrays.table import AddressTable
@@ -19,7 +20,8 @@ from ..coefficients import Recipe
 from ..update import Storage
 from . import exact
 from . import kernels as cpu
-from .pool import MOST_PARTS, call_helpers, helpers_of, job_call
+from .pool import MOST_PARTS, MOST_THREADS, call_helpers, helpers_of, job_call
+from .prefetch import NONE, Trial, Way, way_of
 
 FAR = 2**23  # elements, from which on arrays are taken to lie in memory, not in a cache
 _LARGEST = sys.float_info.max
@@ -85,6 +87,10 @@ class Plan:
         self._loaded_calls: Ready = [], (0, 0)
         self._is_single = True  # float32 arithmetic alone, in which no square of a finite number is out of range
         self.groups: list[Group] = []
+        self._far: list[Group] = []  # those whose arrays lie in memory
+        self._trial: Trial | None = None
+        self._has_more = False  # whether a step rounds moments, or goes a way that is tried
+        self._trials: dict[str, Trial] = {}
         self._sums = np.zeros((MOST_PARTS, cpu.LANES))
         self.additions: int | None = None
         self._scale = 1.0  # of the last sums of squares
@@ -178,8 +184,8 @@ class Plan:
         calls, helpers = self._loaded_calls
         if helpers[0]:
             call_helpers(*helpers)
-        if self._rounds:
-            calls = [(_pack_noise, self._packed, _NOISE_AT, float(recipe.seed), float(recipe.number % 2**32)), *calls]
+        if self._has_more:
+            calls = self._more(recipe, calls)
         if recipe.is_plain:
             return (), [(_pack_rates, self._packed, 0, recipe.alpha, recipe.decay), *calls]
         if not recipe.others:
@@ -199,7 +205,39 @@ class Plan:
             self._set_clips(None)
         kernel = (cpu.update_kernel, recipe.variant) if recipe.is_update else (cpu.accumulate_kernel,)
         self._loaded_calls = self._calls(*kernel)
+        self._choose_way(recipe)
         self._loaded = recipe
+
+    def _choose_way(self, recipe: Recipe) -> None:
+        """Have large steps ask for elements in the way that is best for their kind, or try which that is."""
+        self._trial, storages = None, [group.storage for group in self._far]
+        if recipe.is_update and not all(storage.strided for storage in storages):
+            kind = f"{recipe.threads or MOST_THREADS} threads, {recipe.variant}, {storages}"
+            way = way_of(kind, cache_folder())
+            if isinstance(way, Way):
+                self._go(way)
+            else:
+                self._trial = self._trials.setdefault(kind, way)
+        self._has_more = self._rounds or self._trial is not None
+
+    def _more(self, recipe: Recipe, calls: list[Call]) -> list[Call]:
+        """The calls of a step that rounds moments, or goes a way that is tried."""
+        if self._rounds:
+            calls = [(_pack_noise, self._packed, _NOISE_AT, float(recipe.seed), float(recipe.number % 2**32)), *calls]
+        return calls if self._trial is None else self._tried(calls)
+
+    def _tried(self, calls: list[Call]) -> list[Call]:
+        """The calls of a step that goes one of the ways, and is timed."""
+        trial: Trial = self._trial  # type: ignore[assignment]
+        way, is_known = trial.next()
+        self._go(way)
+        if is_known:
+            self._trial, self._has_more = None, self._rounds
+        return calls if is_known else trial.timed(calls)
+
+    def _go(self, way: Way) -> None:
+        for group in self._far:
+            group.block[cpu.PIECE : cpu.LEVEL + 1] = way
 
     def _set_clips(self, clips: Matrix | None) -> None:
         """What each variable's gradient is multiplied with; None where nothing is clipped by norm."""
@@ -265,6 +303,7 @@ class Plan:
                 own = runs[(strided == is_strided) & (amsgrad == has_top) & (kinds[runs[:, ARRAY]] == kind)]
                 if len(own):
                     self.groups.append(self._group(p_type, g_type, is_strided, has_top, MOMENTS[kind], chunks_of(own)))
+        self._far = [group for group in self.groups if group.elements >= FAR]
         self._is_single = all(group.storage.compute == "float32" for group in self.groups)
         chunks = sum(len(group.work) for group in self.groups)
         self.additions = exact.IN_CHUNK + chunks + len(self.table.names) if self._is_single else None
@@ -295,6 +334,7 @@ class Plan:
             block[entry] = array.ctypes.data
         block[cpu.CHUNKS], block[cpu.ARRAYS] = len(work), len(self.table.names)
         block[cpu.IS_FAR] = ends[-1] >= FAR
+        block[cpu.PIECE : cpu.LEVEL + 1] = NONE
         has_master = "master" in self.table.slots[work[0, ARRAY]]
         storage = Storage(p_type, g_type, arrays.COMPUTE[p_type], strided, has_master, amsgrad, moments)
         return Group(storage, work, partials, block, block.ctypes.data, int(ends[-1]))
