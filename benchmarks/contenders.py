@@ -51,11 +51,11 @@ def _options(step: Step) -> dict[str, Any]:
 # Ours
 
 
-def ours(values: Arrays, step: Step) -> Contender:
+def ours(values: Arrays, step: Step, **options: Any) -> Contender:
     """On NumPy arrays, or on torch tensors for 16 bits: NumPy has no bfloat16 of its own."""
     if step.bits == 16:
         return ours_on_torch(values, step)
-    return _ours([v.copy() for v in values], step, lambda g: list(g), lambda v: v)
+    return _ours([v.copy() for v in values], step, lambda g: list(g), lambda v: v, **options)
 
 
 def ours_on_torch(values: Arrays, step: Step) -> Contender:
@@ -68,8 +68,10 @@ def ours_on_torch(values: Arrays, step: Step) -> Contender:
     )
 
 
-def _ours(variables: list[Any], step: Step, convert: Callable[[Arrays], Any], look: Callable[[Any], Any]) -> Contender:
-    optimizer = AdamW(**_options(step))
+def _ours(
+    variables: list[Any], step: Step, convert: Callable[[Arrays], Any], look: Callable[[Any], Any], **options: Any
+) -> Contender:
+    optimizer = AdamW(**_options(step) | options)
     optimizer.build(variables)
     given: list[Any] = []
 
