@@ -35,6 +35,7 @@ from .transfer import (
     write,
     write_all,
     writeable_copy,
+    zeros_beside,
     zeros_like,
     zeros_of,
 )

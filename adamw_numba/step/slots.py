@@ -23,15 +23,17 @@ def new_slots(hyper: Any, variable: Array, amsgrad: bool, name: str | None, piec
     moments = _moments_of(hyper.moments, name, variable, piece)
     dtype, is_complex = arrays.SLOT[arrays.dtype_name(variable)], arrays.is_complex(variable)
     kept = dtype if moments == "float32" else stored_as(moments, is_complex, arrays.has_dtype(variable, moments))
-    slots = {"momentum": arrays.zeros_like(variable, kept), "velocity": arrays.zeros_like(variable, kept)}
-    keys = ["velocity_hat"] * amsgrad + ["average"] * hyper.use_ema
+    keys = ["momentum", "velocity"] + ["velocity_hat"] * amsgrad + ["average"] * hyper.use_ema
     keys += ["gradient_accumulator"] * (hyper.gradient_accumulation_steps is not None)
-    slots |= {key: arrays.zeros_like(variable, dtype) for key in keys}
+    slots = {key: arrays.zeros_beside(variable, kept if k < 3 else dtype, k) for k, key in enumerate(keys, 1)}
     if moments == "8bit":
         blocks = -(-math.prod(variable.shape) * (1 + is_complex) // BLOCK)
         slots |= {key: arrays.zeros_of(variable, (blocks,), "float32") for key in SCALES}
     if hyper.master_weights and arrays.dtype_name(variable) in ("float16", "bfloat16"):
-        slots["master"] = arrays.like(arrays.zeros_like(variable, dtype), variable)
+        master = arrays.zeros_beside(variable, dtype, len(slots) + 1)
+        if arrays.is_mutable(master):
+            arrays.write(master, variable)
+        slots["master"] = master if arrays.is_mutable(master) else arrays.like(master, variable)
     return slots
 
 
