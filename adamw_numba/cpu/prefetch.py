@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from itertools import starmap
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -35,8 +36,8 @@ WAYS = (
     *(USUAL, NONE, Way(256, 1024, 1), Way(128, 2048, 1), Way(64, 4096, 1), Way(32, 4096, 1)),
     *(Way(128, 4096, 2), Way(256, 4096, 2)),
 )
-ROUNDS = 3
-BETTER = 0.98  # of the usual way's time, from which on another one is taken
+ROUNDS = 4
+BETTER = 0.95  # of the usual way's time, below which another one is taken: least and median
 FILE = "adamw_numba-prefetch.json"
 _found: dict[str, Way] = {}
 _read: set[Path] = set()  # files that have been read
@@ -73,9 +74,10 @@ class Trial:
 
     def _settle(self) -> None:
         taken = [end - start for start, end in zip(self._times[::2], self._times[1::2], strict=True)]
-        least = [min(taken[k :: len(WAYS)]) for k in range(len(WAYS))]
-        best = min(range(len(WAYS)), key=least.__getitem__)
-        _found[self._key] = WAYS[best] if least[best] < BETTER * least[0] else USUAL
+        of_each = [taken[k :: len(WAYS)] for k in range(len(WAYS))]
+        best = min(of_each, key=min)
+        is_better = all(take(best) < BETTER * take(of_each[0]) for take in (min, median))
+        _found[self._key] = WAYS[of_each.index(best)] if is_better else USUAL
         if self._folder is not None:
             with suppress(OSError):
                 _keep(self._folder / FILE)

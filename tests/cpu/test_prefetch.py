@@ -43,7 +43,7 @@ def test_the_fastest_way_is_taken(best, monkeypatch):
 
 
 def test_a_way_that_is_hardly_faster_is_not(monkeypatch):
-    seconds = dict.fromkeys(WAYS, 0.99) | {USUAL: 1.0}
+    seconds = dict.fromkeys(WAYS, 0.96) | {USUAL: 1.0}
     assert tried(monkeypatch, Trial("a kind", None), seconds) == USUAL
 
 
