@@ -16,6 +16,7 @@ if not SIMULATED:
 
 from adamw_numba.arrays import gpu as gpu_arrays  # noqa: E402
 from adamw_numba.gpu import driver, simulated_driver  # noqa: E402
+from adamw_numba.update import ROWS  # noqa: E402
 
 
 def calls_of(action):
@@ -64,7 +65,7 @@ def test_gradients_elsewhere_are_one_copy():
     copy = {"cuEventQuery": 1, "cuMemcpyHtoDAsync_v2": 1, "cuEventRecord": 1}
     assert found == ASKED | copy | {"cuLaunchKernel": 1, "cuCtxGetCurrent": 2}
     (size,) = (given[2] for name, given in simulated_driver.calls if name == "cuMemcpyHtoDAsync_v2")
-    assert size == 8 * 8 * 3
+    assert size == 8 * ROWS * 3
 
 
 def test_hyperparameters_that_change_are_one_copy():
