@@ -375,7 +375,7 @@ def _value_of_slot(loaded: Loaded, key: str, slot: str, name: str, array: Array)
                 "an optimizer with the options that it was saved with"
             )
     elif not _fits(value, array):
-        hint = ", of which `moments` decides" if slot in ("momentum", "velocity") else ""
+        hint = " (on which `moments` decides)" if slot in ("momentum", "velocity") else ""
         _check_fits(f"{loaded.where}: {slot} of {brief(name)}{hint}", value, array)
     return value
 

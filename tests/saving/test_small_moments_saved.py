@@ -142,6 +142,7 @@ def test_folders(first, then, moments, tmp_path):
 @pytest.mark.parametrize("moments", MOMENTS)
 def test_other_libraries_get_numbers(moments):
     """The float32 that the bits stand for."""
+    pytest.importorskip("torch")
     _, optimizer = uninterrupted(moments, stop=3)
     wide, wanted = uninterrupted("float32", stop=3)
     found = to_torch(optimizer, leave_out=("use_ema", "global_clipnorm"))["state"]
