@@ -37,6 +37,7 @@ WAYS = (
     *(Way(128, 4096, 2), Way(256, 4096, 2)),
 )
 ROUNDS = 4
+SLOW = 1.25  # times the fastest of the first round, from which on a way is not tried again
 BETTER = 0.95  # of the usual way's time, below which another one is taken: least and median
 FILE = "adamw_numba-prefetch.json"
 _found: dict[str, Way] = {}
@@ -57,12 +58,17 @@ class Trial:
     def __init__(self, key: str, folder: Path | None) -> None:
         self._key, self._folder = key, folder
         self._times: list[float] = []  # before and after each step
+        self._ways = list(WAYS)  # of the steps, in order
 
     def next(self) -> tuple[Way, bool]:
         """The way of the next step, and whether it is the last one to be tried."""
         tried = len(self._times) // 2
-        if tried < ROUNDS * len(WAYS):
-            return WAYS[tried % len(WAYS)], False
+        if tried == len(self._ways) == len(WAYS):
+            taken = self._taken()
+            good = [way for way in WAYS if way == USUAL or taken[way][0] < SLOW * min(taken.values())[0]]
+            self._ways += good * (ROUNDS - 1)
+        if tried < len(self._ways):
+            return self._ways[tried], False
         self._settle()
         return _found[self._key], True
 
@@ -72,12 +78,18 @@ class Trial:
         look = self._times.extend, starmap(perf_counter, [()])
         return [look, *calls, (self._times.extend, starmap(perf_counter, [()]))]
 
+    def _taken(self) -> dict[Way, list[float]]:
+        """The seconds of the steps that went each way."""
+        found: dict[Way, list[float]] = {}
+        for way, start, end in zip(self._ways, self._times[::2], self._times[1::2], strict=True):
+            found.setdefault(way, []).append(end - start)
+        return found
+
     def _settle(self) -> None:
-        taken = [end - start for start, end in zip(self._times[::2], self._times[1::2], strict=True)]
-        of_each = [taken[k :: len(WAYS)] for k in range(len(WAYS))]
-        best = min(of_each, key=min)
-        is_better = all(take(best) < BETTER * take(of_each[0]) for take in (min, median))
-        _found[self._key] = WAYS[of_each.index(best)] if is_better else USUAL
+        taken = self._taken()
+        best = min(taken, key=lambda way: min(taken[way]))
+        is_better = all(take(taken[best]) < BETTER * take(taken[USUAL]) for take in (min, median))
+        _found[self._key] = best if is_better else USUAL
         if self._folder is not None:
             with suppress(OSError):
                 _keep(self._folder / FILE)

@@ -47,6 +47,23 @@ def test_a_way_that_is_hardly_faster_is_not(monkeypatch):
     assert tried(monkeypatch, Trial("a kind", None), seconds) == USUAL
 
 
+def test_a_way_that_is_slow_is_tried_once(monkeypatch):
+    slow = WAYS[3]
+    trial, done = Trial("a kind", None), []
+    clock = [0.0]
+    monkeypatch.setattr(prefetch, "perf_counter", lambda: clock[0])
+    way, is_known = trial.next()
+    while not is_known:
+        done.append(way)
+        before, after = trial.timed([])
+        exhaust(starmap(call, [before]))
+        clock[0] += 2.0 if way in (slow, USUAL) else 1.0
+        exhaust(starmap(call, [after]))
+        way, is_known = trial.next()
+    assert (done.count(slow), done.count(USUAL), done.count(WAYS[1])) == (1, ROUNDS, ROUNDS)
+    assert way not in (slow, USUAL)
+
+
 def test_what_was_found_is_kept_for_the_next_process(monkeypatch, tmp_path):
     trial = way_of("a kind", tmp_path)
     assert tried(monkeypatch, trial, dict.fromkeys(WAYS, 1.0) | {WAYS[2]: 0.5}) == WAYS[2]
