@@ -14,6 +14,7 @@ update = jit(make_update(math.sqrt, np.maximum, np.minimum))
 
 @jit
 def row_of(address, count, step, like, strided):
+    """The elements at an address as an array: dense, or with a step in bytes between them."""
     if strided is None:
         return carray(pointer(address, like), count)
     return as_strided(carray(pointer(address, like), 1), (count,), (step,))
@@ -21,6 +22,7 @@ def row_of(address, count, step, like, strided):
 
 @jit
 def slot_of(exists, address, count, step, like, strided):
+    """The same of a slot; None where there is none."""
     if exists is None:
         return None
     return row_of(address, count, step, like, strided)
