@@ -67,8 +67,9 @@ class AdamW(Saveable, Conventional):
         of the gradients.
     threads : int, optional
         The most threads to use; by default as many as Numba does. Results do not depend on it.
-    master_weights : bool, default True
-        Keep a float32 copy of every 16-bit variable, without which small updates are lost.
+    master_weights : bool or "remainder", default True
+        Keep a float32 copy of every 16-bit variable, without which small updates are lost; or, of bfloat16 ones, only
+        what rounding leaves over, in 16 bits (docs/numerics.md, "16-bit variables").
     decouple_lr : bool, default False
         Let the decay be ``weight_decay`` itself, not multiplied by the learning rate: as in TensorFlow Addons and, with
         a schedule, in Loshchilov & Hutter (2019), algorithm 2. Then 0.004 is a lot.
@@ -119,7 +120,7 @@ class AdamW(Saveable, Conventional):
     amsgrad: bool = _checked(hp.flag, fixed=True)
     nonfinite: str = _checked(hp.choice("propagate", "skip", "raise"))
     threads: int | None = _checked(hp.integer(1))
-    master_weights: bool = _checked(hp.flag, fixed=True)
+    master_weights: bool | str = _checked(hp.masters, fixed=True)
     decouple_lr: bool = _checked(hp.flag)
     maximize: bool = _checked(hp.flag)
     nesterov: bool = _checked(hp.flag)
@@ -149,7 +150,7 @@ class AdamW(Saveable, Conventional):
         *,
         nonfinite: str = "propagate",
         threads: int | None = None,
-        master_weights: bool = True,
+        master_weights: bool | str = True,
         decouple_lr: bool = False,
         maximize: bool = False,
         nesterov: bool = False,

@@ -60,7 +60,7 @@ class Storage(NamedTuple):
     g: str  # dtype of its gradient
     compute: str  # dtype of the arithmetic and of the slots
     strided: bool
-    master: bool  # whether a 16-bit variable has a float32 master copy
+    master: str  # what a 16-bit variable has beside itself: "", "float32" (a master copy), or "remainder" of one
     amsgrad: bool = False  # whether there is the largest second moment so far
     moments: str = "float32"  # or "bfloat16" or "8bit": what momentum and velocity are kept in (see arrays/moments.py)
 

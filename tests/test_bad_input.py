@@ -255,7 +255,7 @@ HYPERPARAMETERS = {
     "name": [None, "", 3],
     "nonfinite": ["ignore", None, True],
     "threads": [0, -1, 1.5],
-    "master_weights": [None, 0],
+    "master_weights": [None, 0, 1, "float32", "Remainder"],
     "moments": [None, "float16", 8, "8 bit"],
     "seed": [None, -1, 2**32, 0.5, True],
 }

@@ -11,6 +11,7 @@ import numpy as np
 from ..arrays import COMPUTE, SLOT, Array, dtype_name, is_complex, namespace
 from ..update import Coefficients, accumulate, blend, make_update
 from . import moments
+from .masters import put_value, value_of
 
 Slots = dict[str, Array]
 _LEAST_LIMIT = 1e-12  # of norms that cannot be wrong because the squares of float32 have underflowed
@@ -50,7 +51,7 @@ def updated(
     array under a trace. By `noise`, moments of fewer bits are rounded.
     """
     xp = namespace(p)
-    value, g = _value(xp, p, slots.get("master")), _cast(xp, g, p)
+    value, g = value_of(xp, p, slots.get("master")), _cast(xp, g, p)
     new, state = _one_update(xp, value, g, moments.brought_in(p, slots), c, clipvalue, nesterov, None)
     if noise is not None:
 
@@ -149,7 +150,7 @@ def blended(p: Array, slots: Slots, c: Coefficients, overwrite: Any) -> tuple[Ar
     if "average" not in slots:
         return p, slots
     xp = namespace(p)
-    value = _value(xp, p, slots.get("master"))
+    value = value_of(xp, p, slots.get("master"))
     real = xp.real(value) if is_complex(p) else value
     average = blend(slots["average"], value, _coefficients(xp, c, real))
     return _stored(xp, p, value, slots | {"average": average}, overwrite)
@@ -216,18 +217,11 @@ def _cast(xp: Any, x: Array, like: Array) -> Array:
     return xp.astype(x, getattr(xp, SLOT[dtype_name(like)]))
 
 
-def _value(xp: Any, p: Array, master: Array | None) -> Array:
-    """A variable's number: its float32 master, unless its owner has written the variable since."""
-    value = _cast(xp, p, p)
-    return value if master is None else xp.where(xp.astype(master, p.dtype) == p, master, value)
-
-
 def _stored(xp: Any, p: Array, value: Array, slots: Slots, overwrite: Any) -> tuple[Array, Slots]:
     if "average" in slots:
         value = select(overwrite, slots["average"], value)
-    if "master" in slots:
-        slots = slots | {"master": value}
-    return xp.astype(value, p.dtype), slots
+    new, master = put_value(xp, p, slots.get("master"), value)
+    return new, slots if master is None else slots | {"master": master}
 
 
 def select(condition: Any, yes: Array, no: Array) -> Array:

@@ -1,21 +1,19 @@
 """Moments in 16 and 8 bits by whole-array functions: the same bits of the same numbers as compiled kernels make."""
 
 import math
-import struct
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
 import array_api_compat
-import numpy as np
 
 from ..arrays import Array, dtype_name, is_complex, namespace
 from ..arrays.moments import BLOCK, Rounding, kind_of, make_rounding, name_word
 from ..arrays.pieces import places_of, whole
 from ..update import Coefficients
+from .words import MASK, bindings, bits_of, number_of, word_of, words
 
 Slots = dict[str, Array]
-_MASK = 0xFFFFFFFF
 
 
 class Noise(NamedTuple):
@@ -28,11 +26,11 @@ class Noise(NamedTuple):
 def noise_of(seed: int, name: str, number: Any, places: Any = None) -> Noise:
     """The noise of a variable at a step, whose number may be traced."""
     if isinstance(number, int):
-        keys = make_rounding(lambda f: f, lambda x: x & _MASK, None, None, None).keys
-        return Noise(keys(seed, name_word(name), number & _MASK), places)
+        keys = make_rounding(lambda f: f, lambda x: x & MASK, None, None, None).keys
+        return Noise(keys(seed, name_word(name), number & MASK), places)
     xp = namespace(number)
     rounding = _rounding_of(xp)
-    return Noise(rounding.keys(*(_words(xp, x) for x in (seed, name_word(name), number))), places)
+    return Noise(rounding.keys(*(words(xp, x) for x in (seed, name_word(name), number))), places)
 
 
 def kind(p: Array, slots: Slots) -> str:
@@ -49,11 +47,11 @@ def brought_in(p: Array, slots: Slots) -> Slots:
     rounding = _rounding_of(xp)
     wide = {}
     for key, from_code in (("momentum", rounding.from_momentum), ("velocity", rounding.from_velocity)):
-        words = _flat_words(xp, slots[key], moments, is_complex(p))
+        codes = _flat_words(xp, slots[key], moments, is_complex(p))
         if moments == "bfloat16":
-            values = rounding.from_bfloat(words)
+            values = rounding.from_bfloat(codes)
         else:
-            values = _flat(from_code(_blocks(xp, words), slots[f"{key}_scale"][:, None]), words.shape[0])
+            values = _flat(from_code(_blocks(xp, codes), slots[f"{key}_scale"][:, None]), codes.shape[0])
         wide[key] = _of_reals(xp, values, p)
     return slots | wide
 
@@ -80,22 +78,22 @@ def rounded(
     xp = namespace(p)
     rounding = _rounding_of(xp)
     m, v = (_reals(xp, after[key]) for key in ("momentum", "velocity"))
-    bits = rounding.noise(_places(xp, p, noise.places), *(_words(xp, key) for key in noise.keys))
+    bits = rounding.noise(_places(xp, p, noise.places), *(words(xp, key) for key in noise.keys))
     if moments == "bfloat16":
-        low = _word_of(xp, bits & _words(xp, 0xFFFF))
-        high = bits >> _words(xp, 16)
+        low = word_of(xp, bits & words(xp, 0xFFFF))
+        high = bits >> words(xp, 16)
         codes = {"momentum": rounding.to_bfloat(m, low), "velocity": rounding.to_bfloat(v, high)}
         return after | {key: _kept(xp, code, before[key], is_complex(p), 16) for key, code in codes.items()}
-    sizes = [rounding.scale_of(_bits_of(xp, each)) for each in _largest(xp, p, g, before, bounds, c)]
+    sizes = [rounding.scale_of(bits_of(xp, each)) for each in _largest(xp, p, g, before, bounds, c)]
     made = dict(after)
     for key, x, scale, to_code in (
         ("momentum", m, sizes[0], rounding.to_momentum),
         ("velocity", v, sizes[1], rounding.to_velocity),
     ):
-        inverse = _number_of(xp, rounding.inverse_of(scale))[:, None]
+        inverse = number_of(xp, rounding.inverse_of(scale))[:, None]
         code = to_code(_blocks(xp, x), inverse, _blocks(xp, bits))
         made[key] = _kept(xp, _flat(code, x.shape[0]), before[key], is_complex(p), 8)
-        made[f"{key}_scale"] = _number_of(xp, scale)
+        made[f"{key}_scale"] = number_of(xp, scale)
     return made
 
 
@@ -103,7 +101,7 @@ def _largest(xp: Any, p: Array, g: Array, slots: Slots, bounds: Callable[..., An
     """What no element of a block can exceed: see cpu/moments.py."""
     rounding, largest = _rounding_of(xp), {}
     for key, mask, from_code in (("momentum", 127, rounding.from_momentum), ("velocity", 255, rounding.from_velocity)):
-        codes = _blocks(xp, _flat_words(xp, slots[key], "8bit", is_complex(p))) & _words(xp, mask)
+        codes = _blocks(xp, _flat_words(xp, slots[key], "8bit", is_complex(p))) & words(xp, mask)
         largest[key] = from_code(xp.max(codes, axis=1), slots[f"{key}_scale"])
     total = slots.get("gradient_accumulator")
     up = xp.where(xp.asarray(c.scale) < 0, -1.0, 1.0) if hasattr(c.scale, "shape") else math.copysign(1.0, c.scale)
@@ -116,62 +114,13 @@ def _largest(xp: Any, p: Array, g: Array, slots: Slots, bounds: Callable[..., An
 
 def _magnitude(xp: Any, blocks: Array) -> Array:
     """The largest magnitude of each row, by their bits: those of a NaN are larger than all others."""
-    bits = _bits_of(xp, blocks) & _words(xp, 0x7FFFFFFF)
-    return _number_of(xp, xp.max(bits, axis=1))
-
-
-# Words: unsigned integers of 32 bits, or where a library does not add and multiply those, as torch, int64.
-
-
-def _has_words(xp: Any) -> bool:
-    return not array_api_compat.is_torch_namespace(xp)
-
-
-def _words(xp: Any, x: Any) -> Any:
-    """A Python integer, or an array of integers, as words."""
-    if not _has_words(xp):
-        return x if isinstance(x, int) else xp.astype(x, xp.int64) & _MASK
-    return xp.asarray(x, dtype=xp.uint32) if isinstance(x, int) else xp.astype(x, xp.uint32)
-
-
-def _word_of(xp: Any, x: Any) -> Any:
-    """What an operation on words gives, as a word: uint32 has wrapped already."""
-    if isinstance(x, int):
-        return _words(xp, x & _MASK)
-    return x if _has_words(xp) else x & _MASK
-
-
-def _bits_of(xp: Any, x: Any) -> Any:
-    if _has_words(xp):
-        return _viewed(xp, xp.astype(x, xp.float32), xp.uint32)
-    return _words(xp, x.to(xp.float32).contiguous().view(xp.int32))
-
-
-def _number_of(xp: Any, bits: Any) -> Any:
-    if isinstance(bits, int):
-        return xp.asarray(struct.unpack("f", struct.pack("I", bits))[0], dtype=xp.float32)
-    if _has_words(xp):
-        return _viewed(xp, bits, xp.float32)
-    return xp.where(bits > 0x7FFFFFFF, bits - 2**32, bits).to(xp.int32).view(xp.float32)
-
-
-def _viewed(xp: Any, x: Array, dtype: Any) -> Array:
-    """An array's bits as another dtype: by its own method or, where the standard has none, by way of NumPy."""
-    if hasattr(x, "view"):
-        return x.view(dtype)
-    name = str(dtype).rpartition(".")[2]
-    return xp.asarray(np.array(x).view(name))
+    bits = bits_of(xp, blocks) & words(xp, 0x7FFFFFFF)
+    return number_of(xp, xp.max(bits, axis=1))
 
 
 @cache
 def _rounding_of(xp: Any) -> Rounding:
-    return make_rounding(
-        lambda function: function,
-        lambda x: _word_of(xp, x),
-        lambda x: _bits_of(xp, x),
-        lambda x: _number_of(xp, x),
-        xp.where,
-    )
+    return make_rounding(*bindings(xp))
 
 
 # Arrays as rows of real numbers, in the order of the axes
@@ -195,19 +144,19 @@ def _flat_words(xp: Any, kept: Array, moments: str, pairs: bool) -> Array:
     if dtype_name(kept) == "bfloat16":
         kept = kept.view(xp.int16 if array_api_compat.is_torch_namespace(xp) else xp.uint16)
     bits = {"bfloat16": 16, "8bit": 8}[moments]
-    words = _words(xp, xp.reshape(kept, (-1,))) & _words(xp, (1 << bits * (1 + pairs)) - 1)
+    codes = words(xp, xp.reshape(kept, (-1,))) & words(xp, (1 << bits * (1 + pairs)) - 1)
     if pairs:
-        words = xp.stack([words & _words(xp, (1 << bits) - 1), words >> _words(xp, bits)], axis=-1)
-    return xp.reshape(words, (-1,))
+        codes = xp.stack([codes & words(xp, (1 << bits) - 1), codes >> words(xp, bits)], axis=-1)
+    return xp.reshape(codes, (-1,))
 
 
 def _kept(xp: Any, codes: Array, like: Array, pairs: bool, bits: int) -> Array:
     """Codes as a slot keeps them."""
     if pairs:
         codes = xp.reshape(codes, (-1, 2))
-        codes = codes[:, 0] | (codes[:, 1] << _words(xp, bits))
+        codes = codes[:, 0] | (codes[:, 1] << words(xp, bits))
     if dtype_name(like) == "bfloat16":
-        codes = _number_of(xp, codes << _words(xp, 16))  # a float32 that bfloat16 holds
+        codes = number_of(xp, codes << words(xp, 16))  # a float32 that bfloat16 holds
     return xp.reshape(xp.astype(codes, like.dtype), like.shape)
 
 
@@ -227,11 +176,11 @@ def _places(xp: Any, p: Array, places: Any) -> Array:
     """Where the elements are in the whole variable, in real numbers; from 2^32 on counted from 0 again."""
     first, steps = places_of(whole(p.shape)) if places is None else places
     shape, width = tuple(p.shape), 1 + is_complex(p)
-    result = _words(xp, width * first & _MASK)
+    result = words(xp, width * first & MASK)
     for k, (size, step) in enumerate(zip(shape, steps, strict=True)):
-        along = _words(xp, xp.arange(size)) * _words(xp, width * step & _MASK)
-        result = _word_of(xp, result + xp.reshape(along, (size, *[1] * (len(shape) - k - 1))))
+        along = words(xp, xp.arange(size)) * words(xp, width * step & MASK)
+        result = word_of(xp, result + xp.reshape(along, (size, *[1] * (len(shape) - k - 1))))
     result = xp.broadcast_to(xp.asarray(result), shape)
     if width == 2:
-        result = xp.stack([result, _word_of(xp, result + _words(xp, 1))], axis=-1)
-    return _words(xp, xp.reshape(result, (-1,)))
+        result = xp.stack([result, word_of(xp, result + words(xp, 1))], axis=-1)
+    return words(xp, xp.reshape(result, (-1,)))

@@ -26,7 +26,7 @@ COMPUTE = {
 }
 SLOT = COMPUTE | {"complex64": "complex64", "complex128": "complex128"}
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "complex64": 8, "complex128": 16}
-ITEMSIZE |= {"uint8": 1, "uint16": 2, "uint32": 4}  # as which moments of fewer bits are kept: see moments.py
+ITEMSIZE |= {"uint8": 1, "uint16": 2, "uint32": 4, "int16": 2}  # of moments and masters of fewer bits: see there
 _ARRAY_TYPES: set[type] = set()
 _NAMES: dict[tuple[type, Any], str] = {}  # by dtype: NumPy puts the name together whenever it is asked
 

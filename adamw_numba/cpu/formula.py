@@ -3,7 +3,8 @@
 import math
 
 import numpy as np
-from numba import carray
+from numba import carray, types
+from numba.extending import overload
 from numpy.lib.stride_tricks import as_strided
 
 from ..arrays.compiled import jit, pointer
@@ -20,9 +21,13 @@ def row_of(address, count, step, like, strided):
     return as_strided(carray(pointer(address, like), 1), (count,), (step,))
 
 
-@jit
 def slot_of(exists, address, count, step, like, strided):
     """The same of a slot; None where there is none."""
-    if exists is None:
-        return None
-    return row_of(address, count, step, like, strided)
+    raise NotImplementedError
+
+
+@overload(slot_of)  # with `if exists is None`, Numba would make it an array that may be None, wherever it is used
+def _overload_slot_of(exists, address, count, step, like, strided):
+    if isinstance(exists, (types.NoneType, types.Omitted)):
+        return lambda exists, address, count, step, like, strided: None
+    return lambda exists, address, count, step, like, strided: row_of(address, count, step, like, strided)

@@ -36,9 +36,11 @@ from ..update import (
     accumulate,
     blend,
 )
+from . import masters as whole
 from . import moments as small
 from .formula import row_of, slot_of, update
-from .intrinsics import FLUSHING, ask_for, exchange_mode, mode_for, narrow, widen
+from .intrinsics import FLUSHING, ask_for, exchange_mode, mode_for, widen
+from .masters import put_value, value_of
 
 WHOLE = 2**30  # elements: longer than any chunk
 FURTHER_AHEAD = 4096  # bytes: a loop that only reads gets through them faster
@@ -83,23 +85,12 @@ def _put(x, i, value):
 
 
 @jit
-def _value(p, master, i):
-    """A variable's number: its float32 master, unless the user has written the variable since the last step.
-
-    Then the master, rounded, is no longer what the variable holds.
-    """
-    if master is None:
-        return widen(p[i])
-    return master[i] if narrow(master[i], p[i]) == p[i] else widen(p[i])
-
-
-@jit
 def update_chunk(count, p, g, m, v, top, average, total, master, limit, lead, c, small_ones=None):
     """Update the elements of one dense or strided run: arrays, or pointers."""
     place = small.first_place(small_ones)
     for i in range(count):
         value, mi, vi, highest, mean = update(
-            _value(p, master, i),
+            value_of(p, master, i),
             widen(g[i]),
             small.momentum(m, i, small_ones),
             small.velocity(v, i, small_ones),
@@ -110,11 +101,10 @@ def update_chunk(count, p, g, m, v, top, average, total, master, limit, lead, c,
             lead,
             c,
         )
-        p[i] = narrow(value, p[i])
+        put_value(p, master, i, value)
         place = small.put(m, v, i, mi, vi, place, small_ones)
         _put(top, i, highest)
         _put(average, i, mean)
-        _put(master, i, value)
     if total is not None:
         for i in range(count):
             total[i] = 0
@@ -124,7 +114,7 @@ def update_chunk(count, p, g, m, v, top, average, total, master, limit, lead, c,
 def _blend_chunk(p, average, master, c):
     if average is not None:
         for i in range(p.size):
-            average[i] = _blend(average[i], _value(p, master, i), c)
+            average[i] = _blend(average[i], value_of(p, master, i), c)
 
 
 @jit
@@ -132,8 +122,7 @@ def overwrite_chunk(count, p, average, master):
     """Put the averages into the variables."""
     if average is not None:
         for i in range(count):
-            p[i] = narrow(average[i], p[i])
-            _put(master, i, average[i])
+            put_value(p, master, i, average[i])
 
 
 @jit
@@ -218,7 +207,7 @@ def _update_share(
     table = table_of(block)
     overwrite = _numbers(block)[OVERWRITE] != 0
     far, level = block[AHEAD], block[LEVEL]
-    halvings, kept = small.halvings(like, m_like), small.kept_scales()
+    halvings, rest, kept = small.halvings(like, m_like), small.halvings(like, master), small.kept_scales()
     piece = min(block[PIECE], BLOCK) if halvings == 2 else block[PIECE]  # of 8 bits, within a block
     further = small.SPAN if halvings == 2 else 0  # elements: their scales are looked for first
     for w in range(first, last):
@@ -231,7 +220,7 @@ def _update_share(
             g_at = table[G, a] + work[w, G_AT] + start * work[w, G_STEP]
             p = row_of(p_at, n, work[w, P_STEP], p_like, strided)
             averages = slot_of(average, table[AVERAGE, a] + at, n, step, like, strided)
-            masters = slot_of(master, table[MASTER, a] + at, n, step, like, strided)
+            masters = slot_of(master, table[MASTER, a] + (at >> rest), n, step >> rest, master, strided)
             if table[G, a] != 0:
                 if far and strided is None:
                     ask_for(True, p_at, n, work[w, P_STEP], far, level)
@@ -242,7 +231,7 @@ def _update_share(
                     ask_for(amsgrad, table[TOP, a] + at, n, step, far, level)
                     ask_for(average, table[AVERAGE, a] + at, n, step, far, level)
                     ask_for(accumulate, table[TOTAL, a] + at, n, step, far, level)
-                    ask_for(master, table[MASTER, a] + at, n, step, far, level)
+                    ask_for(master, table[MASTER, a] + (at >> rest), n, step >> rest, far >> rest, level)
                 m = row_of(table[M, a] + (at >> halvings), n, step >> halvings, m_like, strided)
                 v = row_of(table[V, a] + (at >> halvings), n, step >> halvings, m_like, strided)
                 g = row_of(g_at, n, work[w, G_STEP], g_like, strided)
@@ -351,7 +340,7 @@ def _square_share(address, part, parts, g_like, like, strided, accumulate, scale
 def update_kernel(storage: Storage, variant: Variant) -> Any:
     """The kernel that updates variables, and moves the averages of those that have no gradient."""
     p_like, g_like, like = LIKE[storage.p], LIKE[storage.g], LIKE[storage.compute]
-    strided, master, amsgrad = on(storage.strided), on(storage.master), on(storage.amsgrad)
+    strided, master, amsgrad = on(storage.strided), whole.LIKE[storage.master], on(storage.amsgrad)
     average, accumulate, clip, nesterov = map(on, variant)
     m_like = small.LIKE.get(storage.moments, like)
 
@@ -391,7 +380,7 @@ def square_kernel(storage: Storage, accumulate: bool) -> Any:
 
 def _of_gradients(storage):
     """A storage as kernels see it that do not touch the variables: one of them serves variables of any kind."""
-    return storage._replace(p=storage.g, master=False, amsgrad=False, moments="float32")
+    return storage._replace(p=storage.g, master="", amsgrad=False, moments="float32")
 
 
 @cache

@@ -18,32 +18,13 @@ from ..arrays.runs import ARRAY, COUNT, G_AT, G_STEP, S_AT, S_STEP
 from ..update import M_SCALE, TOTAL, V_SCALE, G, M, V
 from .formula import row_of, slot_of, update
 from .intrinsics import widen
+from .words import bits_of, choose, number_of, word
 
 SPAN = 8 * BLOCK  # elements whose scales are found together
 LIKE: dict[str, Any] = {"bfloat16": np.uint16(0), "8bit": np.uint8(0)}
 
 
-@jit
-def _word(x):
-    return np.uint32(x)
-
-
-@jit
-def _bits_of(x):
-    return np.float32(x).view(np.uint32)
-
-
-@jit
-def _number_of(x):
-    return np.uint32(x).view(np.float32)
-
-
-@jit
-def _choose(condition, yes, no):
-    return yes if condition else no
-
-
-_R = make_rounding(jit, _word, _bits_of, _number_of, _choose)
+_R = make_rounding(jit, word, bits_of, number_of, choose)
 keys = _R.keys
 _noise, _to_bfloat, _from_bfloat, _scale_of, _inverse_of = _R[1:6]
 _to_momentum, _from_momentum, _to_velocity, _from_velocity = _R[6:]
@@ -80,7 +61,7 @@ def _bits_of_largest(x, count):
     largest = np.uint32(0)
     if x is not None:
         for i in range(count):
-            bits = np.uint32(_bits_of(widen(x[i])) & np.uint32(0x7FFFFFFF))
+            bits = np.uint32(bits_of(widen(x[i])) & np.uint32(0x7FFFFFFF))
             largest = bits if bits > largest else largest
     return largest
 
@@ -102,13 +83,13 @@ def _scales(m, v, g, total, count, limit, c, m_scale, v_scale):
     gives moments that no element can exceed.
     """
     up = np.float32(-1 if c.scale < 0 else 1)
-    largest_g = up * _number_of(_bits_of_largest(g, count))
-    largest_total = None if total is None else up * _number_of(_bits_of_largest(total, count))
+    largest_g = up * number_of(_bits_of_largest(g, count))
+    largest_total = None if total is None else up * number_of(_bits_of_largest(total, count))
     largest_m = _from_momentum(_largest_code(m, count, np.uint8(127)), m_scale)
     largest_v = _from_velocity(_largest_code(v, count, np.uint8(255)), v_scale)
     zero = np.float32(0)
     bounds = update(zero, largest_g, largest_m, largest_v, None, None, largest_total, limit, None, c)
-    return _scale_of(_bits_of(bounds[1])), _scale_of(_bits_of(bounds[2]))
+    return _scale_of(bits_of(bounds[1])), _scale_of(bits_of(bounds[2]))
 
 
 def prepare(m, kept, run, start, table, g_like, like, strided, accumulate, limit, c):
@@ -137,8 +118,8 @@ def _overload_prepare(m, kept, run, start, table, g_like, like, strided, accumul
             m_at, v_at = pointer(table[M_SCALE, a] + at // BLOCK, like), pointer(table[V_SCALE, a] + at // BLOCK, like)
             m_bits, v_bits = _scales(m, v, g, total, n, limit, c, m_at[0], v_at[0])
             kept[k], kept[k + 1] = m_at[0], v_at[0]
-            m_at[0], v_at[0] = _number_of(m_bits), _number_of(v_bits)
-            kept[k + 2], kept[k + 3] = _number_of(_inverse_of(m_bits)), _number_of(_inverse_of(v_bits))
+            m_at[0], v_at[0] = number_of(m_bits), number_of(v_bits)
+            kept[k + 2], kept[k + 3] = number_of(_inverse_of(m_bits)), number_of(_inverse_of(v_bits))
             k += 4
 
     return prepare

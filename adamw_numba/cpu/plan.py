@@ -13,6 +13,7 @@ from .. import arrays
 from ..arrays import Array
 from ..arrays.brief import brief
 from ..arrays.compiled import cache_folder
+from ..arrays.masters import kept_by
 from ..arrays.moments import MOMENTS, name_word
 from ..arrays.runs import ARRAY, COUNT, P_STEP, PLACE, PLACE_STEP, START, chunks_of
 from ..arrays.table import AddressTable
@@ -335,6 +336,6 @@ class Plan:
         block[cpu.CHUNKS], block[cpu.ARRAYS] = len(work), len(self.table.names)
         block[cpu.IS_FAR] = ends[-1] >= FAR
         block[cpu.PIECE : cpu.LEVEL + 1] = NONE
-        has_master = "master" in self.table.slots[work[0, ARRAY]]
-        storage = Storage(p_type, g_type, arrays.COMPUTE[p_type], strided, has_master, amsgrad, moments)
+        master = kept_by(self.table.slots[work[0, ARRAY]])
+        storage = Storage(p_type, g_type, arrays.COMPUTE[p_type], strided, master, amsgrad, moments)
         return Group(storage, work, partials, block, block.ctypes.data, int(ends[-1]))

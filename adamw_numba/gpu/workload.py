@@ -12,6 +12,7 @@ from numba import cuda
 
 from .. import arrays
 from ..arrays import gpu as gpu_arrays
+from ..arrays.masters import kept_by
 from ..arrays.runs import ARRAY, COUNT, P_AT, S_STEP, Matrix
 from ..arrays.table import AddressTable
 from ..update import Storage
@@ -69,7 +70,7 @@ class Workload:
         chunk = chunk_of(sum(int(runs[:, w.COUNT].sum()) for runs in kinds.values()), _processors())
         self.groups: list[Group] = []
         for k, (kind, runs) in enumerate(kinds.items()):
-            group = _group(kind, runs, chunk, square_ends[k], _has_master(table, runs))
+            group = _group(kind, runs, chunk, square_ends[k], _master_of(table, runs))
             group.words[[w.ARRAYS, w.GROUP, w.GROUPS, w.SETS]] = count, k, len(kinds), sets
             group.words[w.PARTIALS] = gpu_arrays.address(self._partials) + _SUMS * int(starts[k])
             self.groups.append(group)
@@ -99,12 +100,12 @@ def chunk_of(elements: int, processors: int) -> int:
     return unit * int(np.clip(elements // (8 * processors * unit), 1, 2))
 
 
-def _group(kind: Kind, runs: Matrix, chunk: int, square_ends: Matrix, has_master: bool) -> Group:
+def _group(kind: Kind, runs: Matrix, chunk: int, square_ends: Matrix, master: str) -> Group:
     p_type, g_type, amsgrad = kind
     ends = _ends(runs, chunk)
     words = np.zeros(w.DESCRIPTOR_WORDS, np.int64)
     words[[w.CHUNK, w.RUN_COUNT, w.CHUNKS, w.SQUARE_CHUNKS]] = chunk, len(runs), _last(ends), _last(square_ends)
-    storage = Storage(p_type, g_type, arrays.COMPUTE[p_type], False, has_master, amsgrad)
+    storage = Storage(p_type, g_type, arrays.COMPUTE[p_type], False, master, amsgrad)
     descriptor = cuda.to_device(words)
     lists = _on_device(runs), _on_device(ends), _on_device(square_ends)
     return Group(storage, _last(ends), _last(square_ends), lists, descriptor, gpu_arrays.address(descriptor), words)
@@ -150,9 +151,9 @@ def _ranges(which: Sequence[int], kinds: list[Matrix], square_ends: list[Matrix]
     return ranges
 
 
-def _has_master(table: AddressTable, runs: Matrix) -> bool:
-    """Whether the variables of a group have master copies: all of one dtype have, or none."""
-    return bool(len(runs)) and "master" in table.slots[runs[0, w.ARRAY]]
+def _master_of(table: AddressTable, runs: Matrix) -> str:
+    """What the variables of a group have beside themselves: all of one dtype the same."""
+    return kept_by(table.slots[runs[0, w.ARRAY]]) if len(runs) else ""
 
 
 def _on_device(x: Matrix) -> Any:

@@ -277,11 +277,11 @@ def flag(name: str, value: Any) -> bool:
     raise ValueError(f"`{name}` must be True or False. Received: {name}={brief(value)}")
 
 
-def choice(*choices: str) -> Check:
-    """A check for one of a few words."""
+def choice(*choices: str | bool) -> Check:
+    """A check for one of a few words, or of words and flags."""
 
-    def check(name: str, value: Any) -> str:
-        if isinstance(value, str) and value in choices:
+    def check(name: str, value: Any) -> Any:
+        if isinstance(value, (str, bool)) and value in choices:
             return value
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}. Received: {name}={brief(value)}")
 
@@ -295,6 +295,7 @@ def text(name: str, value: Any) -> str:
     raise ValueError(f"`{name}` must be a string that is not empty. Received: {name}={brief(value)}")
 
 
+masters = choice(True, False, "remainder")
 beta = real("a float in [0, 1)", lambda value: 0 <= value < 1)
 positive = real("a finite float > 0", lambda value: 0 < value < math.inf)
 optional_positive = real("a finite float > 0, or None", lambda value: 0 < value < math.inf, optional=True)

@@ -375,7 +375,8 @@ def _value_of_slot(loaded: Loaded, key: str, slot: str, name: str, array: Array)
                 "an optimizer with the options that it was saved with"
             )
     elif not _fits(value, array):
-        hint = " (on which `moments` decides)" if slot in ("momentum", "velocity") else ""
+        decisive = {"momentum": "moments", "velocity": "moments", "master": "master_weights"}.get(slot)
+        hint = f" (on which `{decisive}` decides)" if decisive else ""
         _check_fits(f"{loaded.where}: {slot} of {brief(name)}{hint}", value, array)
     return value
 

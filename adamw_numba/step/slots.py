@@ -6,6 +6,7 @@ from typing import Any
 from .. import arrays
 from ..arrays import Array
 from ..arrays.brief import brief
+from ..arrays.masters import REMAINDER
 from ..arrays.moments import BLOCK, SCALES, stored_as
 from ..arrays.pieces import Piece, whole
 from ..state import Slots
@@ -29,7 +30,9 @@ def new_slots(hyper: Any, variable: Array, amsgrad: bool, name: str | None, piec
     if moments == "8bit":
         blocks = -(-math.prod(variable.shape) * (1 + is_complex) // BLOCK)
         slots |= {key: arrays.zeros_of(variable, (blocks,), "float32") for key in SCALES}
-    if hyper.master_weights and arrays.dtype_name(variable) in ("float16", "bfloat16"):
+    if hyper.master_weights == "remainder" and arrays.dtype_name(variable) == "bfloat16":
+        slots["master"] = arrays.zeros_beside(variable, REMAINDER, len(slots) + 1)
+    elif hyper.master_weights and arrays.dtype_name(variable) in ("float16", "bfloat16"):
         master = arrays.zeros_beside(variable, dtype, len(slots) + 1)
         if arrays.is_mutable(master):
             arrays.write(master, variable)
