@@ -9,12 +9,14 @@ carried.
 import math
 
 import numpy as np
-from numba import carray
 
-from ..arrays.compiled import jit, jit_for_python, pointer
-from ..arrays.runs import ARRAY, CHUNK, COLUMNS, COUNT, G_AT, G_STEP, S_AT, S_STEP
+from ..arrays.compiled import jit, jit_for_python
+from ..arrays.runs import ARRAY, CHUNK, COUNT, G_AT, G_STEP, S_AT, S_STEP
 from ..update import TOTAL, G
+from . import blocks as b
 from . import kernels as cpu
+from .formula import row_of, slot_of
+from .intrinsics import words_at
 
 LEAST = -298  # the exponent of the sums' last bit
 DIGITS = 20  # of 32 bits: squares of less than 2^256, and more than 2^80 of them
@@ -47,16 +49,17 @@ def _carry(digits):
 
 
 @jit_for_python
-def add_squares(block, g_like, like, strided, accumulates, digits):
-    """Add the squares of the gradients that a block tells of (see kernels.py) to those of their variables."""
-    work, table = carray(pointer(block[cpu.WORK], np.int64(0)), (block[cpu.CHUNKS], COLUMNS)), cpu.table_of(block)
-    for w in range(len(work)):
-        a, n = work[w, ARRAY], work[w, COUNT]
-        if table[G, a] == 0:
+def add_squares(address, g_like, like, strided, accumulates, digits):
+    """Add the squares of the gradients that a block tells of (see blocks.py) to those of their variables."""
+    block = words_at(address)
+    for w in range(block[b.CHUNKS]):
+        work = b.row_of_work(block, w)
+        a, n = work[ARRAY], work[COUNT]
+        if b.address_in(block, G, a) == 0:
             continue
-        c = cpu.coefficients_of(block, a, like)
-        g = cpu.row_of(table[G, a] + work[w, G_AT], n, work[w, G_STEP], g_like, strided)
-        total = cpu.slot_of(accumulates, table[TOTAL, a] + work[w, S_AT], n, work[w, S_STEP], like, strided)
+        c = b.coefficients_of(block, a, like)
+        g = row_of(b.address_in(block, G, a) + work[G_AT], n, work[G_STEP], g_like, strided)
+        total = slot_of(accumulates, b.address_in(block, TOTAL, a) + work[S_AT], n, work[S_STEP], like, strided)
         for i in range(n):
             _add_square(digits[a], cpu.gradient(g, total, i, c))
         _carry(digits[a])

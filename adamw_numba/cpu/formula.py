@@ -9,6 +9,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from ..arrays.compiled import jit, pointer
 from ..update import make_update
+from .blocks import LENGTH, STEP
 
 update = jit(make_update(math.sqrt, np.maximum, np.minimum))
 
@@ -31,3 +32,19 @@ def _overload_slot_of(exists, address, count, step, like, strided):
     if isinstance(exists, (types.NoneType, types.Omitted)):
         return lambda exists, address, count, step, like, strided: None
     return lambda exists, address, count, step, like, strided: row_of(address, count, step, like, strided)
+
+
+def operand(exists, record, row, like, strided):
+    """One operand of a piece, by its record (see blocks.py): a pointer, or an array where elements lie apart."""
+    raise NotImplementedError
+
+
+@overload(operand)
+def _overload_operand(exists, record, row, like, strided):
+    if isinstance(exists, (types.NoneType, types.Omitted)):
+        return lambda exists, record, row, like, strided: None
+    if isinstance(strided, (types.NoneType, types.Omitted)):
+        return lambda exists, record, row, like, strided: pointer(record[row], like)
+    return lambda exists, record, row, like, strided: row_of(
+        record[row], record[LENGTH], record[STEP + row], like, strided
+    )

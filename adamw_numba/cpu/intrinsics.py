@@ -23,6 +23,7 @@ EXACT, FLUSHING = np.uint32(0x1F80), np.uint32(0x9F80)
 # Gradients may be multiplied by a factor that is itself nearly subnormal (a tiny clip norm, a huge loss scale) although
 # their product is not. Such a factor must not become 0.
 LEAST_FLUSHED = 2.0**-100
+ROOM = 1024  # bytes on the stack
 _HAS_MODE = platform.machine() in ("x86_64", "AMD64")
 
 
@@ -157,6 +158,45 @@ def exchange_mode(typingctx, mode):
     return types.uint32(types.uint32), codegen
 
 
+def _reader(kind):
+    """An address as a pointer to numbers of a type."""
+
+    @intrinsic
+    def at(typingctx, address):
+        def codegen(context, builder, signature, args):
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(types.intp), codegen
+
+    return at
+
+
+words_at, numbers_at = _reader(types.int64), _reader(types.float64)
+
+
+@intrinsic
+def room(typingctx):
+    """The address of `ROOM` bytes on the stack of the calling function."""
+
+    def codegen(context, builder, signature, args):
+        memory = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(64), ROOM // 8))
+        return builder.ptrtoint(memory, ir.IntType(64))
+
+    return types.intp(), codegen
+
+
+@intrinsic
+def call_loop(typingctx, address, record):
+    """Call a C function that takes an address, by its own."""
+
+    def codegen(context, builder, signature, args):
+        word = ir.IntType(64)
+        builder.call(builder.inttoptr(args[0], ir.FunctionType(ir.VoidType(), [word]).as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), codegen
+
+
 @jit
 def mode_for(scale):
     """The mode in which to update variables whose gradients are multiplied by `scale`."""
@@ -185,17 +225,15 @@ _into_first, _into_second = _prefetch_into(1), _prefetch_into(2)
 
 
 @jit
-def ask_for(exists, address, count, step, ahead, level):
-    """While `count` elements of a dense run are used, ask for as many that lie `ahead` bytes further on.
+def ask_for(address, size, level):
+    """Ask for some bytes, which will soon be used.
 
     Processors prefetch by themselves, but here too late: the formula is so long that only a few elements fit into the
     window of instructions that they look at in advance. They go into the cache of a level, the first or the second.
     """
-    if exists is not None:
-        first, last = address + ahead, address + ahead + count * step
-        if level == 1:
-            for line in range(first, last, 64):
-                _into_first(line)
-        else:
-            for line in range(first, last, 64):
-                _into_second(line)
+    if level == 1:
+        for line in range(address, address + size, 64):
+            _into_first(line)
+    else:
+        for line in range(address, address + size, 64):
+            _into_second(line)

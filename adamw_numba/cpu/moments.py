@@ -7,20 +7,17 @@ a block have to be known before; see `_scales`.
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import overload
 
 from ..arrays.compiled import cached, jit, pointer
 from ..arrays.moments import BLOCK, make_rounding
-from ..arrays.runs import ARRAY, COUNT, G_AT, G_STEP, S_AT, S_STEP
 from ..update import M_SCALE, TOTAL, V_SCALE, G, M, V
+from .blocks import APART, FIRST, KEYS, LENGTH, OLD_SCALES, SEEDS, STEP, WIDTH
 from .formula import row_of, slot_of, update
 from .intrinsics import widen
 from .words import bits_of, choose, number_of, word
 
-SPAN = 8 * BLOCK  # elements whose scales are found together
 LIKE: dict[str, Any] = {"bfloat16": np.uint16(0), "8bit": np.uint8(0)}
 
 
@@ -31,28 +28,6 @@ _to_momentum, _from_momentum, _to_velocity, _from_velocity = _R[6:]
 
 
 inlined = cached(no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True)
-
-
-@intrinsic
-def kept_scales(typingctx):
-    """Room for the old scales of some blocks, and for the inverses of the new ones."""
-
-    def codegen(context, builder, signature, args):
-        numbers = ir.ArrayType(ir.FloatType(), 4 * SPAN // BLOCK)
-        return builder.bitcast(cgutils.alloca_once(builder, numbers), ir.FloatType().as_pointer())
-
-    return types.CPointer(types.float32)(), codegen
-
-
-def halvings(like, m_like):
-    """How often the itemsize of other slots is halved to be that of moments: a constant."""
-    raise NotImplementedError
-
-
-@overload(halvings, inline="always")
-def _overload_halvings(like, m_like):
-    count = {8: 2, 16: 1}.get(getattr(m_like, "bitwidth", 0), 0) if isinstance(m_like, types.Integer) else 0
-    return lambda like, m_like: count
 
 
 @inlined
@@ -92,71 +67,87 @@ def _scales(m, v, g, total, count, limit, c, m_scale, v_scale):
     return _scale_of(bits_of(bounds[1])), _scale_of(bits_of(bounds[2]))
 
 
-def prepare(m, kept, run, start, table, g_like, like, strided, accumulate, limit, c):
-    """Where moments are of 8 bits, find the new scales of the next blocks of a run, and keep the old ones too.
+def prepare(record, m, g_like, like, strided, accumulate, limit, c):
+    """What has to be done before any element of a span is rounded: find the keys of its noise.
 
-    Of several blocks, since what leads to a scale is one thing after the other, and the processor can do those of
-    several blocks at a time.
+    Where moments are of 8 bits, find the new scales of its blocks too, and keep the old ones. Of several blocks at
+    once, since what leads to a scale is one thing after the other, and the processor can do those of several blocks at
+    a time.
     """
     raise NotImplementedError
 
 
 @overload(prepare)
-def _overload_prepare(m, kept, run, start, table, g_like, like, strided, accumulate, limit, c):
-    if m.dtype != types.uint8:
-        return lambda m, kept, run, start, table, g_like, like, strided, accumulate, limit, c: None
+def _overload_prepare(record, m, g_like, like, strided, accumulate, limit, c):
+    if m == types.uint16:
 
-    def prepare(m, kept, run, start, table, g_like, like, strided, accumulate, limit, c):
-        a, k = run[ARRAY], 0
-        for first in range(start, min(start + SPAN, run[COUNT]), BLOCK):
-            n, at = min(BLOCK, run[COUNT] - first), run[S_AT] + first * run[S_STEP]
-            m = row_of(table[M, a] + (at >> 2), n, run[S_STEP] >> 2, np.uint8(0), strided)
-            v = row_of(table[V, a] + (at >> 2), n, run[S_STEP] >> 2, np.uint8(0), strided)
-            g = row_of(table[G, a] + run[G_AT] + first * run[G_STEP], n, run[G_STEP], g_like, strided)
-            total = slot_of(accumulate, table[TOTAL, a] + at, n, run[S_STEP], like, strided)
-            # Four bytes of a scale for each block, where an element has four in other slots.
-            m_at, v_at = pointer(table[M_SCALE, a] + at // BLOCK, like), pointer(table[V_SCALE, a] + at // BLOCK, like)
-            m_bits, v_bits = _scales(m, v, g, total, n, limit, c, m_at[0], v_at[0])
-            kept[k], kept[k + 1] = m_at[0], v_at[0]
-            m_at[0], v_at[0] = number_of(m_bits), number_of(v_bits)
-            kept[k + 2], kept[k + 3] = number_of(_inverse_of(m_bits)), number_of(_inverse_of(v_bits))
-            k += 4
+        def prepare(record, m, g_like, like, strided, accumulate, limit, c):
+            _find_keys(record)
+
+    else:
+
+        def prepare(record, m, g_like, like, strided, accumulate, limit, c):
+            _find_keys(record)
+            m_scales, v_scales = pointer(record[M_SCALE], like), pointer(record[V_SCALE], like)
+            kept = pointer(record[OLD_SCALES], like)
+            for k in range((record[LENGTH] + BLOCK - 1) // BLOCK):
+                first = k * BLOCK
+                n, wide = min(BLOCK, record[LENGTH] - first), first * record[WIDTH]
+                m = row_of(record[M] + (wide >> 2), n, record[STEP + M], np.uint8(0), strided)
+                v = row_of(record[V] + (wide >> 2), n, record[STEP + V], np.uint8(0), strided)
+                g = row_of(record[G] + first * record[STEP + G], n, record[STEP + G], g_like, strided)
+                total = slot_of(accumulate, record[TOTAL] + wide, n, record[STEP + TOTAL], like, strided)
+                m_bits, v_bits = _scales(m, v, g, total, n, limit, c, m_scales[k], v_scales[k])
+                kept[4 * k], kept[4 * k + 1] = m_scales[k], v_scales[k]
+                m_scales[k], v_scales[k] = number_of(m_bits), number_of(v_bits)
+                kept[4 * k + 2], kept[4 * k + 3] = number_of(_inverse_of(m_bits)), number_of(_inverse_of(v_bits))
 
     return prepare
 
 
-def described(m, kept, start, places, keys):
+@jit
+def _find_keys(record):
+    first, second = keys(np.uint32(record[SEEDS]), np.uint32(record[SEEDS + 2]), np.uint32(record[SEEDS + 1]))
+    record[KEYS], record[KEYS + 1] = first, second
+
+
+def described(record, m, strided):
     """What is to be known of a piece besides its moments; None where they are float32 or float64.
 
-    The place of its first element in the whole variable, how far the next is from it, and what noise follows from. In 8
-    bits, where a piece is a block, its scales as well, and what new moments are multiplied with.
+    The place of its first element in the whole variable, how far the next is from it (None where it is the next there,
+    too), and what noise follows from. In 8 bits, where a piece is a block, its scales as well, and what new moments are
+    multiplied with.
     """
     raise NotImplementedError
 
 
 @overload(described)
-def _overload_described(m, kept, start, places, keys):
-    if isinstance(m.dtype, types.Float):
-        return lambda m, kept, start, places, keys: None
-    if m.dtype == types.uint16:
+def _overload_described(record, m, strided):
+    if isinstance(m, types.Float):
+        return lambda record, m, strided: None
+    if m == types.uint16:
+        return lambda record, m, strided: _noise_in(record, strided)
 
-        def described(m, kept, start, places, keys):
-            return np.uint32(places[0]), np.uint32(places[1]), keys[0], keys[1]
-
-    else:
-
-        def described(m, kept, start, places, keys):
-            k = 4 * (start % SPAN // BLOCK)
-            noise = np.uint32(places[0]), np.uint32(places[1]), keys[0], keys[1]
-            return (*noise, kept[k], kept[k + 1], kept[k + 2], kept[k + 3])
+    def described(record, m, strided):
+        kept = pointer(record[OLD_SCALES], np.float32(0))
+        return (*_noise_in(record, strided), kept[0], kept[1], kept[2], kept[3])
 
     return described
 
 
 @jit
-def first_place(small):
-    """Where the first element of a piece is in the whole variable."""
-    return None if small is None else small[0]
+def _noise_in(record, strided):
+    apart = None if strided is None else np.uint32(record[APART])
+    return np.uint32(record[FIRST]), apart, np.uint32(record[KEYS]), np.uint32(record[KEYS + 1])
+
+
+@jit
+def _place(i, first, apart):
+    """The place of an element in the whole variable.
+
+    Not the one before and a step more: LLVM would take the first element of each piece by itself.
+    """
+    return np.uint32(first + np.uint32(i)) if apart is None else np.uint32(first + np.uint32(np.uint32(i) * apart))
 
 
 def momentum(m, i, small):
@@ -187,32 +178,30 @@ def _overload_velocity(v, i, small):
     return lambda v, i, small: v[i]
 
 
-def put(m, v, i, new_m, new_v, place, small):
-    """Store the moments of an element; returns the place of the next one."""
+def put(m, v, i, new_m, new_v, small):
+    """Store the moments of an element."""
     raise NotImplementedError
 
 
 @overload(put, inline="always")
-def _overload_put(m, v, i, new_m, new_v, place, small):
+def _overload_put(m, v, i, new_m, new_v, small):
     if m.dtype == types.uint16:
 
-        def put(m, v, i, new_m, new_v, place, small):
-            bits = _noise(place, small[2], small[3])
+        def put(m, v, i, new_m, new_v, small):
+            bits = _noise(_place(i, small[0], small[1]), small[2], small[3])
             m[i] = np.uint16(_to_bfloat(new_m, np.uint32(bits & np.uint32(0xFFFF))))
             v[i] = np.uint16(_to_bfloat(new_v, np.uint32(bits >> np.uint32(16))))
-            return np.uint32(place + small[1])
 
     elif m.dtype == types.uint8:
 
-        def put(m, v, i, new_m, new_v, place, small):
-            bits = _noise(place, small[2], small[3])
+        def put(m, v, i, new_m, new_v, small):
+            bits = _noise(_place(i, small[0], small[1]), small[2], small[3])
             m[i] = np.uint8(_to_momentum(new_m, small[6], bits))
             v[i] = np.uint8(_to_velocity(new_v, small[7], bits))
-            return np.uint32(place + small[1])
 
     else:
 
-        def put(m, v, i, new_m, new_v, place, small):
+        def put(m, v, i, new_m, new_v, small):
             m[i] = new_m
             v[i] = new_v
 

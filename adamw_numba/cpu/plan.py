@@ -14,22 +14,23 @@ from ..arrays import Array
 from ..arrays.brief import brief
 from ..arrays.compiled import cache_folder
 from ..arrays.masters import kept_by
-from ..arrays.moments import MOMENTS, name_word
+from ..arrays.moments import BLOCK, MOMENTS, NARROWER, name_word
 from ..arrays.runs import ARRAY, COUNT, P_STEP, PLACE, PLACE_STEP, START, chunks_of
 from ..arrays.table import AddressTable
 from ..coefficients import Recipe
-from ..update import Storage
-from . import exact
+from ..update import M_SCALE, MASTER, V_SCALE, M, Storage, V
+from . import blocks, exact
 from . import kernels as cpu
 from .pool import MOST_PARTS, MOST_THREADS, call_helpers, helpers_of, job_call
 from .prefetch import NONE, Trial, Way, way_of
+from .walk import walk_kernel
 
 FAR = 2**23  # elements, from which on arrays are taken to lie in memory, not in a cache
 _LARGEST = sys.float_info.max
 # Packing takes a third of what assigning a tuple to an array does.
-_pack_numbers = struct.Struct(f"={cpu.HOW_MANY}d").pack_into
+_pack_numbers = struct.Struct(f"={blocks.HOW_MANY}d").pack_into
 _pack_rates = struct.Struct("=2d").pack_into  # the first two
-_pack_noise, _NOISE_AT = struct.Struct("=2d").pack_into, 8 * cpu.SEED
+_pack_noise, _NOISE_AT = struct.Struct("=2d").pack_into, 8 * blocks.SEED
 _pack_varying = struct.Struct("=4d").pack_into  # all that vary
 RESCUE = 2.0**-600  # brings the square of any finite float64 into range
 
@@ -45,7 +46,6 @@ class Group(NamedTuple):
     work: Matrix
     partials: Matrix
     block: Matrix
-    block_address: int
     elements: int
 
 
@@ -76,14 +76,15 @@ class Plan:
     ) -> None:
         self._threads: int | None = None
         self.count = len(names)
-        self.factors = np.ones((cpu.FACTOR_ROWS, len(names)))
-        self.factors[cpu.WHICH] = which
-        self.factors[cpu.NAME] = list(map(name_word, names))
-        self.numbers = np.zeros((groups, cpu.HOW_MANY))
+        self.factors = np.ones((blocks.FACTOR_ROWS, len(names)))
+        self.factors[blocks.WHICH] = which
+        self.factors[blocks.NAME] = list(map(name_word, names))
+        self.numbers = np.zeros((groups, blocks.HOW_MANY))
         self._packed = memoryview(self.numbers.reshape(-1))  # type: ignore[arg-type]
         self._rows = range(0, self.numbers.nbytes, self.numbers.strides[0])  # where each begins
         self._clipped = False
         self._made: dict[object, Ready] = {}
+        self._tasks: list[Matrix] = []
         self._loaded: Recipe | None = None  # whose numbers and calls are ready
         self._loaded_calls: Ready = [], (0, 0)
         self._is_single = True  # float32 arithmetic alone, in which no square of a finite number is out of range
@@ -99,6 +100,7 @@ class Plan:
         self._rounds = set(self.table.moments.values()) != {"float32"}
         self._laid_out: object = None  # the arrangement that `groups` are made for
         self._lay_out()
+        walk_kernel()  # is compiled now: all updates share it
 
     def lend(self) -> None:
         """Note that the user has been given the slots."""
@@ -171,7 +173,7 @@ class Plan:
             storage = group.storage
             likes = cpu.LIKE[storage.g], cpu.LIKE[storage.compute]
             flags = storage.strided or None, recipe.variant.accumulate or None
-            exact.add_squares(group.block, *likes, *flags, digits)
+            exact.add_squares(group.block.ctypes.data, *likes, *flags, digits)
         return digits
 
     def work(self, recipe: Recipe, gradients: Sequence[Array | None]) -> tuple[Sequence[Call], list[Call]]:
@@ -179,7 +181,7 @@ class Plan:
         if recipe is not self._loaded:
             self._load(recipe)
         if recipe.takes_norm:
-            self.numbers[:, cpu.SCALE] = recipe.scales()
+            self.numbers[:, blocks.SCALE] = recipe.scales()
             if recipe.clips is not None or self._clipped:
                 self._set_clips(recipe.clips)
         calls, helpers = self._loaded_calls
@@ -199,7 +201,7 @@ class Plan:
         """Make ready for steps of another kind than the last one: all their numbers, and what they call."""
         self._loaded = None
         if recipe.threads != self._threads:
-            self._made, self._threads = {}, recipe.threads
+            self._made, self._tasks, self._threads = {}, [], recipe.threads
         for at, each in zip(self._rows, recipe.groups(), strict=True):
             _pack_numbers(self._packed, at, *each.c, recipe.overwrite, 1.0, 0.0, 0.0)
         if self._clipped:
@@ -238,22 +240,27 @@ class Plan:
 
     def _go(self, way: Way) -> None:
         for group in self._far:
-            group.block[cpu.PIECE : cpu.LEVEL + 1] = way
+            group.block[blocks.PIECE : blocks.LEVEL + 1] = way
 
     def _set_clips(self, clips: Matrix | None) -> None:
         """What each variable's gradient is multiplied with; None where nothing is clipped by norm."""
-        self.factors[cpu.CLIP] = 1.0 if clips is None else clips
+        self.factors[blocks.CLIP] = 1.0 if clips is None else clips
         self._clipped = clips is not None
 
     def _calls(self, kernel: Callable[..., Any], *options: Any) -> Ready:
         """What to call, with no Python in between, to run a kernel over every group; what is new is compiled here."""
         made = self._made.get((kernel, *options))
         if made is None:
-            compiled = [kernel(group.storage, *options).address for group in self.groups]
-            calls = [
-                job_call(address, group.block_address, group.elements, self._threads)
-                for address, group in zip(compiled, self.groups, strict=True)
+            kernels = [kernel(group.storage, *options) for group in self.groups]
+            tasks = [
+                np.array([group.block.ctypes.data, *own.others], np.int64)
+                for own, group in zip(kernels, self.groups, strict=True)
             ]
+            calls = [
+                job_call(own.address, task.ctypes.data, group.elements, self._threads)
+                for own, task, group in zip(kernels, tasks, self.groups, strict=True)
+            ]
+            self._tasks += tasks  # whose addresses are in the calls
             most = max((group.elements for group in self.groups), default=0)
             made = self._made[kernel, *options] = calls, (max(map(helpers_of, calls), default=0), most)
         return made
@@ -275,7 +282,7 @@ class Plan:
 
     def _squares(self, recipe: Recipe, scale: float) -> Matrix:
         squares = np.zeros(len(self.table.names))
-        self.numbers[0, cpu.SQUARE_SCALE] = self._scale = scale
+        self.numbers[0, blocks.SQUARE_SCALE] = self._scale = scale
         calls, helpers = self._calls(cpu.square_kernel, recipe.variant.accumulate)
         if helpers[0]:
             call_helpers(*helpers)
@@ -291,17 +298,19 @@ class Plan:
         return squares
 
     def _arrange(self) -> None:
-        self._made, self._loaded, self.groups = {}, None, []
+        self._made, self._tasks, self._loaded, self.groups = {}, [], None, []
         has_maximum = np.array(["velocity_hat" in own for own in self.table.slots])
         kinds = np.array(
             [MOMENTS.index(self.table.moments.get(i, "float32")) for i in range(len(self.table.names))], int
         )
         for (p_type, g_type), runs in self.table.runs():
             sizes = [arrays.ITEMSIZE[p_type], arrays.ITEMSIZE[g_type], arrays.ITEMSIZE[arrays.COMPUTE[p_type]]]
-            strided, amsgrad = (runs[:, P_STEP:PLACE] != sizes).any(axis=1), has_maximum[runs[:, ARRAY]]
-            self._check_blocks(runs[kinds[runs[:, ARRAY]] == MOMENTS.index("8bit")])
+            own_kinds, amsgrad = kinds[runs[:, ARRAY]], has_maximum[runs[:, ARRAY]]
+            strided = (runs[:, P_STEP:PLACE] != sizes).any(axis=1)
+            strided |= (own_kinds != 0) & (runs[:, PLACE_STEP] != 1)  # noise follows from where elements are
+            self._check_blocks(runs[own_kinds == MOMENTS.index("8bit")])
             for is_strided, has_top, kind in itertools.product((False, True), (False, True), range(len(MOMENTS))):
-                own = runs[(strided == is_strided) & (amsgrad == has_top) & (kinds[runs[:, ARRAY]] == kind)]
+                own = runs[(strided == is_strided) & (amsgrad == has_top) & (own_kinds == kind)]
                 if len(own):
                     self.groups.append(self._group(p_type, g_type, is_strided, has_top, MOMENTS[kind], chunks_of(own)))
         self._far = [group for group in self.groups if group.elements >= FAR]
@@ -322,20 +331,25 @@ class Plan:
     def _group(self, p_type: str, g_type: str, strided: bool, amsgrad: bool, moments: str, work: Matrix) -> Group:
         ends = np.cumsum(work[:, COUNT])
         work[1:, START] = ends[:-1]
-        partials, block = np.zeros(len(work)), np.zeros(cpu.BLOCK_WORDS, np.int64)
+        partials, block = np.zeros(len(work)), np.zeros(blocks.BLOCK_WORDS, np.int64)
         own = {
-            cpu.WORK: work,
-            cpu.TABLE: self.table.addresses,
-            cpu.FACTORS: self.factors,
-            cpu.NUMBERS: self.numbers,
-            cpu.PARTIALS: partials,
-            cpu.SUMS: self._sums,
+            blocks.WORK: work,
+            blocks.TABLE: self.table.addresses,
+            blocks.FACTORS: self.factors,
+            blocks.NUMBERS: self.numbers,
+            blocks.PARTIALS: partials,
+            blocks.SUMS: self._sums,
         }
         for entry, array in own.items():
             block[entry] = array.ctypes.data
-        block[cpu.CHUNKS], block[cpu.ARRAYS] = len(work), len(self.table.names)
-        block[cpu.IS_FAR] = ends[-1] >= FAR
-        block[cpu.PIECE : cpu.LEVEL + 1] = NONE
         master = kept_by(self.table.slots[work[0, ARRAY]])
+        block[blocks.CHUNKS], block[blocks.ARRAYS] = len(work), len(self.table.names)
+        block[blocks.IS_FAR], block[blocks.STRIDED] = ends[-1] >= FAR, strided
+        for row in (M, V):
+            block[blocks.HALVED + row] = NARROWER[moments]
+        for row in (M_SCALE, V_SCALE):  # which have four bytes for a block, where other slots have four for an element
+            block[blocks.HALVED + row] = BLOCK.bit_length() - 1
+        block[blocks.HALVED + MASTER] = master == "remainder"
+        block[blocks.PIECE : blocks.LEVEL + 1] = NONE
         storage = Storage(p_type, g_type, arrays.COMPUTE[p_type], strided, master, amsgrad, moments)
-        return Group(storage, work, partials, block, block.ctypes.data, int(ends[-1]))
+        return Group(storage, work, partials, block, int(ends[-1]))

@@ -18,9 +18,10 @@ from numba.extending import intrinsic
 from ..arrays.compiled import OPTIONS, jit, jit_for_python, pointer
 from ..coefficients import clip_factor
 from ..cpu import kernels as cpu
+from ..cpu.blocks import c_kernel, cast_coefficients
 from ..cpu.exact import IN_CHUNK, steady
 from ..cpu.intrinsics import exchange_mode, mode_for
-from ..cpu.kernels import c_kernel, cast_coefficients, on, overwrite_chunk, sum_squares, update_chunk
+from ..cpu.kernels import on, overwrite_chunk, sum_squares, update_chunk
 from ..update import Variant
 from . import stopping
 

@@ -1,7 +1,7 @@
 """`update` and `update_amsgrad`: the formula of update.py for one element, on the processor and on a GPU."""
 
 from ..arrays.compiled import jit_for_python
-from ..cpu.kernels import cast_coefficients
+from ..cpu.blocks import cast_coefficients
 from ..cpu.kernels import update as update_element
 from .checks import checked
 

@@ -14,8 +14,9 @@ from numba.extending import overload, register_jitable
 from .. import coefficients as common
 from ..arrays.brief import brief
 from ..arrays.compiled import jit, jit_for_python, pointer
+from ..cpu.blocks import cast_coefficients
 from ..cpu.intrinsics import exchange_mode, mode_for
-from ..cpu.kernels import LIKE, cast_coefficients, on, update_chunk
+from ..cpu.kernels import LIKE, on, update_chunk
 from ..update import Coefficients
 from .calls import call_apart
 from .checks import check_apart, check_arrays, check_shapes
