@@ -19,18 +19,18 @@ Slots = dict[str, Array]
 class Noise(NamedTuple):
     """What the rounding of the moments of one variable follows from at one step."""
 
-    keys: tuple[Any, Any]
+    key: Any
     places: Any = None  # see `pieces.places_of`; None for a whole variable
 
 
 def noise_of(seed: int, name: str, number: Any, places: Any = None) -> Noise:
     """The noise of a variable at a step, whose number may be traced."""
     if isinstance(number, int):
-        keys = make_rounding(lambda f: f, lambda x: x & MASK, None, None, None).keys
-        return Noise(keys(seed, name_word(name), number & MASK), places)
+        key = make_rounding(lambda f: f, lambda x: x & MASK, None, None, None).key
+        return Noise(key(seed, name_word(name), number & MASK), places)
     xp = namespace(number)
     rounding = _rounding_of(xp)
-    return Noise(rounding.keys(*(words(xp, x) for x in (seed, name_word(name), number))), places)
+    return Noise(rounding.key(*(words(xp, x) for x in (seed, name_word(name), number))), places)
 
 
 def kind(p: Array, slots: Slots) -> str:
@@ -51,7 +51,7 @@ def brought_in(p: Array, slots: Slots) -> Slots:
         if moments == "bfloat16":
             values = rounding.from_bfloat(codes)
         else:
-            values = _flat(from_code(_blocks(xp, codes), slots[f"{key}_scale"][:, None]), codes.shape[0])
+            values = _flat(from_code(_blocks(xp, codes)) * slots[f"{key}_scale"][:, None], codes.shape[0])
         wide[key] = _of_reals(xp, values, p)
     return slots | wide
 
@@ -78,7 +78,7 @@ def rounded(
     xp = namespace(p)
     rounding = _rounding_of(xp)
     m, v = (_reals(xp, after[key]) for key in ("momentum", "velocity"))
-    bits = rounding.noise(_places(xp, p, noise.places), *(words(xp, key) for key in noise.keys))
+    bits = rounding.noise(_places(xp, p, noise.places), words(xp, noise.key))
     if moments == "bfloat16":
         low = word_of(xp, bits & words(xp, 0xFFFF))
         high = bits >> words(xp, 16)
@@ -102,7 +102,7 @@ def _largest(xp: Any, p: Array, g: Array, slots: Slots, bounds: Callable[..., An
     rounding, largest = _rounding_of(xp), {}
     for key, mask, from_code in (("momentum", 127, rounding.from_momentum), ("velocity", 255, rounding.from_velocity)):
         codes = _blocks(xp, _flat_words(xp, slots[key], "8bit", is_complex(p))) & words(xp, mask)
-        largest[key] = from_code(xp.max(codes, axis=1), slots[f"{key}_scale"])
+        largest[key] = from_code(xp.max(codes, axis=1)) * slots[f"{key}_scale"]
     total = slots.get("gradient_accumulator")
     up = xp.where(xp.asarray(c.scale) < 0, -1.0, 1.0) if hasattr(c.scale, "shape") else math.copysign(1.0, c.scale)
     largest_g, largest_total = (

@@ -102,8 +102,10 @@ jit_for_python = cached()
 
 def cache_folder() -> Path | None:
     """Where what is compiled is kept; None where no folder can be written."""
-    path = getattr(getattr(first_above, "_cache", None), "cache_path", None)
-    return None if path is None else Path(path)
+    try:
+        return Path(_Cache(cache_folder).cache_path)
+    except RuntimeError:
+        return None
 
 
 @intrinsic
@@ -116,6 +118,22 @@ def pointer(typingctx, address, like):
     return types.CPointer(like)(types.intp, like), codegen
 
 
+def _pointer_to(kind):
+    @intrinsic
+    def at(typingctx, address):
+        """An address as a pointer to numbers of a type."""
+
+        def codegen(context, builder, signature, args):
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(types.intp), codegen
+
+    return at
+
+
+words_at, numbers_at = _pointer_to(types.int64), _pointer_to(types.float64)
+
+
 @intrinsic
 def call_plain(typingctx, address):
     """Call a C function that takes nothing, by its address, and ignore what it returns."""
@@ -125,16 +143,3 @@ def call_plain(typingctx, address):
         return context.get_dummy_value()
 
     return types.void(types.intp), codegen
-
-
-@jit
-def first_above(ascending, bound):
-    """The position of the first integer above a bound. It compiles half a second faster than `numpy.searchsorted`."""
-    low, high = 0, ascending.size
-    while low < high:
-        middle = (low + high) >> 1
-        if ascending[middle] > bound:
-            high = middle
-        else:
-            low = middle + 1
-    return low

@@ -31,7 +31,8 @@ _LARGEST_BFLOAT = 0x7F7F0000
 _MOMENTUM_OFFSET, _VELOCITY_OFFSET = (127 - 15) << 23, (127 - 31) << 23  # 2^-15 and 2^-31, as bits
 _DROPPED = 20  # bits of a float32's mantissa that 8 bits do not have
 _CARRY = 1 << _DROPPED  # so that an element of 1.875 times a power of two or more has the next one for its scale
-_LEAST_SCALE, _MOST_SCALE = 1, 253  # exponents of powers of two whose inverses are no subnormal numbers
+# Exponents of powers of two, of which neither the inverse is subnormal nor the product with a beta.
+_LEAST_SCALE, _MOST_SCALE = 27, 253
 
 
 # What NumPy keeps them in; a complex number in one word. bfloat16 is bfloat16 where a library has it.
@@ -57,7 +58,7 @@ def kind_of(dtype: str, is_complex: bool) -> str:
 class Rounding(NamedTuple):
     """Functions of one target; words are unsigned integers of 32 bits."""
 
-    keys: Callable[..., Any]
+    key: Callable[..., Any]
     noise: Callable[..., Any]
     to_bfloat: Callable[..., Any]
     from_bfloat: Callable[..., Any]
@@ -96,22 +97,18 @@ def make_rounding(compiled: Callable[..., Any], word: Any, bits_of: Any, number_
         return word(x ^ (x >> word(16)))
 
     @compiled
-    def keys(seed, name, step):  # type: ignore[no-untyped-def]
-        """Two words for one variable at one step."""
-        first = mixed(word(mixed(word(name ^ mixed(word(seed + word(_GOLDEN))))) + word(step * word(_GOLDEN))))
-        return first, mixed(word(first + word(_GOLDEN)))
+    def key(seed, name, step):  # type: ignore[no-untyped-def]
+        """A word for one variable at one step."""
+        return mixed(word(mixed(word(name ^ mixed(word(seed + word(_GOLDEN))))) + word(step * word(_GOLDEN))))
 
     @compiled
-    def noise(place, first, second):  # type: ignore[no-untyped-def]
-        """32 bits for an element: those of `mixed`, with a key before each multiplication.
+    def noise(place, key):  # type: ignore[no-untyped-def]
+        """32 bits for an element: half of what `mixed` does, after a sequence of Weyl that begins at the key.
 
-        So two steps are no shifted copies of each other.
+        Of dithers nobody asks what is asked of random numbers, and these are a third of all that is computed in 8 bits.
         """
-        x = word(place + first)
-        x = word(word(x ^ (x >> word(16))) * word(0x7FEB352D))
-        x = word(x ^ second)
-        x = word(word(x ^ (x >> word(15))) * word(0x846CA68B))
-        return word(x ^ (x >> word(16)))
+        x = word(word(place * word(0x7FEB352D)) + key)
+        return word(word(x ^ (x >> word(15))) * word(0x846CA68B))
 
     @compiled
     def to_bfloat(x, bits):  # type: ignore[no-untyped-def]
@@ -156,27 +153,29 @@ def make_rounding(compiled: Callable[..., Any], word: Any, bits_of: Any, number_
         x = bits_of(x)
         dither = word(noise & word(_CARRY - 1))
         code = coded(number_of(word(x & word(_MAGNITUDE))), inverse, word(_MOMENTUM_OFFSET), dither)
-        return word(word(code & word(127)) | word(word(x >> word(24)) & word(128)))
+        code = word(word(code & word(0xFFFFFF7F)) | word(word(x >> word(24)) & word(128)))  # one choice by bits
+        return word(code & word(255))
 
     @compiled
-    def from_momentum(code, scale):  # type: ignore[no-untyped-def]
+    def from_momentum(code):  # type: ignore[no-untyped-def]
+        """What is to be multiplied with a block's scale."""
         magnitude = bits_of(decoded(word(code & word(127)), word(_MOMENTUM_OFFSET)))
-        return number_of(word(magnitude | word(word(code << word(24)) & word(0x80000000)))) * scale
+        return number_of(word(magnitude | word(word(code << word(24)) & word(0x80000000))))
 
     @compiled
     def to_velocity(x, inverse, noise):  # type: ignore[no-untyped-def]
         """8 bits of magnitude, rounded by the first 20 bits of noise; at least 1 of what is not 0."""
         code = coded(x, inverse, word(_VELOCITY_OFFSET), word(noise >> word(32 - _DROPPED)))
-        least = word((_VELOCITY_OFFSET >> _DROPPED) + 1)
-        code = choose(x > number_of(word(0)), choose(code < least, word(word(code & word(0)) | least), code), code)
-        return word(code & word(255))
+        least, bits = word((_VELOCITY_OFFSET >> _DROPPED) + 1), bits_of(x)
+        least = choose(bits < least, bits, word(word(bits & word(0)) | least))  # 0, or less than the bits of any number
+        return word(choose(code < least, least, code) & word(255))
 
     @compiled
-    def from_velocity(code, scale):  # type: ignore[no-untyped-def]
-        return decoded(code, word(_VELOCITY_OFFSET)) * scale
+    def from_velocity(code):  # type: ignore[no-untyped-def]
+        return decoded(code, word(_VELOCITY_OFFSET))
 
     return Rounding(
-        keys,
+        key,
         noise,
         to_bfloat,
         from_bfloat,

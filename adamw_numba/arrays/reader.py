@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, config, types
+from numba import config, types
 from numba.extending import intrinsic
 
-from ..update import ROWS, G
+from ..update import G
 from . import cupy_header
-from .compiled import cached, call_plain, entry_point, first_above, jit, jit_for_python, pointer
+from .compiled import cached, call_plain, entry_point, jit, jit_for_python, words_at
 
 _HEAD = object.__basicsize__  # bytes of PyObject_HEAD, whose last word is the type
 _WORD = 8
@@ -188,11 +188,6 @@ def _describe(typingctx, function, array, tensor):
     return types.int64(types.intp, types.intp, types.intp), codegen
 
 
-@jit
-def _words(address, count):
-    return carray(pointer(address, np.int64(0)), count)
-
-
 @jit_for_python
 def describe(array, exporter, tensor, clear):
     """Have a tensor fill in a DLTensor; False, and no exception set, where it cannot."""
@@ -206,40 +201,48 @@ def describe(array, exporter, tensor, clear):
 def _address_as_known(array, known, block):
     """Where an array lies, if it is exactly as known."""
     # The type first: what follows reads a header whose layout only this type is known to have.
-    if _words(array + _HEAD - _WORD, 1)[0] != known[TYPE]:
+    if words_at(array + _HEAD - _WORD)[0] != known[TYPE]:
         return _MISSING
     ndim = known[NDIM]
     if known[EXPORTER] == 0:
-        header = _words(array + _HEAD, 7)
+        header = words_at(array + _HEAD)
         same = header[_DTYPE] == known[DTYPE] and header[_NDIM] & _LOW32 == ndim
         same &= header[_FLAGS] & known[FLAGS] == known[FLAGS]  # a view is made read-only by a flag alone
         data, shape, strides = header[_DATA], header[_SHAPE], header[_STRIDES]
     elif known[EXPORTER] == _CUPY:
-        fields = _words(block[FIELDS], cupy_header.FIELDS)
-        memory = _words(array + fields[cupy_header.MEMORY], 1)[0]
-        shape, end = _words(array + fields[cupy_header.SHAPE], 2)
-        strides = _words(array + fields[cupy_header.STRIDES], 1)[0]
-        same = _words(array + fields[cupy_header.DTYPE], 1)[0] == known[DTYPE] and end - shape == _WORD * ndim
-        same &= _words(memory + fields[cupy_header.DEVICE], 1)[0] & _LOW32 == known[FLAGS]
-        data = _words(memory + fields[cupy_header.ADDRESS], 1)[0]
+        fields = words_at(block[FIELDS])
+        memory = words_at(array + fields[cupy_header.MEMORY])[0]
+        ends = words_at(array + fields[cupy_header.SHAPE])  # of a vector of C++
+        shape, strides = ends[0], words_at(array + fields[cupy_header.STRIDES])[0]
+        same = words_at(array + fields[cupy_header.DTYPE])[0] == known[DTYPE] and ends[1] - shape == _WORD * ndim
+        same &= words_at(memory + fields[cupy_header.DEVICE])[0] & _LOW32 == known[FLAGS]
+        data = words_at(memory + fields[cupy_header.ADDRESS])[0]
     else:
         if not describe(array, known[EXPORTER], block[TENSOR], block[CLEAR]):
             return _MISSING
-        header = _words(block[TENSOR], _DL_WORDS)
+        header = words_at(block[TENSOR])
         same = header[_KIND] == known[DTYPE] and header[_DEVICE] == known[FLAGS] and header[_OFFSET] == 0
         data, shape, strides = header[_DATA], header[_DL_SHAPE], header[_DL_STRIDES]
     if not same or (data == 0 and known[HIGH] > known[LOW]):
         return _MISSING
     for axis in range(ndim):
-        same &= _words(shape, ndim)[axis] == known[AXES + axis]
-        same &= _words(strides, ndim)[axis] == known[AXES + ndim + axis]
+        same &= words_at(shape)[axis] == known[AXES + axis]
+        same &= words_at(strides)[axis] == known[AXES + ndim + axis]
     return data if same else _MISSING
 
 
 @jit
-def _is_apart(lows, highs, low, high):
-    nearest = first_above(highs, low)
-    return nearest == lows.size or lows[nearest] >= high or low == high
+def _is_apart(block, low, high):
+    """Whether memory overlaps none that a step writes."""
+    first, last = 0, block[RANGES]
+    lows, highs = words_at(block[LOWS]), words_at(block[HIGHS])
+    while first < last:  # to the first range that ends above
+        middle = (first + last) >> 1
+        if highs[middle] > low:
+            last = middle
+        else:
+            first = middle + 1
+    return first == block[RANGES] or lows[first] >= high or low == high
 
 
 @entry_point
@@ -250,33 +253,29 @@ def read(gradients, address):
     `gradients` is the address of a list of as many as the reader expects, `address` that of the reader. The
     interpreter's lock is held.
     """
-    block = _words(address, _BLOCK_WORDS)
-    owned, table, starts = _words(block[OWNED], block[OWNED_COUNT]), _words(block[TABLE], 1), block[STARTS]
+    block = words_at(address)
+    owned, places, table = words_at(block[OWNED]), words_at(block[PLACES]), words_at(block[TABLE])
+    starts, known, references = words_at(block[STARTS]), block[KNOWN], words_at(block[REFERENCES])
     count = block[GRADIENTS]
-    starts = _words(starts, owned.size + count + 1)
-    known, places = _words(block[KNOWN], starts[owned.size + count]), _words(block[PLACES], owned.size)
-    table = _words(block[TABLE], ROWS * count)
-    lows, highs = _words(block[LOWS], block[RANGES]), _words(block[HIGHS], block[RANGES])
-    references = _words(block[REFERENCES], count)
     present = new = 0
     for k in range(block[WATCHED]):  # an owned array that has moved needs new ranges, and a new check for overlap
-        if _address_as_known(owned[k], known[starts[k] :], block) != table[places[k]]:
+        if _address_as_known(owned[k], words_at(known + _WORD * starts[k]), block) != table[places[k]]:
             return _MISSING
-    items = _words(_words(gradients + _ITEMS, 1)[0], count)
+    items = words_at(words_at(gradients + _ITEMS)[0])
     for i in range(count):
         before = table[G * count + i]
         table[G * count + i] = 0
         if items[i] == block[NONE]:
             continue
-        row = known[starts[owned.size + i] :]
+        row = words_at(known + _WORD * starts[block[OWNED_COUNT] + i])
         data = _address_as_known(items[i], row, block)
-        if data == _MISSING or not _is_apart(lows, highs, data + row[LOW], data + row[HIGH]):
+        if data == _MISSING or not _is_apart(block, data + row[LOW], data + row[HIGH]):
             return _MISSING
         table[G * count + i] = data
         present += 1
         if references[i] != _SAME:
             # A weak reference holds the address of its object, right after what every object has, while that lives.
-            is_same = references[i] != 0 and _words(references[i] + _HEAD, 1)[0] == items[i]
+            is_same = references[i] != 0 and words_at(references[i] + _HEAD)[0] == items[i]
             new |= not is_same or data != before
     block[NEW] |= new
     return present

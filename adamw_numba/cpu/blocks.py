@@ -7,11 +7,11 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from ..arrays.compiled import c_function, jit
+from ..arrays.compiled import c_function, jit, numbers_at, words_at
 from ..arrays.moments import BLOCK as MOMENTS_BLOCK
 from ..arrays.runs import COLUMNS, COUNT, START
 from ..update import LEAST_EPSILON, ROWS, Coefficients
-from .intrinsics import mode_for, numbers_at, words_at
+from .intrinsics import mode_for
 
 WHOLE = 2**30  # elements: longer than any chunk
 SPAN = 8 * MOMENTS_BLOCK  # elements whose scales are found together
@@ -34,13 +34,13 @@ WHICH, CLIP, NAME, FACTOR_ROWS = range(4)
 # A record describes a piece of a chunk to a loop. Of each operand, in the order of the rows of a table: its address (0
 # for a gradient that there is not) and the bytes from one element to the next; then those of slots of full width. The
 # coefficients in float64 and in float32, and the group and clip that they are of. For small moments (see moments.py)
-# two keys and the scales of a span's blocks, what the keys follow from, and which scales are the piece's. How many
+# a key and the scales of a span's blocks, what the key follows from, and which scales are the piece's. How many
 # elements it has, where the first is in the whole variable and how far apart they are there, and whether the variables
 # become their averages.
 STEP, WIDTH, DOUBLES = ROWS, 2 * ROWS, 2 * ROWS + 1
 FLOATS = DOUBLES + len(Coefficients._fields)
-KEYS = FLOATS + len(Coefficients._fields) // 2
-SCALES = KEYS + 2
+KEY = FLOATS + len(Coefficients._fields) // 2
+SCALES = KEY + 1
 SEEDS = SCALES + 2 * SPAN // MOMENTS_BLOCK
 KNOWN = SEEDS + 3
 LENGTH, FIRST, APART, OLD_SCALES, OVERWRITES, RECORD_WORDS = range(KNOWN + 2, KNOWN + 8)

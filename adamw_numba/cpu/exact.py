@@ -10,13 +10,12 @@ import math
 
 import numpy as np
 
-from ..arrays.compiled import jit, jit_for_python
+from ..arrays.compiled import jit, jit_for_python, words_at
 from ..arrays.runs import ARRAY, CHUNK, COUNT, G_AT, G_STEP, S_AT, S_STEP
 from ..update import TOTAL, G
 from . import blocks as b
 from . import kernels as cpu
 from .formula import row_of, slot_of
-from .intrinsics import words_at
 
 LEAST = -298  # the exponent of the sums' last bit
 DIGITS = 20  # of 32 bits: squares of less than 2^256, and more than 2^80 of them

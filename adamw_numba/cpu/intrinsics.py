@@ -158,22 +158,6 @@ def exchange_mode(typingctx, mode):
     return types.uint32(types.uint32), codegen
 
 
-def _reader(kind):
-    """An address as a pointer to numbers of a type."""
-
-    @intrinsic
-    def at(typingctx, address):
-        def codegen(context, builder, signature, args):
-            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-        return types.CPointer(kind)(types.intp), codegen
-
-    return at
-
-
-words_at, numbers_at = _reader(types.int64), _reader(types.float64)
-
-
 @intrinsic
 def room(typingctx):
     """The address of `ROOM` bytes on the stack of the calling function."""

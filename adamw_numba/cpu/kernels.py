@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import carray, types
 
-from ..arrays.compiled import c_function, jit, jit_for_python, pointer
+from ..arrays.compiled import c_function, jit, jit_for_python, numbers_at, pointer, words_at
 from ..arrays.runs import ARRAY, COUNT, G_AT, G_STEP, S_AT, S_STEP
 from ..update import (
     AVERAGE,
@@ -38,7 +38,7 @@ from . import blocks as b
 from . import masters
 from . import moments as small
 from .formula import operand, row_of, slot_of, update
-from .intrinsics import FLUSHING, ask_for, exchange_mode, numbers_at, widen, words_at
+from .intrinsics import FLUSHING, ask_for, exchange_mode, widen
 from .masters import put_value, value_of
 from .walk import walk_kernel
 
@@ -120,7 +120,8 @@ def _coefficients_in(at, like):
 
 @jit
 def _update_piece(at, p_like, g_like, like, m_like, strided, master, amsgrad, average, accumulate, clip, nesterov):
-    record, c = words_at(at), _coefficients_in(at, like)
+    record = words_at(at)
+    c = small.betas_scaled(record, m_like, _coefficients_in(at, like))
     update_chunk(
         record[b.LENGTH],
         operand(True, record, P, p_like, strided),

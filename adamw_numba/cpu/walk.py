@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays.compiled import jit, pointer
+from ..arrays.compiled import jit, numbers_at, pointer, words_at
 from ..arrays.moments import BLOCK as MOMENTS_BLOCK
 from ..arrays.runs import ARRAY, COUNT, G_AT, G_STEP, P_AT, P_STEP, PLACE, PLACE_STEP, S_AT, S_STEP
 from ..update import M_SCALE, G, M, P, V
 from . import blocks as b
-from .intrinsics import ask_for, call_loop, exchange_mode, numbers_at, room, words_at
+from .intrinsics import ask_for, call_loop, exchange_mode, room
 
 
 @jit

@@ -27,13 +27,10 @@ def mixed(x):
 def noise(seed, name, step, places):
     golden = 0x9E3779B1
     key = mixed(mixed(zlib.crc32(name.encode()) ^ mixed(seed + golden & MASK)) + step * golden & MASK)
-    other = mixed(key + golden & MASK)
     found = []
     for place in places:
-        x = place + key & MASK
-        x = ((x ^ (x >> 16)) * 0x7FEB352D & MASK) ^ other
-        x = (x ^ (x >> 15)) * 0x846CA68B & MASK
-        found.append(x ^ (x >> 16))
+        x = place * 0x7FEB352D + key & MASK
+        found.append((x ^ (x >> 15)) * 0x846CA68B & MASK)
     return np.array(found, np.int64)
 
 
@@ -51,7 +48,7 @@ def as_bfloat(values, noise):
 
 def as_bytes(values, largest, noise, offset):
     """Floats with 3 bits of mantissa, of the magnitude and an offset in units of a power of two."""
-    scale = 2.0 ** np.floor(np.log2(np.maximum(np.float64(largest) / 0.9375, 2.0**-126)))
+    scale = 2.0 ** np.floor(np.log2(np.maximum(np.float64(largest) / 0.9375, 2.0**-100)))
     scale = np.where(np.float64(largest) / scale >= 1.875, 2 * scale, scale)
     moved = (np.abs(values) / np.float32(scale) + np.float32(offset)).astype(np.float32)
     spacing = 2.0 ** (np.floor(np.log2(moved.astype(np.float64))) - 3)
