@@ -1,9 +1,10 @@
 """The CPU target: `update` bound by Numba, over a table of addresses, in one compiled call per step.
 
-A kernel is a C function ``void(block, part, parts)`` that does one of several equal shares of the work. `block` is the
-address of a row of addresses and sizes (see `WORK` and what follows). So a call costs the same for one array as for a
-thousand, and the code that runs kernels (jobs.py) is compiled once for all of them. Numba sees a 16-bit element as an
-integer: ``int16`` stands for float16 and ``uint16`` for bfloat16.
+A kernel is a C function ``void(task, part, parts)`` that does one of several equal shares of the work; what it is told
+lies in memory (see blocks.py). So a call costs the same for one array as for a thousand, and the code that runs kernels
+(jobs.py) is compiled once for all of them. The kernel of updates is the walk (walk.py), which calls the loops that are
+compiled here, a C function ``void(record)`` each. Numba sees a 16-bit element as an integer: ``int16`` stands for
+float16 and ``uint16`` for bfloat16.
 
 Loops become vectors only if LLVM can see that no array of a step overlaps another. It looks for itself, once for each
 call of a loop: it compares the ends of all arrays, and if any of them overlap, it takes the elements one by one.
