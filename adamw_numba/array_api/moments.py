@@ -231,7 +231,8 @@ def _places(xp: Any, p: Array, places: Any) -> Array:
     for k, (size, step) in enumerate(zip(shape, steps, strict=True)):
         along = _words(xp, xp.arange(size)) * _words(xp, width * step & _MASK)
         result = _word_of(xp, result + xp.reshape(along, (size, *[1] * (len(shape) - k - 1))))
-    result = xp.broadcast_to(xp.asarray(result), shape)
+    # Of the shape of the variable and, where JAX has meshes whose axes are explicit, divided like it.
+    result = xp.zeros_like(p, dtype=_words(xp, xp.zeros(1)).dtype) + result
     if width == 2:
         result = xp.stack([result, _word_of(xp, result + _words(xp, 1))], axis=-1)
     return _words(xp, xp.reshape(result, (-1,)))
