@@ -2,7 +2,7 @@
 
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -78,23 +78,41 @@ def rounded(
     if moments == "float32":
         return after
     xp = namespace(p)
-    rounding = _rounding_of(xp)
-    m, v = (_reals(xp, after[key]) for key in ("momentum", "velocity"))
-    bits = rounding.noise(_places(xp, p, noise.places), *(_words(xp, key) for key in noise.keys))
+    bits = _rounding_of(xp).noise(_places(xp, p, noise.places), *(_words(xp, key) for key in noise.keys))
     if moments == "bfloat16":
-        low = _word_of(xp, bits & _words(xp, 0xFFFF))
-        high = bits >> _words(xp, 16)
-        codes = {"momentum": rounding.to_bfloat(m, low), "velocity": rounding.to_bfloat(v, high)}
-        return after | {key: _kept(xp, code, before[key], is_complex(p), 16) for key, code in codes.items()}
-    sizes = [rounding.scale_of(_bits_of(xp, each)) for each in _largest(xp, p, g, before, bounds, c)]
-    made = dict(after)
-    for key, x, scale, to_code in (
-        ("momentum", m, sizes[0], rounding.to_momentum),
-        ("velocity", v, sizes[1], rounding.to_velocity),
-    ):
-        inverse = _number_of(xp, rounding.inverse_of(scale))[:, None]
-        code = to_code(_blocks(xp, x), inverse, _blocks(xp, bits))
-        made[key] = _kept(xp, _flat(code, x.shape[0]), before[key], is_complex(p), 8)
+        return after | _in_16_bits(p, after, before, _word_of(xp, bits & _words(xp, 0xFFFF)), bits >> _words(xp, 16))
+    bits = _blocks(xp, bits)
+    return after | _in_8_bits(p, after, before, _largest(xp, p, g, before, bounds, c), bits, bits)
+
+
+def narrowed(p: Array, numbers: Slots, like: Slots) -> Slots:
+    """Moments that are numbers as slots keep them, which only lend their dtypes; rounded to the nearest."""
+    moments, xp = kind(p, like), namespace(p)
+    if moments == "float32":
+        return numbers
+    if moments == "bfloat16":
+        return numbers | _in_16_bits(p, numbers, like, *(_words(xp, 1 << 15) for _ in range(2)))
+    largest = [_magnitude(xp, _blocks(xp, _reals(xp, numbers[key]))) for key in ("momentum", "velocity")]
+    return numbers | _in_8_bits(p, numbers, like, largest, _words(xp, 1 << 19), _words(xp, 1 << 31))
+
+
+def _in_16_bits(p: Array, numbers: Slots, like: Slots, *noises: Any) -> Slots:
+    xp, made = namespace(p), {}
+    for key, noise in zip(("momentum", "velocity"), noises, strict=True):
+        code = _rounding_of(xp).to_bfloat(_reals(xp, numbers[key]), noise)
+        made[key] = _kept(xp, code, like[key], is_complex(p), 16)
+    return made
+
+
+def _in_8_bits(p: Array, numbers: Slots, like: Slots, largest: Sequence[Any], *noises: Any) -> Slots:
+    """With the scales that follow from what no element of a block exceeds."""
+    xp, made = namespace(p), {}
+    rounding = _rounding_of(xp)
+    to_codes = rounding.to_momentum, rounding.to_velocity
+    for key, most, noise, to_code in zip(("momentum", "velocity"), largest, noises, to_codes, strict=True):
+        x, scale = _reals(xp, numbers[key]), rounding.scale_of(_bits_of(xp, most))
+        code = to_code(_blocks(xp, x), _number_of(xp, rounding.inverse_of(scale))[:, None], noise)
+        made[key] = _kept(xp, _flat(code, x.shape[0]), like[key], is_complex(p), 8)
         made[f"{key}_scale"] = _number_of(xp, scale)
     return made
 
