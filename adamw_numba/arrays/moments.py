@@ -17,7 +17,8 @@ whole variable, so that bits depend neither on threads nor on how variables are 
   1.6e38, becomes NaN.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -52,6 +53,11 @@ def stored_as(moments: str, is_complex: bool, has_bfloat: bool) -> str:
 def kind_of(dtype: str, is_complex: bool) -> str:
     """What moments of a dtype are: one of `MOMENTS`."""
     return _KINDS.get((dtype, is_complex), "float32")
+
+
+def blocks_of(shape: Sequence[int], is_complex: bool) -> int:
+    """How many scales a variable has in 8 bits."""
+    return -(-math.prod(shape) * (1 + is_complex) // BLOCK)
 
 
 class Rounding(NamedTuple):
