@@ -25,7 +25,7 @@ class WithState(keras.optimizers.AdamW):  # type: ignore[misc]  # which has no t
 
     @property
     def variables(self) -> list[Variable]:
-        """The variables of the state, in Keras's order; masters of 16-bit variables and scales of moments follow them."""
+        """The variables of the state, in Keras's order; then masters of 16-bit variables, and scales of moments."""
         self._adamw.engine.catch_up()  # with a GPU that counts by itself
         return list(super().variables)
 

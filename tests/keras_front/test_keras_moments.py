@@ -36,29 +36,27 @@ def made(moments, dtype="float32", last=4, **options):
 @pytest.mark.parametrize("options", OPTIONS)
 @both_moments
 def test_bits_of_the_optimizer_of_arrays(moments, options, dtype):
-    """On the same tensors, in place; on JAX as a function of the same arrays."""
+    """On tensors of a list, in place; on JAX as a function of such arrays."""
     variables, optimizer = made(moments, dtype, **OPTIONS[options])
-    arrays = {v.path: v.value for v in variables_of(dtype, SHAPES)}
-    if IS_TORCH:
-        arrays = {name: array.detach() for name, array in arrays.items()}
+    arrays = [v.value.detach() if IS_TORCH else v.value for v in variables_of(dtype, SHAPES)]
     other = adamw_numba.AdamW(0.01, moments=moments, seed=5, **OPTIONS[options])
     other.build(arrays)
     state = other.variables
     for step in range(4):
-        gradients = dict(zip(arrays, gradients_of(step, dtype, SHAPES), strict=True))
+        gradients = gradients_of(step, dtype, SHAPES)
         if IS_TORCH:
             other.apply(gradients)
         else:
             state, arrays = other.stateless_apply(state, gradients, arrays)[::-1]
     if not IS_TORCH:
         other.set_weights(state)
-    same(variables, arrays.values())
+    same(variables, arrays)
     # Scales follow the rest, as masters do; everything else has Keras's order.
     found = dict(zip((v.path.rpartition("/")[2] for v in optimizer.variables), optimizer.variables, strict=True))
     for name, array in other.state.items():
-        slot, _, path = name.partition("/")
-        if path:
-            np.testing.assert_array_equal(look(found[f"{path.replace('/', '_')}_{slot}"]), look(array))
+        slot, _, position = name.partition("/")
+        if position:
+            np.testing.assert_array_equal(look(found[f"v{position}_{slot}"]), look(array))
 
 
 def test_what_is_kept():
@@ -143,7 +141,7 @@ def test_compiled_as_a_function(moments):
         values, state = step(state, gradients_of(k, "float32", SHAPES), values)
     expected, whole = made(moments)
     for one, other in zip(looked(values), looked(expected), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-6)
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
     assert [v.dtype for v in state] == [v.value.dtype for v in whole.variables]
     assert step._cache_size() == 1
 
@@ -151,10 +149,10 @@ def test_compiled_as_a_function(moments):
 @pytest.mark.parametrize(("first", "then"), [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_states_of_other_moments(first, then):
     """Numbers are taken, to the nearest; what has codes differs in the number of variables, which Keras skips."""
-    variables, optimizer = made(first)
+    _, optimizer = made(first)
     store = {}
     optimizer.save_own_variables(store)
-    _, other = made(then, last=0)
+    variables, other = made(then, last=0)
     other.load_own_variables(store)
     for one, two in zip(looked(optimizer.variables), looked(other.variables), strict=True):
         np.testing.assert_allclose(two, one, rtol=2**-8)

@@ -122,6 +122,22 @@ def test_where_steps_are_taken(moments):
 
 
 @both_moments
+def test_orbax(moments, tmp_path):
+    """Restored into what `eval_shape` says of a state, also of leaves without scales."""
+    ocp = pytest.importorskip("orbax.checkpoint")
+    start, transformation = values(0), adamw(0.01, moments=moments)
+    params, state = stepped(transformation, start, stop=2)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "2", (params, state))
+        checkpointer.wait_until_finished()
+        params, again = checkpointer.restore(
+            tmp_path / "2", jax.eval_shape(lambda: (start, transformation.init(start)))
+        )
+    assert image(again) == image(state)
+    assert image(stepped(transformation, params, 2, state=again)) == image(stepped(transformation, start))
+
+
+@both_moments
 def test_many_at_once(moments):
     """Each of a batch as if alone, with a seed of its own."""
     seeds, starts = jnp.arange(3), [values(10 * k) for k in range(3)]
