@@ -80,11 +80,13 @@ def _told(kind: tuple[str, tuple[int, ...]] | None) -> str:
 
 
 def noises(
-    seed: Any, number: Array, names: Sequence[str], variables: Sequence[Array], slots: Sequence[Any]
-) -> list[Any]:
+    hyper: Any, number: Array, trained: trees.Trained, variables: Sequence[Array], slots: Sequence[Any]
+) -> list[Any] | None:
     """What the moments of each variable are rounded by at a step: by its path, which is its name elsewhere too."""
-    each = zip(names, variables, slots, strict=True)
+    if hyper.moments == "float32":
+        return None
+    each = zip((trained.names[k] for k in trained.own), variables, slots, strict=True)
     return [
-        None if whole_arrays.kind(p, own) == "float32" else whole_arrays.noise_of(seed, name, number)
+        None if whole_arrays.kind(p, own) == "float32" else whole_arrays.noise_of(hyper.seed, name, number)
         for name, p, own in each
     ]

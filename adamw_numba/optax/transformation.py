@@ -307,7 +307,7 @@ def _update(
         loss_scale,
         hyper.nonfinite,
         hyper.eps_root,
-        few_bits.noises(hyper.seed, number, [trained.names[k] for k in own], variables, slots),
+        few_bits.noises(hyper, number, trained, variables, slots),
     )
     all_changes = [jnp.zeros_like(leaf) for leaf in trained.leaves]
     for k, change, slot in zip(own, changes, slots, strict=True):

@@ -329,7 +329,7 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
             if own:
                 slots = new_slots(self._engine, name, param, self._own[k]["amsgrad"])
                 started[param] = restored(name, param, own, slots, before[param].slots if param in before else {})
-                micro_steps, calls = int(own.get("micro_steps", 0)), int(own.get("iteration", 0))
+                micro_steps, calls = int(own.get("micro_steps", 0)), max(calls, int(own.get("iteration", 0)))
         count = max((each.steps for each in started.values()), default=0)
         count = max(count, calls // self._shown.window)  # which no parameter has to have reached by itself
         self._arrange(started, count * self._shown.window + micro_steps)
