@@ -53,16 +53,7 @@ def updated(
     xp = namespace(p)
     value, g = value_of(xp, p, slots.get("master")), _cast(xp, g, p)
     new, state = _one_update(xp, value, g, moments.brought_in(p, slots), c, clipvalue, nesterov, None)
-    if noise is not None:
-
-        def bounds(g: Array, m: Array, v: Array, total: Array | None) -> tuple[Any, Any]:
-            limit = None if clipvalue is None else xp.full_like(g, clipvalue)
-            own = _coefficients(xp, c, g)
-            _, m, v, _, _ = _update_of(xp)(xp.zeros_like(g), g, m, v, None, None, total, limit, None, own)
-            return m, v
-
-        state = moments.rounded(p, g, slots, state, noise, bounds, c)
-    return _stored(xp, p, new, state, overwrite)
+    return _stored(xp, p, new, _rounded(xp, p, g, slots, state, c, clipvalue, noise), overwrite)
 
 
 @_quiet
@@ -75,6 +66,7 @@ def change(
     nesterov: bool,
     overwrite: Any,
     corrected: Corrected,
+    noise: Any = None,
 ) -> tuple[Array, Slots]:
     """What one update adds to a variable, which has no master copy, and the new slots; by the conventions of optax.
 
@@ -82,15 +74,33 @@ def change(
     of Adam, and the decay is a term of its own.
     """
     xp = namespace(p)
-    value = _cast(xp, p, p)
+    value, g = _cast(xp, p, p), _cast(xp, g, p)
     others = {name: array for name, array in slots.items() if name != "average"}
-    moved, state = _one_update(xp, 0.0, _cast(xp, g, p), others, c, clipvalue, nesterov, corrected)
+    wide = moments.brought_in(p, others)
+    moved, state = _one_update(xp, 0.0, g, wide, c, clipvalue, nesterov, corrected)
+    state = _rounded(xp, p, g, others, state, c, clipvalue, noise)
     own = _coefficients(xp, c, xp.real(value) if is_complex(p) else value)
     moved = moved - value * own.decay
     if "average" in slots:
         state["average"] = blend(slots["average"], value + moved, own)
         moved = select(overwrite, state["average"] - value, moved)
     return moved, state
+
+
+def _rounded(
+    xp: Any, p: Array, g: Array, before: Slots, after: Slots, c: Coefficients, clipvalue: float | None, noise: Any
+) -> Slots:
+    """The slots after an update as they are kept: rounded by the noise, where moments have fewer bits."""
+    if noise is None:
+        return after
+
+    def bounds(g: Array, m: Array, v: Array, total: Array | None) -> tuple[Any, Any]:
+        limit = None if clipvalue is None else xp.full_like(g, clipvalue)
+        own = _coefficients(xp, c, g)
+        _, m, v, _, _ = _update_of(xp)(xp.zeros_like(g), g, m, v, None, None, total, limit, None, own)
+        return m, v
+
+    return moments.rounded(p, g, before, after, noise, bounds, c)
 
 
 def _one_update(

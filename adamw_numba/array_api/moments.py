@@ -1,7 +1,7 @@
 """Moments in 16 and 8 bits by whole-array functions: the same bits of the same numbers as compiled kernels make."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -76,23 +76,41 @@ def rounded(
     if moments == "float32":
         return after
     xp = namespace(p)
-    rounding = _rounding_of(xp)
-    m, v = (_reals(xp, after[key]) for key in ("momentum", "velocity"))
-    bits = rounding.noise(_places(xp, p, noise.places), words(xp, noise.key))
+    bits = _rounding_of(xp).noise(_places(xp, p, noise.places), words(xp, noise.key))
     if moments == "bfloat16":
-        low = word_of(xp, bits & words(xp, 0xFFFF))
-        high = bits >> words(xp, 16)
-        codes = {"momentum": rounding.to_bfloat(m, low), "velocity": rounding.to_bfloat(v, high)}
-        return after | {key: _kept(xp, code, before[key], is_complex(p), 16) for key, code in codes.items()}
-    sizes = [rounding.scale_of(bits_of(xp, each)) for each in _largest(xp, p, g, before, bounds, c)]
-    made = dict(after)
-    for key, x, scale, to_code in (
-        ("momentum", m, sizes[0], rounding.to_momentum),
-        ("velocity", v, sizes[1], rounding.to_velocity),
-    ):
-        inverse = number_of(xp, rounding.inverse_of(scale))[:, None]
-        code = to_code(_blocks(xp, x), inverse, _blocks(xp, bits))
-        made[key] = _kept(xp, _flat(code, x.shape[0]), before[key], is_complex(p), 8)
+        return after | _in_16_bits(p, after, before, word_of(xp, bits & words(xp, 0xFFFF)), bits >> words(xp, 16))
+    bits = _blocks(xp, bits)
+    return after | _in_8_bits(p, after, before, _largest(xp, p, g, before, bounds, c), bits, bits)
+
+
+def narrowed(p: Array, numbers: Slots, like: Slots) -> Slots:
+    """Moments that are numbers as slots keep them, which only lend their dtypes; rounded to the nearest."""
+    moments, xp = kind(p, like), namespace(p)
+    if moments == "float32":
+        return numbers
+    if moments == "bfloat16":
+        return numbers | _in_16_bits(p, numbers, like, *(words(xp, 1 << 15) for _ in range(2)))
+    largest = [_magnitude(xp, _blocks(xp, _reals(xp, numbers[key]))) for key in ("momentum", "velocity")]
+    return numbers | _in_8_bits(p, numbers, like, largest, words(xp, 1 << 19), words(xp, 1 << 31))
+
+
+def _in_16_bits(p: Array, numbers: Slots, like: Slots, *noises: Any) -> Slots:
+    xp, made = namespace(p), {}
+    for key, noise in zip(("momentum", "velocity"), noises, strict=True):
+        code = _rounding_of(xp).to_bfloat(_reals(xp, numbers[key]), noise)
+        made[key] = _kept(xp, code, like[key], is_complex(p), 16)
+    return made
+
+
+def _in_8_bits(p: Array, numbers: Slots, like: Slots, largest: Sequence[Any], *noises: Any) -> Slots:
+    """With the scales that follow from what no element of a block exceeds."""
+    xp, made = namespace(p), {}
+    rounding = _rounding_of(xp)
+    to_codes = rounding.to_momentum, rounding.to_velocity
+    for key, most, noise, to_code in zip(("momentum", "velocity"), largest, noises, to_codes, strict=True):
+        x, scale = _reals(xp, numbers[key]), rounding.scale_of(bits_of(xp, most))
+        code = to_code(_blocks(xp, x), number_of(xp, rounding.inverse_of(scale))[:, None], noise)
+        made[key] = _kept(xp, _flat(code, x.shape[0]), like[key], is_complex(p), 8)
         made[f"{key}_scale"] = number_of(xp, scale)
     return made
 
@@ -180,7 +198,8 @@ def _places(xp: Any, p: Array, places: Any) -> Array:
     for k, (size, step) in enumerate(zip(shape, steps, strict=True)):
         along = words(xp, xp.arange(size)) * words(xp, width * step & MASK)
         result = word_of(xp, result + xp.reshape(along, (size, *[1] * (len(shape) - k - 1))))
-    result = xp.broadcast_to(xp.asarray(result), shape)
+    # Of the shape of the variable and, where JAX has meshes whose axes are explicit, divided like it.
+    result = xp.zeros_like(p, dtype=words(xp, xp.zeros(1)).dtype) + result
     if width == 2:
         result = xp.stack([result, word_of(xp, result + words(xp, 1))], axis=-1)
     return words(xp, xp.reshape(result, (-1,)))

@@ -19,6 +19,7 @@ from ..arrays import (
     is_mutable,
     like,
     namespace,
+    on_all_devices,
 )
 from ..arrays.brief import brief_names
 from ..coefficients import clip_factor, coefficients, correction, log, whole_norm
@@ -137,14 +138,7 @@ def beside(array: Array, variables: Sequence[Array]) -> Array:
     """
     if not isinstance(array, np.ndarray) or not variables or not all(map(array_api_compat.is_jax_array, variables)):
         return array
-    jax = sys.modules["jax"]
-    made = jax.numpy.asarray(array)
-    committed = [v.sharding for v in variables if not is_traced(v) and v.committed]
-    if not committed:
-        return made
-    mesh = getattr(committed[0], "mesh", None)
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()) if mesh is not None else committed[0]
-    return jax.device_put(made, everywhere)
+    return on_all_devices(namespace(variables[0]).asarray(array), variables)
 
 
 def step(
@@ -246,7 +240,7 @@ def _variable(
     elif corrected is None:
         new_p, new = array_api.updated(p, g, own, c, hyper.clipvalue, hyper.nesterov, overwrite, noise)
     else:
-        new_p, new = array_api.change(p, g, own, c, hyper.clipvalue, hyper.nesterov, overwrite, corrected)
+        new_p, new = array_api.change(p, g, own, c, hyper.clipvalue, hyper.nesterov, overwrite, corrected, noise)
     if is_update is True or not own:
         return new_p, new
     other = own

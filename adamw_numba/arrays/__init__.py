@@ -31,6 +31,7 @@ from .transfer import (
     detached,
     like,
     note_writes,
+    on_all_devices,
     to_numpy,
     write,
     write_all,

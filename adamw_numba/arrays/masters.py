@@ -23,6 +23,13 @@ class Splitting(NamedTuple):
     joined: Callable[..., Any]
 
 
+def master_dtype(master_weights: bool | str, dtype: str) -> str:
+    """What is kept beside a variable of a dtype: "" for nothing."""
+    if not master_weights or dtype not in ("float16", "bfloat16"):
+        return ""
+    return REMAINDER if (master_weights, dtype) == ("remainder", "bfloat16") else "float32"
+
+
 def kept_by(slots: Mapping[str, Array]) -> str:
     """What the slots of a variable hold of its number: nothing, a "float32" copy, or its "remainder"."""
     if "master" not in slots:

@@ -17,8 +17,9 @@ whole variable, so that bits depend neither on threads nor on how variables are 
   1.6e38, becomes NaN.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self
 from zlib import crc32
 
 MOMENTS = ("float32", "bfloat16", "8bit")
@@ -55,6 +56,11 @@ def kind_of(dtype: str, is_complex: bool) -> str:
     return _KINDS.get((dtype, is_complex), "float32")
 
 
+def blocks_of(shape: Sequence[int], is_complex: bool) -> int:
+    """How many scales a variable has in 8 bits."""
+    return -(-math.prod(shape) * (1 + is_complex) // BLOCK)
+
+
 class Rounding(NamedTuple):
     """Functions of one target; words are unsigned integers of 32 bits."""
 
@@ -70,8 +76,29 @@ class Rounding(NamedTuple):
     from_velocity: Callable[..., Any]
 
 
+class Alias(str):
+    """A name for errors, of a variable that rounds by another one, which stays the same where this does not.
+
+    Parameters
+    ----------
+    name : str
+    rounded_as : str
+    """
+
+    def __new__(cls, name: str, rounded_as: str) -> Self:
+        new = super().__new__(cls, name)
+        new.rounded_as = rounded_as
+        return new
+
+    rounded_as: str
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return Alias, (str(self), self.rounded_as)
+
+
 def name_word(name: str) -> int:
     """What stands for the name of a variable."""
+    name = name.rounded_as if isinstance(name, Alias) else name
     return crc32(name.encode("utf-8", "surrogatepass"))
 
 

@@ -64,15 +64,33 @@ def zeros_beside(array: Array, dtype: str, number: int) -> Array:
 
 
 def zeros_of(array: Array, shape: tuple[int, ...], dtype: str) -> Array:
-    """Zeros of an array's library and device."""
+    """Zeros of an array's library and device; over several devices divided as its first axis is, if that can be."""
     array = seen(array)
     if isinstance(array, np.ndarray):
         return np.zeros(shape, dtype)
-    xp, extra = (
-        namespace(array),
-        {} if array_api_compat.is_dask_array(array) else {"device": array_api_compat.device(array)},
-    )
+    xp = namespace(array)
+    if array_api_compat.is_jax_array(array):
+        return on_all_devices(xp.zeros(shape, dtype=getattr(xp, dtype)), [array], along=True)
+    extra = {} if array_api_compat.is_dask_array(array) else {"device": array_api_compat.device(array)}
     return xp.zeros(shape, dtype=getattr(xp, dtype), **extra)
+
+
+def on_all_devices(array: Array, others: Sequence[Array], along: bool = False) -> Array:
+    """An array of JAX on all devices of others, if somebody has put those there, where they have to stay.
+
+    It is whole on each of them or, with `along`, divided as the first axis of the others is.
+    """
+    jax = sys.modules["jax"]
+    placed = [each.sharding for each in others if not isinstance(each, jax.core.Tracer) and each.committed]
+    if not placed:
+        return array
+    mesh = getattr(placed[0], "mesh", None)
+    if mesh is None:
+        return jax.device_put(array, placed[0])
+    first = (placed[0].spec or [None])[0] if along else None
+    axes = first if isinstance(first, tuple) else (first,)
+    parts = [first] if first and array.shape[0] % math.prod(mesh.shape[axis] for axis in axes) == 0 else []
+    return jax.device_put(array, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*parts)))
 
 
 def like(array: Array, value: Array) -> Array:

@@ -103,7 +103,7 @@ class Conventional:
         eps_root : float
             0, since nothing is added under the square root here.
         mu_dtype : None
-            Moments have the dtype of their arrays, and float32 for 16-bit arrays.
+            ``moments`` says what both moments are kept in.
         weight_decay : float, schedule or callable, default 0.0001
             Multiplied by the learning rate.
         mask : dict or list of bool, optional
@@ -116,7 +116,7 @@ class Conventional:
         if eps_root:
             raise ValueError(f"`eps_root` is {brief(eps_root)}; expected 0: nothing is added under the root here")
         if mu_dtype is not None:
-            raise ValueError(f"`mu_dtype` is {brief(mu_dtype)}; expected None: moments have the dtype of their arrays")
+            raise ValueError(f"`mu_dtype` is {brief(mu_dtype)}; expected None: `moments` says what both are kept in")
         if callable(mask):
             raise TypeError(f"`mask` is {brief(mask)}; expected what it returns for your parameters")
         optimizer = cls(learning_rate, weight_decay, b1, b2, eps, nesterov=nesterov, epsilon_mode="corrected", **kwargs)

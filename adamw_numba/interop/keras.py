@@ -89,6 +89,9 @@ def from_keras(
             f"{brief(source)} holds no config; expected `config`, what `optimizer.get_config()` of Keras returns"
         )
     scaled = "inner_optimizer" in config
+    moments = (config["inner_optimizer"]["config"] if scaled else config).get("moments", "float32")
+    if moments != "float32":  # of an `adamw_numba.keras.AdamW`: its state holds codes besides numbers
+        raise ValueError(f"{brief(source)} has moments={moments!r}; expected 'float32', as Keras's AdamW has them")
     optimizer: Any = (LossScaleOptimizer if scaled else AdamW).from_config(config, custom_objects)
     _take(optimizer, state, str(source) if isinstance(source, (str, os.PathLike)) else "the state of Keras")
     if variables is not None:

@@ -32,7 +32,7 @@ _BACKENDS = ("torch", "jax")
 _EXTRAS = {  # what Keras lacks, and its default
     name: parameter.default
     for name, parameter in inspect.signature(surface.AdamW).parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY and name not in ("moments", "seed")  # the state is made by Keras
+    if parameter.kind is parameter.KEYWORD_ONLY
 }
 _constraint_of = attrgetter("constraint")
 _OWN = [name for name in CHECKS if name != "trainable"]  # what an `override` may give
@@ -68,7 +68,7 @@ class AdamW(WithState):
         As those of `keras.optimizers.AdamW`.
     ema_overwrite_frequency, loss_scale_factor, gradient_accumulation_steps, name
         Likewise.
-    nonfinite, threads, master_weights, decouple_lr, maximize, nesterov, epsilon_mode
+    nonfinite, threads, master_weights, decouple_lr, maximize, nesterov, epsilon_mode, moments, seed
         Those of `adamw_numba.AdamW`.
     **kwargs
         Nothing else is known; ``decay`` is ignored with a warning, as in Keras.
@@ -83,7 +83,7 @@ class AdamW(WithState):
     Notes
     -----
     The numbers are those of `adamw_numba.AdamW`. The state of a 16-bit variable is float32, and has a float32 master
-    copy, which `variables` holds after all that Keras has.
+    copy, which `variables` holds after all that Keras has; so it does the scales of moments in 8 bits.
 
     Examples
     --------
@@ -121,6 +121,8 @@ class AdamW(WithState):
     maximize: Any = _Shared()
     nesterov: Any = _Shared()
     epsilon_mode: Any = _Shared()
+    moments: Any = _Shared()
+    seed: Any = _Shared()
 
     def __init__(
         self,
@@ -147,6 +149,8 @@ class AdamW(WithState):
         maximize: bool = False,
         nesterov: bool = False,
         epsilon_mode: str = "hat",
+        moments: str = "float32",
+        seed: int = 0,
         **kwargs: Any,
     ) -> None:
         given = locals()
@@ -156,9 +160,8 @@ class AdamW(WithState):
                 "in the environment before Keras is imported"
             )
         options: dict[str, Any] = {key: given[key] for key in surface.HYPERPARAMETERS if key in given and key != "name"}
-        adamw = surface.AdamW(**options, **kwargs)
-        hp.choice("float32")("moments", adamw.moments)  # Keras makes the state
-        self.__dict__.update(_adamw=adamw)  # Keras refuses and tracks what is set otherwise
+        # Keras refuses and tracks what is set otherwise.
+        self.__dict__.update(_adamw=surface.AdamW(**options, **kwargs))
         shared = {key: value for key, value in options.items() if key not in _EXTRAS}
         # Where the host counts the steps and reads the rate, it would wait for another device.
         with keras.device("cpu") if is_torch() else nullcontext():

@@ -10,20 +10,23 @@ import numpy as np
 
 from .. import arrays
 from ..arrays.brief import brief
-from .trained import Variable
+from ..arrays.masters import master_dtype
+from ..arrays.moments import SCALES, blocks_of, stored_as
+from ..step.slots import moments_of
+from .trained import Variable, is_torch, tensor
 
 Slots = dict[str, Variable]
 
 
 class WithState(keras.optimizers.AdamW):  # type: ignore[misc]  # which has no types here
-    """Keras's AdamW with float32 state for 16-bit variables, and a state that a later `build` can take."""
+    """Keras's AdamW with a state of the dtypes that the engine wants, which a later `build` can take."""
 
     _adamw: Any
     _loaded: list[Any] = []  # noqa: RUF012  # what was loaded before `build`; replaced, never changed
 
     @property
     def variables(self) -> list[Variable]:
-        """The variables of the state, in Keras's order; the masters of 16-bit variables follow them."""
+        """The variables of the state, in Keras's order; then masters of 16-bit variables, and scales of moments."""
         self._adamw.engine.catch_up()  # with a GPU that counts by itself
         return list(super().variables)
 
@@ -47,9 +50,15 @@ class WithState(keras.optimizers.AdamW):  # type: ignore[misc]  # which has no t
             if variable.overwrite_with_gradient:  # Keras does that, and keeps no moments
                 continue
             own = {key: kept[i] for key, kept in of_all.items()}
-            if self.master_weights and variable.dtype in ("float16", "bfloat16"):
+            kept = master_dtype(self.master_weights, variable.dtype)
+            if kept:
                 own["master"] = self.add_variable_from_reference(variable, "master")
+            if kept == "float32":
                 own["master"].assign(variable)
+            if self._kept_in(variable) == "8bit":
+                blocks = (blocks_of(variable.shape, variable.dtype.startswith("complex")),)
+                scales = SimpleNamespace(path=variable.path, shape=blocks, dtype="float32")
+                own |= {key: super(WithState, self).add_variable_from_reference(scales, key) for key in SCALES}
             chosen.append(variable)
             slots.append(own)
         if not chosen:
@@ -65,6 +74,7 @@ class WithState(keras.optimizers.AdamW):  # type: ignore[misc]  # which has no t
         ----------
         reference_variable : keras.Variable
         name : str, optional
+            Of momentum, velocity and master, the dtype follows from ``moments`` and ``master_weights``.
         initializer : str or keras.initializers.Initializer
 
         Returns
@@ -72,13 +82,24 @@ class WithState(keras.optimizers.AdamW):  # type: ignore[misc]  # which has no t
         keras.Variable
         """
         dtype = keras.backend.standardize_dtype(reference_variable.dtype)
+        moments = self._kept_in(reference_variable) if name in ("momentum", "velocity") else "float32"
+        kept = arrays.SLOT.get(dtype, dtype)
+        if moments != "float32":
+            kept = stored_as(moments, dtype.startswith("complex"), has_bfloat=True)
+        elif name == "master":
+            kept = master_dtype(self.master_weights, dtype)
         like = SimpleNamespace(
             path=reference_variable.path,
             shape=reference_variable.shape,
-            dtype=arrays.SLOT.get(dtype, dtype),
+            dtype=kept,
             _layout=vars(reference_variable).get("_layout"),
         )
         return super().add_variable_from_reference(like, name, initializer)
+
+    def _kept_in(self, variable: Variable) -> str:
+        """What the moments of a variable are kept in."""
+        held = tensor(variable) if is_torch() else variable.value
+        return moments_of(self._adamw.moments, variable.path, held, None)
 
     def _check_known(self, variables: Iterable[Variable]) -> None:
         for variable in variables:
@@ -116,6 +137,10 @@ class WithState(keras.optimizers.AdamW):  # type: ignore[misc]  # which has no t
         if self.built and len(weights) != len(self.variables):
             raise ValueError(f"`weights` holds {len(weights)} arrays; expected {len(self.variables)}")
         for variable, weight in zip(self.variables if self.built else (), weights, strict=True):
+            if variable.dtype.startswith(("uint", "int16")) and str(getattr(weight, "dtype", None)) != variable.dtype:
+                raise ValueError(
+                    f"`weights`: {variable.path} is {brief(weight)}; expected what it holds, in {variable.dtype}"
+                )
             if tuple(np.shape(weight)) != tuple(variable.shape):
                 raise ValueError(
                     f"`weights`: {variable.path} has shape {tuple(np.shape(weight))}; expected {tuple(variable.shape)}"

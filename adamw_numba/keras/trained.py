@@ -10,6 +10,7 @@ import keras
 
 from .. import arrays
 from ..array_api import stateless
+from ..arrays.moments import Alias
 from ..hyperparameters.groups import make_groups
 
 Variable = Any  # keras.Variable
@@ -74,7 +75,8 @@ class Trained:
         self._engine, self.variables, self._slots = engine, list(variables), list(slots)
         self._tensors: list[Any] = []
         engine.warns = False  # of what is frozen: Keras says what else has no gradient
-        self.names = names_of(variables)
+        # A model that was loaded from a file may have other paths: its variables round by their positions.
+        self.names = [Alias(name, str(k)) for k, name in enumerate(names_of(variables))]
         hyper = engine.hyper
         groups, self._which, self.unmatched = make_groups(engine, hyper.overrides, self.names, self.variables)
         hyper.overrides = [override.by_names(self.names, self.variables) for override in hyper.overrides]

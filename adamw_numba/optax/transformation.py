@@ -11,6 +11,7 @@ from ..arrays import Array
 from ..arrays.brief import brief
 from ..hyperparameters import table as hp
 from ..optimizer import AdamW
+from . import moments as few_bits
 from . import trees
 
 
@@ -22,7 +23,7 @@ class AdamWState(NamedTuple):
     count : int32
         Updates so far, which schedules are asked with.
     mu, nu : tree
-        First and second moment: of the dtype of the parameter, float32 for one of 16 bits.
+        First and second moment: of the dtype of the parameter, float32 for one of 16 bits; or their bits.
     nu_max : tree or None
         With ``amsgrad``, the largest corrected second moment.
     average : tree or None
@@ -33,6 +34,8 @@ class AdamWState(NamedTuple):
         And how many there are in it.
     skipped : int32 or None
         With ``nonfinite="skip"``, how many steps were skipped.
+    mu_scale, nu_scale : tree or None
+        With ``moments="8bit"``, the scales of blocks of 256 elements; None for a parameter whose moments are float32.
     """
 
     count: Any
@@ -43,17 +46,17 @@ class AdamWState(NamedTuple):
     accumulator: Any = None
     mini_step: Any = None
     skipped: Any = None
+    mu_scale: Any = None
+    nu_scale: Any = None
 
 
-SLOTS = {  # and what the step calls them
-    "mu": "momentum",
-    "nu": "velocity",
+SLOTS = few_bits.KEPT | {  # and what the step calls them
     "nu_max": "velocity_hat",
     "average": "average",
     "accumulator": "gradient_accumulator",
 }
 
-_NUMBERS = ("clipnorm", "clipvalue", "global_clipnorm", "ema_momentum")  # of our options, which may be traced
+_NUMBERS = ("clipnorm", "clipvalue", "global_clipnorm", "ema_momentum", "seed")  # of our options, which may be traced
 
 
 def adamw(
@@ -76,6 +79,9 @@ def adamw(
     ema_overwrite_frequency: int | None = None,
     gradient_accumulation_steps: int | None = None,
     nonfinite: str = "propagate",
+    nu_dtype: Any = None,
+    moments: str = "float32",
+    seed: Any = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """`optax.adamw`, with the options of `adamw_numba.AdamW` in the same pass.
 
@@ -90,7 +96,7 @@ def adamw(
     eps_root : float or scalar array, default 0
         Added to the corrected second moment under the root; above 0, derivatives of a step exist at gradients of 0.
     mu_dtype : dtype, optional
-        Of the first moment as it is kept.
+        Of the first moment as it is kept, rounded to the nearest.
     weight_decay : float, scalar array, or schedule, default 0.0001
         Multiplied by the learning rate.
     mask : tree of bool, or callable, optional
@@ -114,6 +120,14 @@ def adamw(
     nonfinite : {"propagate", "skip", "raise"}
         What to do where a gradient is not finite. Skipping leaves the state as it is. "raise" needs values, which there
         are outside `jax.jit` only.
+    nu_dtype : dtype, optional
+        Of the second moment as it is kept: float32, or with ``mu_dtype=bfloat16`` bfloat16, which is
+        ``moments="bfloat16"``. A second moment alone that is rounded to the nearest bfloat16 would hardly ever move.
+    moments : {"float32", "bfloat16", "8bit"}
+        What both moments are kept in, of parameters of 16 and 32 bits, rounded stochastically (docs/numerics.md, "Small
+        moments").
+    seed : int or scalar array, default 0
+        Of that rounding.
 
     Returns
     -------
@@ -169,10 +183,12 @@ def adamw(
             "ema_overwrite_frequency": ema_overwrite_frequency,
             "gradient_accumulation_steps": gradient_accumulation_steps,
             "nonfinite": nonfinite,
+            "moments": moments,
+            "seed": seed,
         },
     )
-    mu_dtype = None if mu_dtype is None else trees.real_dtype("mu_dtype", mu_dtype)
-    return optax.GradientTransformationExtraArgs(partial(_init, hyper, mu_dtype), partial(_update, hyper, mask))
+    vars(hyper)["moments"], dtypes = few_bits.asked(mu_dtype, nu_dtype, moments)
+    return optax.GradientTransformationExtraArgs(partial(_init, hyper, dtypes), partial(_update, hyper, mask))
 
 
 def _hyperparameters(theirs: dict[str, tuple[str, Any]], ours: dict[str, Any]) -> hp.Hyperparameters:
@@ -230,6 +246,8 @@ def _fields(hyper: Any) -> list[str]:
         "nu_max": hyper.amsgrad,
         "average": hyper.use_ema,
         "accumulator": hyper.gradient_accumulation_steps,
+        "mu_scale": hyper.moments == "8bit",
+        "nu_scale": hyper.moments == "8bit",
     }
     return [field for field, there in has.items() if there]
 
@@ -244,12 +262,13 @@ def _counts(hyper: Any) -> list[str]:
     return [name for name, there in has.items() if there]
 
 
-def _init(hyper: Any, mu_dtype: Any, params: Any) -> AdamWState:
+def _init(hyper: Any, dtypes: dict[str, Any], params: Any) -> AdamWState:
     trained = trees.Trained(params)
-    made: dict[str, Any] = {}
+    made: dict[str, Any] = few_bits.zeros_of(hyper.moments, trained) if hyper.moments != "float32" else {}
     for field in _fields(hyper):
-        make = trees.copied if field == "average" else partial(trees.zeros, dtype=mu_dtype if field == "mu" else None)
-        made[field] = trained.tree([make(leaf) for leaf in trained.leaves])
+        make = trees.copied if field == "average" else partial(trees.zeros, dtype=dtypes.get(field))
+        if field not in made:
+            made[field] = trained.tree([make(leaf) for leaf in trained.leaves])
     made |= {name: trees.counter(trained.leaves) for name in _counts(hyper)}
     return AdamWState(**made)
 
@@ -271,28 +290,32 @@ def _update(
     check = _scalar if _is_array(loss_scale) else hp.scale
     loss_scale, trained = check("loss_scale", loss_scale), trees.Trained(params)
     kept, gradients = _kept(hyper, state, trained), trained.gradients(updates)
-    own = [k for k, is_float in enumerate(trained.is_float) if is_float]
+    own = trained.own
     dtypes = [trees.state_dtype(leaf) for leaf in trained.leaves]
     count, window = jnp.asarray(state.count), hyper.gradient_accumulation_steps
     is_update = True if window is None else jnp.asarray(state.mini_step) == window - 1
+    variables, slots = [trained.leaves[k] for k in own], [_slots(hyper, kept, k, dtypes[k]) for k in own]
+    number = count if window is None else count * window + jnp.asarray(state.mini_step)  # of calls before this
     finite, changes, slots = stateless.step(
         hyper,
         (count, is_update),
         _rates(hyper, count),
-        [trained.leaves[k] for k in own],
+        variables,
         [gradients[k] for k in own],
-        [{SLOTS[field]: leaves[k].astype(dtypes[k]) for field, leaves in kept.items()} for k in own],
+        slots,
         _which(hyper, mask, trained),
         loss_scale,
         hyper.nonfinite,
         hyper.eps_root,
+        few_bits.noises(hyper, number, trained, variables, slots),
     )
     all_changes = [jnp.zeros_like(leaf) for leaf in trained.leaves]
     for k, change, slot in zip(own, changes, slots, strict=True):
         g, p = gradients[k], trained.leaves[k]
         all_changes[k] = change.astype(p.dtype if g is None else jnp.result_type(g, p))
         for field, leaves in kept.items():
-            leaves[k] = slot[SLOTS[field]].astype(leaves[k].dtype)
+            if leaves[k] is not None:
+                leaves[k] = slot[SLOTS[field]].astype(leaves[k].dtype)
     new = {field: trained.tree(leaves) for field, leaves in kept.items()}
     new["count"] = stateless.select_number(finite if is_update is True else finite & is_update, _next(count), count)
     if window is not None:
@@ -304,7 +327,7 @@ def _update(
     return trained.tree(all_changes), state._replace(**new)
 
 
-def _kept(hyper: Any, state: Any, trained: trees.Trained) -> dict[str, list[Array]]:
+def _kept(hyper: Any, state: Any, trained: trees.Trained) -> dict[str, list[Any]]:
     """The leaves of every tree of the state."""
     if not isinstance(state, AdamWState):
         raise TypeError(f"`state` is a {type(state).__name__}; expected the AdamWState that `init` has made")
@@ -316,8 +339,22 @@ def _kept(hyper: Any, state: Any, trained: trees.Trained) -> dict[str, list[Arra
                 f"`state` {'has' if is_there else 'lacks'} {field!r}; expected the state that `init` has made, with "
                 "the same options"
             )
-    kept = {field: trained.like(getattr(state, field), f"`state`: {field}") for field in fields}
+    kept: dict[str, list[Any]] = {}
+    for field in fields:
+        if field not in few_bits.SCALES:
+            kept[field] = trained.like(getattr(state, field), f"`state`: {field}")
+        elif trained.leaves:
+            kept[field] = trained.beside(getattr(state, field), f"`state`: {field}")
+    if hyper.moments != "float32":
+        few_bits.check(hyper.moments, trained, kept)
     return kept
+
+
+def _slots(hyper: Any, kept: dict[str, list[Any]], k: int, dtype: Any) -> dict[str, Array]:
+    """The state of a parameter as the step takes it; moments of fewer bits as they are."""
+    as_they_are = few_bits.KEPT if hyper.moments != "float32" else ()
+    own = {field: leaves[k] for field, leaves in kept.items() if leaves[k] is not None}
+    return {SLOTS[field]: leaf if field in as_they_are else leaf.astype(dtype) for field, leaf in own.items()}
 
 
 def _rates(hyper: Any, count: Array) -> tuple[Any, Any, list[tuple[Any, Any]]]:

@@ -1,12 +1,13 @@
 """Trees of JAX arrays: their leaves as the step takes them, checked, and errors that have the path of a leaf."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from ..array_api.stateless import is_traced
-from ..arrays import COMPUTE, SLOT, Array, dtype_name, is_complex
+from ..arrays import COMPUTE, SLOT, Array, dtype_name, is_complex, on_all_devices
 from ..arrays.brief import brief, brief_names
 
 Tree = Any
@@ -25,6 +26,8 @@ class Trained:
     leaves : list of arrays
     is_float : list of bool
         Whether each can be trained: integers and the like are carried along.
+    own : list of int
+        Which ones can.
 
     Raises
     ------
@@ -39,6 +42,7 @@ class Trained:
         leaves, self._form = jax.tree.flatten(params)
         self.leaves = [self._array(k, "`params`", leaf) for k, leaf in enumerate(leaves)]
         self.is_float = [dtype_name(leaf) in COMPUTE for leaf in self.leaves]
+        self.own = [k for k, is_float in enumerate(self.is_float) if is_float]
 
     def tree(self, leaves: Sequence[Any]) -> Tree:
         """Other leaves, nested as the parameters are."""
@@ -47,6 +51,16 @@ class Trained:
     def like(self, tree: Tree, what: str) -> list[Array]:
         """The leaves of a tree that is nested like this, as arrays of the same shapes."""
         return [self._like(k, leaf, what) for k, leaf in enumerate(self._up_to(tree, what))]
+
+    def beside(self, tree: Tree, what: str) -> list[Array | None]:
+        """The same of any shapes, or None."""
+        leaves = self._up_to(tree, what)
+        return [None if leaf is None else self._array(k, what, leaf) for k, leaf in enumerate(leaves)]
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The paths of the leaves, as `adamw_numba.AdamW` names the arrays of such a container."""
+        return [name or "0" for name in names(self._params)]
 
     def gradients(self, tree: Tree) -> list[Array | None]:
         """The leaves of a tree of gradients."""
@@ -170,14 +184,7 @@ def counter(leaves: Sequence[Array]) -> Array:
     """A count of 0 that lies where parameters lie, on all their devices."""
     import jax
 
-    count = jax.numpy.zeros((), jax.numpy.int32)
-    placed = next((leaf for leaf in leaves if _is_placed(leaf)), None)
-    if placed is None:
-        return count
-    place = placed.sharding
-    if isinstance(place, jax.sharding.NamedSharding):
-        place = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec())
-    return jax.device_put(count, place)
+    return on_all_devices(jax.numpy.zeros((), jax.numpy.int32), leaves)
 
 
 def _is_placed(leaf: Array) -> bool:

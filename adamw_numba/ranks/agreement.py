@@ -290,6 +290,7 @@ class Agreement:
         if isinstance(self.ranks, MeshRanks):
             self.cut = cut_of(self.ranks, names, given)
             self.is_shared, self.counts, self._given = self.cut.is_shared, self.cut.counts, self.cut.pieces
+            self.pieces = {**self.cut.pieces}  # which `meet` asks of all ranks, where they do not follow from a mesh
             self._cut_sum = zlib.crc32(json.dumps(self.cut.told).encode())
         self.shared = sorted(np.flatnonzero(self.is_shared).tolist(), key=names.__getitem__)  # alike on all ranks
         self._shares_any = bool(self.shared)

@@ -6,8 +6,8 @@ from typing import Any
 from .. import arrays
 from ..arrays import Array
 from ..arrays.brief import brief
-from ..arrays.masters import REMAINDER
-from ..arrays.moments import BLOCK, SCALES, stored_as
+from ..arrays.masters import master_dtype
+from ..arrays.moments import BLOCK, SCALES, blocks_of, stored_as
 from ..arrays.pieces import Piece, whole
 from ..state import Slots
 from .workspace import Workspace, build
@@ -21,22 +21,24 @@ def new_slots(hyper: Any, variable: Array, amsgrad: bool, name: str | None, piec
     ValueError
         If its moments cannot be kept in the bits that were asked for.
     """
-    moments = _moments_of(hyper.moments, name, variable, piece)
+    moments = moments_of(hyper.moments, name, variable, piece)
     dtype, is_complex = arrays.SLOT[arrays.dtype_name(variable)], arrays.is_complex(variable)
     kept = dtype if moments == "float32" else stored_as(moments, is_complex, arrays.has_dtype(variable, moments))
     keys = ["momentum", "velocity"] + ["velocity_hat"] * amsgrad + ["average"] * hyper.use_ema
     keys += ["gradient_accumulator"] * (hyper.gradient_accumulation_steps is not None)
     slots = {key: arrays.zeros_beside(variable, kept if k < 3 else dtype, k) for k, key in enumerate(keys, 1)}
     if moments == "8bit":
-        blocks = -(-math.prod(variable.shape) * (1 + is_complex) // BLOCK)
-        slots |= {key: arrays.zeros_of(variable, (blocks,), "float32") for key in SCALES}
-    if hyper.master_weights == "remainder" and arrays.dtype_name(variable) == "bfloat16":
-        slots["master"] = arrays.zeros_beside(variable, REMAINDER, len(slots) + 1)
-    elif hyper.master_weights and arrays.dtype_name(variable) in ("float16", "bfloat16"):
-        master = arrays.zeros_beside(variable, dtype, len(slots) + 1)
-        if arrays.is_mutable(master):
-            arrays.write(master, variable)
-        slots["master"] = master if arrays.is_mutable(master) else arrays.like(master, variable)
+        blocks = (blocks_of(variable.shape, is_complex),)
+        slots |= {key: arrays.zeros_of(variable, blocks, "float32") for key in SCALES}
+    kept = master_dtype(hyper.master_weights, arrays.dtype_name(variable))
+    if kept:
+        master = arrays.zeros_beside(variable, kept, len(slots) + 1)
+        if kept == "float32":
+            if arrays.is_mutable(master):
+                arrays.write(master, variable)
+            else:
+                master = arrays.like(master, variable)
+        slots["master"] = master
     return slots
 
 
@@ -53,10 +55,15 @@ def of_pieces(hyper: Any, built: Workspace, groups: int, together: Any) -> Works
     return workspace
 
 
-def _moments_of(asked: str, name: str | None, variable: Array, piece: Piece | None) -> str:
+def moments_of(asked: str, name: str | None, variable: Array, piece: Piece | None) -> str:
     """What the moments of a variable, or of a piece of one, are kept in.
 
     In 8 bits float32 stays for what is smaller than a block, or is not laid out in the order of its axes.
+
+    Raises
+    ------
+    ValueError
+        If they cannot be kept in the bits that were asked for.
     """
     if asked == "float32":
         return asked

@@ -10,6 +10,7 @@ from ..arrays.brief import brief, brief_names
 from ..hyperparameters import table as hp
 from ..hyperparameters.conventions import pair
 from ..hyperparameters.groups import Group, check_clips, make_groups
+from ..optimizer import AdamW
 
 Own = dict[str, Any]
 Noted = list[tuple[Own, tuple[Any, ...] | None]]
@@ -24,8 +25,10 @@ OURS = (  # options of `adamw_numba.AdamW` that torch lacks
     "gradient_accumulation_steps",
     "loss_scale_factor",
     "master_weights",
+    "moments",
     "nesterov",
     "nonfinite",
+    "seed",
     "threads",
     "use_ema",
 )
@@ -137,11 +140,16 @@ def groups_of(optimizer: Any, params: Iterable[Any]) -> list[Own]:
 
     Raises
     ------
+    TypeError
+        If it is no `adamw_numba.AdamW`.
     ValueError
-        If a rate is a schedule, a variable is not trainable, something that it names is none of the parameters, or
-        moments are of fewer bits.
+        If it is built, a rate is a schedule, a variable is not trainable, or something that it names is none of the
+        parameters.
     """
-    hp.choice("float32")("moments", optimizer.moments)  # torch's own state dicts hold no others
+    if not isinstance(optimizer, AdamW):
+        raise TypeError(f"`optimizer` is {brief(optimizer)}; expected an adamw_numba.AdamW")
+    if optimizer.built:
+        raise ValueError("`optimizer` is built already; expected one that is not")
     params = list(params)
     named = [each if isinstance(each, tuple) else (str(i), each) for i, each in enumerate(params)]
     names, tensors = [name for name, _ in named], [tensor for _, tensor in named]

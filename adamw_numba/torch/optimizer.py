@@ -22,7 +22,7 @@ from ..hyperparameters.groups import Group
 from ..ranks.joining import deciding, rejoined
 from ..step.record import LastStep
 from .groups import CLIPS, OURS, Noted, are_as_noted, check_common, checked, groups_of, layout, listed, noted
-from .state import Shown, Started, apart, are_same, hold, released, restored, started_of
+from .state import Shown, Started, apart, are_same, hold, new_slots, released, restored, started_of
 
 _IGNORED = {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
 # Torch says nowhere else whether it wants to look at a step.
@@ -61,8 +61,8 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
     **ours
         Options of `adamw_numba.AdamW` that torch lacks: ``global_clipnorm``, ``clipnorm``, ``clipvalue``, ``use_ema``,
         ``ema_momentum``, ``ema_overwrite_frequency``, ``nonfinite``, ``gradient_accumulation_steps``,
-        ``master_weights``, ``nesterov``, ``loss_scale_factor`` and ``threads``. ``clipnorm`` and ``clipvalue`` may also
-        be given in groups.
+        ``master_weights``, ``nesterov``, ``loss_scale_factor``, ``threads``, ``moments`` and ``seed``. ``clipnorm`` and
+        ``clipvalue`` may also be given in groups.
 
     Raises
     ------
@@ -134,10 +134,6 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
         ValueError
             If it is built, a rate is a schedule, or a variable is not trainable.
         """
-        if not isinstance(optimizer, surface.AdamW):
-            raise TypeError(f"`optimizer` is {brief(optimizer)}; expected an adamw_numba.AdamW")
-        if optimizer.built:
-            raise ValueError("`optimizer` is built already; expected one that is not")
         groups = groups_of(optimizer, params)
         common = {key: value for key, value in groups[0].items() if key != "params"}
         new = cls.__new__(cls)
@@ -319,23 +315,23 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
         for i in self._new:
             name, param, k = params[i]
             if gradients[i] is not None:
-                arrays.check_variable(name, param)
+                slots = new_slots(self._engine, name, param, self._own[k]["amsgrad"])
                 check_alike("the gradient of", name, gradients[i], param)
                 arrays.check_gradient(name, arrays.seen(gradients[i]), arrays.seen(param))
-                started[param] = Started(self._engine.new_slots(arrays.seen(param), self._own[k]["amsgrad"]), 0)
+                started[param] = Started(slots, 0)
         self._arrange(started, self._engine.count())
 
     def _install(self) -> None:
         """Go on with what the state says, which somebody has loaded or changed."""
-        before, started, micro_steps = started_of(self._engine), {}, 0
+        before, started, micro_steps, calls = started_of(self._engine), {}, 0, 0
         for name, param, k in listed(self.param_groups):
             own = self._shown.contents.get(param)
             if own:
-                arrays.check_variable(name, param)
-                slots = self._engine.new_slots(arrays.seen(param), self._own[k]["amsgrad"])
+                slots = new_slots(self._engine, name, param, self._own[k]["amsgrad"])
                 started[param] = restored(name, param, own, slots, before[param].slots if param in before else {})
-                micro_steps = int(own.get("micro_steps", 0))
+                micro_steps, calls = int(own.get("micro_steps", 0)), max(calls, int(own.get("iteration", 0)))
         count = max((each.steps for each in started.values()), default=0)
+        count = max(count, calls // self._shown.window)  # which no parameter has to have reached by itself
         self._arrange(started, count * self._shown.window + micro_steps)
 
     def _arrange(self, started: Mapping[torch.Tensor, Started], iteration: int) -> None:

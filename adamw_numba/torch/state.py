@@ -6,7 +6,8 @@ user may also put other tensors there, both are compared with what they are know
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import starmap
 from operator import is_, setitem
 from typing import Any, NamedTuple
@@ -15,17 +16,24 @@ import numpy as np
 import torch
 
 from .. import arrays
+from ..array_api import moments
 from ..arrays.brief import brief
 from ..arrays.dtensors import check_alike, is_dtensor, like
+from ..arrays.moments import kind_of
 from ..state import Slots
 from ..step.commit import exhaust
 
 Own = dict[str, Any]
 
 # Torch's names of the arrays of the state, then ours, and what the engine calls them.
-SLOTS = {
-    "exp_avg": "momentum",
-    "exp_avg_sq": "velocity",
+NUMBERS = {"exp_avg": "momentum", "exp_avg_sq": "velocity"}
+CODES = {  # in the place of numbers: under torch's names its own optimizer would take codes for numbers
+    "exp_avg_code": "momentum",
+    "exp_avg_sq_code": "velocity",
+    "exp_avg_scale": "momentum_scale",
+    "exp_avg_sq_scale": "velocity_scale",
+}
+OTHERS = {
     "max_exp_avg_sq": "velocity_hat",
     "average": "average",
     "gradient_accumulator": "gradient_accumulator",
@@ -68,7 +76,7 @@ class Shown:
         self._places: dict[torch.Tensor, int] = {}  # of each parameter among the counts
         self._own = np.zeros(0, np.intp)  # those of the parameters that the engine has, in its order
         self._counts = self._told = np.zeros(0, self._dtype)  # what the user sees, and a copy
-        self._micro_steps = np.zeros((), self._dtype)
+        self._micro_steps, self._calls = np.zeros((), self._dtype), np.zeros((), np.int64)
         self._known: tuple[list[Any], list[Any]] = [], []
         self._given: Any = None  # of the engine, when this was made for it
 
@@ -96,13 +104,14 @@ class Shown:
         if workspace is None or workspace.given is not self._given:
             return
         self._engine.catch_up()
-        updates, micro_steps = divmod(self._engine.state.scalars["iteration"].item(), self.window)
+        calls = self._engine.state.scalars["iteration"].item()
+        updates, micro_steps = divmod(calls, self.window)
         counts: Any = updates - groups[0].started
         if len(groups) > 1:
             counts = updates - np.array([group.started for group in groups])[np.array(workspace.which)]
         # All of it or nothing, since what differs from its copy was written by the user.
-        told = (self._counts, self._own, counts), (self._told, self._own, counts), (self._micro_steps, ..., micro_steps)
-        exhaust(starmap(setitem, told))
+        told = (self._counts, self._own, counts), (self._told, self._own, counts)
+        exhaust(starmap(setitem, (*told, (self._micro_steps, ..., micro_steps), (self._calls, ..., calls))))
 
     def is_written(self) -> bool:
         """Whether the user has written counts, or put something else into the dicts, since the last step."""
@@ -121,18 +130,21 @@ class Shown:
         self._make_places(params)
         self._counts[self._own] = self._told[self._own] = [each.steps for each in started]
         counts, micro_steps = torch.from_numpy(self._counts), torch.from_numpy(self._micro_steps)
+        calls, is_rounded = torch.from_numpy(self._calls), self._engine.hyper.moments != "float32"
         for place, param, each in zip(self._own.tolist(), params, started, strict=True):
             own = self.contents.get(param) or {}
             # A count that somebody holds stays the one that counts.
             held = {"step": own["step"] if self._is_ours(own.get("step"), place) else counts[place]}
             held |= {
                 theirs: shown_as(each.slots[ours], param, own.get(theirs))
-                for theirs, ours in SLOTS.items()
-                if ours in each.slots
+                for theirs, ours in names_of(each.slots).items()
             }
             held |= {"micro_steps": micro_steps} if self.window > 1 else {}
+            held |= {"iteration": calls} if is_rounded else {}
             if param in self.contents:
                 self.contents[param].update(held)
+                for name in {*NUMBERS, *CODES, "iteration"} - held.keys():  # of moments that were kept in other bits
+                    self.contents[param].pop(name, None)
             else:
                 self.contents[param] = held
         self._known, workspace = self._now(), self._engine.workspace
@@ -181,32 +193,103 @@ def restored(name: str, param: torch.Tensor, own: Own, slots: Slots, before: Slo
         If something is missing, or of another shape.
     """
     what = f"the state of parameter {brief(name)}"
-    lacking = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in own]
+    with _about(what):
+        given = _moments_in(own, param)
+    lacking = [key for key in ("step", *given) if key not in own]
     if lacking:
         raise ValueError(f"{what} lacks {lacking}; expected that of an AdamW")
-    for theirs, ours in SLOTS.items():
-        if ours not in slots:
-            continue
+    with _about(what):
+        own = own | _converted(own, given, param, slots)
+    for theirs, ours in names_of(slots).items():
         if theirs not in own:
             if ours == "average":
                 arrays.write(slots[ours], param)
-        else:
-            try:
-                given = _part(own[theirs], param)
-                if isinstance(given, torch.Tensor):
-                    arrays.check_tensor("it", given)  # all of it is in its storage, whatever was done to that
-                known = before.get(ours)
-                is_known = given is known or (given is not own[theirs] and _lies_at(known, given))
-                if is_known and _is_laid_out_like(given, slots[ours]):
-                    slots[ours] = before[ours]
-                else:
-                    arrays.write(slots[ours], given)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{what}: {theirs!r}: {error}") from None
+            continue
+        with _about(f"{what}: {theirs!r}"):
+            value = _part(own[theirs], param)
+            if isinstance(value, torch.Tensor):
+                arrays.check_tensor(
+                    "it", value, theirs in CODES
+                )  # all of it is in its storage, whatever was done to it
+            known = before.get(ours)
+            is_known = value is known or (value is not own[theirs] and _lies_at(known, value))
+            if is_known and _is_laid_out_like(value, slots[ours]):
+                slots[ours] = before[ours]
+            else:
+                arrays.write(slots[ours], value)
     count = float(own["step"])
     if not 0 <= count < 2**62 or count != int(count):
         raise ValueError(f"{what}: 'step' is {count}; expected an integer >= 0")
     return Started(slots, int(count))
+
+
+@contextmanager
+def _about(what: str) -> Iterator[None]:
+    """Say in errors what they are about."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{what}: {error}") from None
+
+
+def names_of(slots: Slots) -> dict[str, str]:
+    """The names under which slots are shown, and what the engine calls them."""
+    is_number = arrays.dtype_name(slots["momentum"]) in arrays.COMPUTE
+    return {theirs: ours for theirs, ours in ((NUMBERS if is_number else CODES) | OTHERS).items() if ours in slots}
+
+
+def new_slots(engine: Any, name: str, param: torch.Tensor, amsgrad: bool) -> Slots:
+    """Zeros for a parameter, once it was checked.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it cannot be trained, or its moments cannot be kept in the bits that were asked for.
+    """
+    arrays.check_variable(name, param)
+    if is_dtensor(param) and engine.hyper.moments == "8bit":  # the scales would have to be DTensors of another shape
+        raise ValueError(
+            f"moments='8bit': parameter {brief(name)} is a DTensor, and no state dict could hold the scales of its "
+            "blocks; expected moments='bfloat16'"
+        )
+    slots: Slots = engine.new_slots(arrays.seen(param), amsgrad, name)
+    return slots
+
+
+def _moments_in(own: Own, param: torch.Tensor) -> dict[str, str]:
+    """The names of the moments in a state that somebody has given, and what the engine calls them."""
+    if "exp_avg_code" not in own:
+        return NUMBERS
+    code = own["exp_avg_code"]
+    kind = kind_of(arrays.dtype_name(code), arrays.is_complex(param)) if arrays.is_array(code) else "float32"
+    if kind == "float32":
+        raise TypeError(f"'exp_avg_code' is {brief(code)}; expected a tensor of codes, which are unsigned integers")
+    return {theirs: ours for theirs, ours in CODES.items() if kind == "8bit" or ours in NUMBERS.values()}
+
+
+def _converted(own: Own, given: Mapping[str, str], param: torch.Tensor, slots: Slots) -> Own:
+    """Moments that somebody has given in other bits than slots keep; nothing where they need no conversion."""
+    kept = names_of(slots)
+    if given.keys() <= kept.keys() and (given is NUMBERS or own["exp_avg_code"].dtype == slots["momentum"].dtype):
+        return {}
+    local = arrays.seen(param)
+    model = np.broadcast_to(np.zeros((), arrays.SLOT[arrays.dtype_name(local)]), tuple(local.shape))
+    found = {}
+    for theirs, ours in given.items():
+        with _about(repr(theirs)):
+            value = found[ours] = arrays.as_numpy(_tensor(own[theirs], param))
+            if ours in NUMBERS.values() and value.shape != model.shape:
+                raise ValueError(f"value has shape {value.shape}; expected {model.shape}")
+    made = moments.brought_in(model, found)
+    if kept.keys() & CODES.keys():
+        made = moments.narrowed(model, made, {key: arrays.as_numpy(slot) for key, slot in slots.items()})
+    return {theirs: made[ours] for theirs, ours in kept.items() if ours in made}
+
+
+def _tensor(value: Any, param: torch.Tensor) -> Any:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"it is {brief(value)}; expected a tensor")
+    return arrays.detached(_part(value, param))
 
 
 def shown_as(slot: torch.Tensor, param: torch.Tensor, before: Any) -> torch.Tensor:

@@ -283,6 +283,22 @@ def test_variables_that_are_refused(name, front, mesh):
             adamw_numba.AdamW().build(variables(mesh))
 
 
+def test_codes_of_a_dtensor_are_refused(mesh):
+    """By the front: a state dict of DTensors has no place for the scales. 16 bits are numbers."""
+    param = made(mesh, 16, 32)
+    for moments in ("8bit", "bfloat16"):
+        optimizer = Front([("w", param)], moments=moments)
+        param.grad = torch.ones_like(param)
+        if moments == "8bit":
+            with pytest.raises(ValueError, match=r"moments='8bit': parameter 'w' is a DTensor.*moments='bfloat16'"):
+                optimizer.step()
+            assert torch.equal(param.full_tensor(), torch.ones(16, 32))
+        else:
+            optimizer.step()
+            moment = optimizer.state[param]["exp_avg"]
+            assert (type(moment), moment.dtype) == (DTensor, torch.bfloat16)
+
+
 def test_comm_is_not_given_as_well(mesh):
     with pytest.raises(ValueError, match="`comm` is given, and there are DTensors, whose mesh connects the ranks"):
         adamw_numba.AdamW().build([made(mesh, 2)], comm=mesh)

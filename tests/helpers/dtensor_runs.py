@@ -46,7 +46,8 @@ OPTIONS = {
     "global clip": {"global_clipnorm": 0.5},
     "clip of each": {"clipnorm": 0.5},
     "skip": {"nonfinite": "skip"},
-    "all": {"global_clipnorm": 0.5, "amsgrad": True, "use_ema": True, "gradient_accumulation_steps": 2, "nonfinite": "skip"},
+    "bfloat16": {"moments": "bfloat16"},
+    "all": {"global_clipnorm": 0.5, "amsgrad": True, "use_ema": True, "gradient_accumulation_steps": 2, "nonfinite": "skip", "moments": "bfloat16"},
 }  # fmt: skip
 
 

@@ -133,7 +133,62 @@ def jitted_init_onto_shards():
     lies_as(state, params)
 
 
+def large(*places):
+    """A matrix of whole blocks, and a vector: as it is, or over devices."""
+    params = {"w": jnp.asarray(np.random.default_rng(1).normal(size=(64, 32)), jnp.float32), "b": jnp.zeros(4)}
+    return dict(zip(params, jax.device_put([*params.values()], [*places]), strict=True)) if places else params
+
+
+def fewer_bits(params):
+    """Those of one device, and steps compiled once."""
+    for moments in ("bfloat16", "8bit"):
+        transformation, places = adamw(0.05, moments=moments), [p.sharding for p in jax.tree.leaves(params)]
+        found = []
+        for own in (large(), params):
+            state, update = transformation.init(own), jax.jit(transformation.update, donate_argnums=1)
+            lies_as(state, own)
+            for k in range(STEPS):
+                grads = gradients_at(large(), float(k))
+                if own is params:
+                    grads = jax.device_put(grads, dict(zip(sorted(grads), places, strict=True)))
+                state = update(grads, state, own)[1]
+            found.append(jax.tree.leaves(state))
+            assert update._cache_size() == len(found), update._cache_size()  # of both together
+        for one, other in zip(*found, strict=True):
+            np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def fewer_bits_over_shards():
+    fewer_bits(large(NamedSharding(mesh(), P("d")), NamedSharding(mesh(), P("d"))))
+
+
+def fewer_bits_of_an_explicit_mesh():
+    place = mesh(jax.sharding.AxisType.Explicit)
+    fewer_bits(large(NamedSharding(place, P("d", None)), NamedSharding(place, P("d"))))
+
+
+def fewer_bits_on_a_device_of_its_own():
+    fewer_bits(jax.device_put(large(), jax.devices()[2]))
+
+
+def fewer_bits_that_begin_under_jit():
+    """With shardings that say nothing of scales, which are not like the parameters."""
+    params, transformation = (
+        large(NamedSharding(mesh(), P("d")), NamedSharding(mesh(), P("d"))),
+        adamw(0.05, moments="8bit"),
+    )
+    shapes, everywhere = jax.eval_shape(transformation.init, params), NamedSharding(mesh(), P())
+    places = optax.tree.map_params(
+        transformation, lambda _, p: p.sharding, shapes, params, transform_non_params=lambda _: everywhere
+    )
+    lies_as(jax.jit(transformation.init, out_shardings=places)(params), params)
+
+
 CASES = [
+    fewer_bits_over_shards,
+    fewer_bits_of_an_explicit_mesh,
+    fewer_bits_on_a_device_of_its_own,
+    fewer_bits_that_begin_under_jit,
     shards_of_named_sharding,
     shards_with_every_option,
     shards_of_an_explicit_mesh,

@@ -12,7 +12,7 @@ import pytest
 from helpers.keras_runs import IS_TORCH
 
 FOLDER = Path(__file__).parent
-FILES = ["test_keras_fit", "test_keras_steps"]
+FILES = ["test_keras_fit", "test_keras_moments", "test_keras_steps"]
 
 
 @pytest.mark.slow
