@@ -5,7 +5,7 @@ from typing import Any
 
 import array_api_compat
 
-from ..arrays import SLOT, Array, dtype_name
+from ..arrays import SLOT, Array, dtype_name, namespace
 from ..arrays.masters import REMAINDER, Splitting, make_splitting
 from .words import bindings, number_of, word_of, words
 
@@ -33,6 +33,16 @@ def put_value(xp: Any, p: Array, master: Array | None, value: Array) -> tuple[Ar
     upper, remainder = _splitting_of(xp).split(value)
     p = xp.astype(number_of(xp, word_of(xp, upper << words(xp, 16))), p.dtype)
     return p, xp.astype(remainder, xp.int16)
+
+
+def converted(p: Array, master: Array, dtype: str) -> Array:
+    """The master of a variable, a copy or a remainder, as it is kept in another dtype."""
+    if dtype_name(master) == dtype:
+        return master
+    xp = namespace(master)
+    if dtype != REMAINDER:
+        return value_of(xp, p, master)
+    return xp.astype(_splitting_of(xp).remainder_of(master), xp.int16)
 
 
 def _low_word(xp: Any, x: Array) -> Array:

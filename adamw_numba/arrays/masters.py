@@ -21,6 +21,7 @@ class Splitting(NamedTuple):
 
     split: Callable[..., Any]
     joined: Callable[..., Any]
+    remainder_of: Callable[..., Any]
 
 
 def master_dtype(master_weights: bool | str, dtype: str) -> str:
@@ -61,4 +62,15 @@ def make_splitting(compiled: Callable[..., Any], word: Any, bits_of: Any, number
         below = choose(is_zero, word(below & word(0)), below)
         return number_of(word(bits - below))
 
-    return Splitting(split, joined)
+    @compiled
+    def remainder_of(x):  # type: ignore[no-untyped-def]
+        """The remainder of a number beside a variable that was rounded to it with ties to even, as of a master copy.
+
+        Of a tie that was rounded down, the largest there is.
+        """
+        bits = bits_of(x)
+        is_tie_down = word(bits & word(2 * _LOW + 1)) == word(_HALF)
+        low = word(bits & word(_LOW))
+        return choose(is_tie_down, word(word(low & word(0)) | word(_HALF - 1)), low)
+
+    return Splitting(split, joined, remainder_of)

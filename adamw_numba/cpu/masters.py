@@ -12,7 +12,7 @@ from .intrinsics import narrow, widen
 from .words import bits_of, choose, number_of, word
 
 LIKE: dict[str, Any] = {"": None, "float32": np.float32(0), "remainder": np.int16(0)}
-_split, _joined = make_splitting(jit, word, bits_of, number_of, choose)
+_split, _joined, _ = make_splitting(jit, word, bits_of, number_of, choose)
 
 
 def value_of(p, master, i):

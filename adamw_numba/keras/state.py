@@ -137,7 +137,8 @@ class WithState(keras.optimizers.AdamW):  # type: ignore[misc]  # which has no t
         if self.built and len(weights) != len(self.variables):
             raise ValueError(f"`weights` holds {len(weights)} arrays; expected {len(self.variables)}")
         for variable, weight in zip(self.variables if self.built else (), weights, strict=True):
-            if variable.dtype.startswith(("uint", "int16")) and str(getattr(weight, "dtype", None)) != variable.dtype:
+            dtypes = {variable.dtype, str(getattr(weight, "dtype", None))}
+            if len(dtypes) > 1 and any(dtype.startswith(("uint", "int16")) for dtype in dtypes):
                 raise ValueError(
                     f"`weights`: {variable.path} is {brief(weight)}; expected what it holds, in {variable.dtype}"
                 )

@@ -17,6 +17,7 @@ import torch
 
 from .. import arrays
 from ..array_api import moments
+from ..array_api.masters import converted
 from ..arrays.brief import brief
 from ..arrays.dtensors import check_alike, is_dtensor, like
 from ..arrays.moments import kind_of
@@ -211,6 +212,8 @@ def restored(name: str, param: torch.Tensor, own: Own, slots: Slots, before: Slo
                 arrays.check_tensor(
                     "it", value, theirs in CODES
                 )  # all of it is in its storage, whatever was done to it
+            if ours == "master" and isinstance(value, torch.Tensor):
+                value = converted(arrays.detached(arrays.seen(param)), value, arrays.dtype_name(slots[ours]))
             known = before.get(ours)
             is_known = value is known or (value is not own[theirs] and _lies_at(known, value))
             if is_known and _is_laid_out_like(value, slots[ours]):
