@@ -11,10 +11,9 @@ import numpy as np
 
 from .. import arrays
 from ..arrays import Array
-from ..arrays.brief import brief
 from ..arrays.compiled import cache_folder
 from ..arrays.moments import MOMENTS, name_word
-from ..arrays.runs import ARRAY, COUNT, P_STEP, PLACE, PLACE_STEP, START, chunks_of
+from ..arrays.runs import ARRAY, COUNT, P_STEP, PLACE, START, chunks_of
 from ..arrays.table import AddressTable
 from ..coefficients import Recipe
 from ..update import Storage
@@ -298,7 +297,6 @@ class Plan:
         for (p_type, g_type), runs in self.table.runs():
             sizes = [arrays.ITEMSIZE[p_type], arrays.ITEMSIZE[g_type], arrays.ITEMSIZE[arrays.COMPUTE[p_type]]]
             strided, amsgrad = (runs[:, P_STEP:PLACE] != sizes).any(axis=1), has_maximum[runs[:, ARRAY]]
-            self._check_blocks(runs[kinds[runs[:, ARRAY]] == MOMENTS.index("8bit")])
             for is_strided, has_top, kind in itertools.product((False, True), (False, True), range(len(MOMENTS))):
                 own = runs[(strided == is_strided) & (amsgrad == has_top) & (kinds[runs[:, ARRAY]] == kind)]
                 if len(own):
@@ -307,16 +305,6 @@ class Plan:
         self._is_single = all(group.storage.compute == "float32" for group in self.groups)
         chunks = sum(len(group.work) for group in self.groups)
         self.additions = exact.IN_CHUNK + chunks + len(self.table.names) if self._is_single else None
-
-    def _check_blocks(self, runs: Matrix) -> None:
-        """Refuse variables whose elements do not follow each other any more, as those of a block have to."""
-        odd = np.flatnonzero((np.diff(runs[:, ARRAY], append=-1) == 0) | (runs[:, PLACE_STEP] != 1))
-        if len(odd):
-            name = brief(self.table.names[runs[odd[0], ARRAY]])
-            raise ValueError(
-                f"moments='8bit': variable {name} is laid out in another way than when it was built; expected its "
-                "elements in the order of its axes"
-            )
 
     def _group(self, p_type: str, g_type: str, strided: bool, amsgrad: bool, moments: str, work: Matrix) -> Group:
         ends = np.cumsum(work[:, COUNT])
