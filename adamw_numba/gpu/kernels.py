@@ -73,7 +73,7 @@ class Steps(NamedTuple):
 @cache
 def update_kernel(storage: Storage, variant: Variant):
     """`update_function`, compiled for the current device."""
-    return parts.kernel(update_function(storage, variant))
+    return parts.kernel(update_function(storage, variant), moments.most_registers(storage))
 
 
 def update_function(storage: Storage, variant: Variant):

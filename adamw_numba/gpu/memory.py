@@ -12,7 +12,7 @@ functions that read and write one float. `elements(storage, width, streaming)` m
 number becomes when it is stored and loaded again. `codes(bits, width, streaming)` makes the same pair as `elements` for
 unsigned integers of 8 or 16 bits and a local array of uint32. `unsigned`, `bits_of` and `number_of` are what
 arrays/moments.py makes its functions of. `most_of_warp` is the largest of what the threads of a warp have: one number
-below 2^31 each.
+below 2^31 each. `ask_for` has the bytes at an address brought nearer, and does not wait for them.
 """
 
 import ctypes
@@ -111,7 +111,11 @@ def _simulated():
     def most_of_warp(x):
         return x
 
-    return word, put_word, add_word, number, elements, rounded, codes, unsigned, bits_of, number_of, most_of_warp
+    def ask_for(address):
+        return
+
+    rounding = unsigned, bits_of, number_of
+    return word, put_word, add_word, number, elements, rounded, codes, *rounding, most_of_warp, ask_for
 
 
 def _compiled():
@@ -348,13 +352,22 @@ def _compiled():
         x = max(x, cuda.shfl_xor_sync(0xFFFFFFFF, x, 1))
         return np.uint32(x)
 
-    bits_of, number_of = bits_as(types.uint32, types.float32), bits_as(types.float32, types.uint32)
-    return word, put_word, add_word, number, elements, rounded, codes, unsigned, bits_of, number_of, most_of_warp
+    @intrinsic
+    def ask_for(typingctx, address):
+        def codegen(context, builder, signature, args):
+            function = ir.FunctionType(ir.VoidType(), [word_type])
+            builder.asm(function, "prefetch.global.L2 [$0];", "l", [args[0]], side_effect=True)
+            return context.get_dummy_value()
+
+        return types.void(types.int64), codegen
+
+    rounding = unsigned, bits_as(types.uint32, types.float32), bits_as(types.float32, types.uint32)
+    return word, put_word, add_word, number, elements, rounded, codes, *rounding, most_of_warp, ask_for
 
 
 device_function = cuda.jit(device=True)
 # For functions of numbers and memory, which ask nothing of `cuda`: the simulator would spend most of its time wrapping.
 scalar_function = (lambda function: function) if SIMULATED else device_function
 _made = _simulated() if SIMULATED else _compiled()
-word, put_word, add_word, number, elements, rounded, codes, unsigned, bits_of, number_of, most_of_warp = _made
+word, put_word, add_word, number, elements, rounded, codes, unsigned, bits_of, number_of, most_of_warp, ask_for = _made
 number, elements, rounded, codes = cache(number), cache(elements), cache(rounded), cache(codes)

@@ -15,7 +15,17 @@ from ..arrays.moments import BLOCK, NARROWER, make_rounding
 from ..update import M_SCALE, V_SCALE, Storage, Variant
 from . import memory
 from .formula import update
-from .memory import FLOATS, SIZES, bits_of, device_function, most_of_warp, number_of, scalar_function, unsigned
+from .memory import (
+    FLOATS,
+    SIZES,
+    ask_for,
+    bits_of,
+    device_function,
+    most_of_warp,
+    number_of,
+    scalar_function,
+    unsigned,
+)
 from .parts import entry
 from .words import (
     ARRAY,
@@ -71,6 +81,18 @@ class Access(NamedTuple):
     v_scale: float
     m_inverse: float
     v_inverse: float
+
+
+def most_registers(storage: Storage) -> int | None:
+    """How many registers a thread may have, if not as many as the compiler likes.
+
+    So that a processor has room for three blocks of threads, or for two where an access is of eight elements: some
+    kernels would take a few more. CUDA's assembler finds that many to be enough: it keeps nothing elsewhere, but for
+    4 to 16 bytes of a thread in some kernels that accumulate.
+    """
+    if storage.moments == "float32":
+        return None
+    return 80 if storage.p == storage.g == "float32" else 128
 
 
 @scalar_function
@@ -217,6 +239,7 @@ def with_scales(walk, storage: Storage, variant: Variant, width: int):
     What was read comes from the cache the second time.
     """
     look_at_many, look_at_one = _look(storage, variant, width), _look(storage, variant, 1)
+    ask_for_all = _ask_for_all(storage, variant, width)
     total_in = _total if variant.accumulate else _no_total
 
     @device_function
@@ -244,6 +267,7 @@ def with_scales(walk, storage: Storage, variant: Variant, width: int):
         largest = cuda.shared.array(_ROOM, types.uint32)
         kept = cuda.shared.array(_ROOM, types.float32)
         if mode == UPDATE:  # of the whole chunk, so for all threads
+            ask_for_all(at, count)
             k = cuda.threadIdx.x
             while k < _ROOM:
                 largest[k] = 0
@@ -259,6 +283,38 @@ def with_scales(walk, storage: Storage, variant: Variant, width: int):
         walk(mode, at, head, count, steps, overwrite, c, (chunk.noise, kept))
 
     return walk_blocks
+
+
+def _ask_for_all(storage, variant, width):
+    """Ask for all that a chunk needs.
+
+    Otherwise a thread would wait for the memory in every round, when it looks and again when it updates, with little
+    under way meanwhile: moments are few bytes, and a kernel of that many registers has few threads.
+    """
+    p_size, g_size, size = SIZES[storage.p], SIZES[storage.g], SIZES[storage.compute]
+    exists = storage.amsgrad, variant.average, variant.accumulate, storage.master
+    top, average, total, master = (ask_for if wanted else _do_not_ask for wanted in exists)
+
+    @device_function
+    def ask_for_all(at, count):
+        i = np.int64(cuda.threadIdx.x * width)
+        while i < count:
+            ask_for(at.g + i * g_size)
+            ask_for(at.m + i)
+            ask_for(at.v + i)
+            ask_for(at.p + i * p_size)
+            top(at.top + i * size)
+            average(at.average + i * size)
+            total(at.total + i * size)
+            master(at.master + i * size)
+            i += THREADS * width
+
+    return ask_for_all
+
+
+@scalar_function
+def _do_not_ask(address):
+    return
 
 
 def _look(storage, variant, width):
