@@ -25,7 +25,7 @@ OPTIONS = {
     "overwriting": {"use_ema": True, "ema_overwrite_frequency": 2, "loss_scale_factor": 8.0},
     "no masters": {"master_weights": False, "gradient_accumulation_steps": 2, "amsgrad": True},
 }
-SHAPES = {"a": (30, 25), "b": (5,), "c": (), "d": (0, 3), "e": (517,)}
+SHAPES = {"a": (10, 27), "b": (5,), "c": (), "d": (0, 3), "e": (300,)}
 if not SIMULATED:
     SHAPES |= {"a": (301, 70), "e": (100_037,)}
 on_both = pytest.mark.parametrize("moments", MOMENTS)
@@ -130,7 +130,7 @@ def test_the_bits_of_whole_arrays(moments, dtype, options):
     (same if is_exact else close)(found, expected)
 
 
-@with_options
+@pytest.mark.parametrize("options", [OPTIONS[name] for name in ("clip", "values", "no masters")])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @on_both
 def test_variables_of_16_bits_are_close_to_the_cpu(moments, dtype, options):
@@ -165,7 +165,7 @@ def test_libraries(make, moments, dtype, options):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("options", [{}, {"amsgrad": True, "use_ema": True, "gradient_accumulation_steps": 2}])
-@pytest.mark.parametrize("size", [1, 7, 255, 256, 1021])
+@pytest.mark.parametrize("size", [7, 256, 517])
 @on_both
 def test_alignment_and_chunks(moments, size, options, dtype, monkeypatch):
     from adamw_numba.gpu import words, workload
@@ -382,7 +382,7 @@ def test_a_replay_follows_the_seed(moments):
 @pytest.mark.parametrize(("moments", "most"), [("bfloat16", 2e-3), ("8bit", 1e-2)])
 def test_rounding_does_not_drift(moments, most, beta_2):
     """The mean over many elements is that of exact arithmetic, and no moment stays behind."""
-    count, steps = (1024, 12) if SIMULATED else (2**15, 10_000)
+    count, steps = (512, 12) if SIMULATED else (2**15, 10_000)
     most = 10 * most if SIMULATED else most  # of few elements
     factors = (2.0 ** np.linspace(-1, 0, count)).astype(np.float32)
     optimizer = AdamW(1e-6, beta_2=beta_2, moments=moments)
@@ -449,11 +449,11 @@ def test_a_variable_of_other_strides_in_8_bits():
 # Saving
 
 
-@pytest.mark.parametrize("options", [{}, {"amsgrad": True, "use_ema": True, "global_clipnorm": 0.5}])
 @pytest.mark.parametrize("dtype", ["float32", "complex64", "float16"])
 @on_both
-def test_saved_on_one_and_loaded_on_the_other(moments, dtype, options):
+def test_saved_on_one_and_loaded_on_the_other(moments, dtype):
     """The bits of the state are kept both ways, and a run that is gone on with has those of one that was not stopped."""
+    options = {"amsgrad": True, "use_ema": True, "global_clipnorm": 0.5}
     for first, second in ((MAKE, libraries.numpy), (libraries.numpy, MAKE), (MAKE, MAKE)):
         saved, optimizer = trained(first, dtype, stop=2, moments=moments, **options)
         store, variables = {}, made(second, 9, dtype)
