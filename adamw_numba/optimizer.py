@@ -80,7 +80,8 @@ class AdamW(Saveable, Conventional):
         Add ``epsilon`` to the square root of the raw second moment, as Keras does, or of the one whose bias is
         corrected, as torch and optax do.
     moments : {"float32", "bfloat16", "8bit"}
-        What momentum and velocity are kept in, of variables of 16 and 32 bits (docs/numerics.md, "Small moments").
+        What momentum and velocity are kept in, of variables of 16 and 32 bits (docs/numerics.md, "Small moments"). For
+        arrays on a GPU, what is not float32 has been compiled and simulated, but has not run on a GPU yet.
     seed : int, default 0
         Of the stochastic rounding of such moments.
     **kwargs

@@ -1,4 +1,4 @@
-"""The update on a GPU: `update` bound by `numba.cuda`, over a table of addresses, in one launch for many arrays.
+"""The update on a GPU: the formula over a table of addresses, in one launch for many arrays.
 
 A kernel takes three integers: the address of a group's descriptor (words.py), flags, and the address of the table of
 addresses, of which a captured graph has one of its own. All else that changes from step to step (coefficients,
