@@ -1,8 +1,8 @@
 """Moments on a GPU: how a kernel loads and stores them, and what rounding them to 16 and 8 bits follows from.
 
-The parts are put together like those of kernels.py, where what they are for says: `noise_of` once for a chunk,
-`described` for each access, `loading` and `storing` within it. For 8 bits, `with_scales` is put around the walk of a
-chunk, since the scales of a block have to be known before its first moment is rounded; see cpu/moments.py.
+These are parts, like those of kernels.py, which puts them together: `noise_of` is for a chunk, `described` for one
+access of a thread, and `loading_and_storing` for the moments in it. For 8 bits, `with_scales` is put around the walk of
+a chunk, since the scales of a block have to be known before its first moment is rounded: see cpu/moments.py.
 """
 
 from functools import cache
