@@ -1,6 +1,6 @@
 """The arithmetic of one element: values in, values out, written once for every target.
 
-`make_update` is bound three times: by `numba` (cpu/kernels.py), by `numba.cuda` (gpu/kernels.py), and by whole-array
+`make_update` is bound three times: by `numba` (cpu/formula.py), by `numba.cuda` (gpu/formula.py), and by whole-array
 functions of any Array-API namespace (array_api/functions.py). An argument that is ``None`` is an array that does not
 exist; a coefficient with a neutral value is an option that is off.
 """

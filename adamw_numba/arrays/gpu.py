@@ -213,10 +213,15 @@ def zeros_like(array: Array, dtype: str) -> Array:
         cupy = sys.modules["cupy"]
         with array.device:
             return cupy.zeros_like(array, dtype=dtype)
-    from numba import cuda
-
     _, shape, strides, name = layout(array)
     order = "F" if strides == _contiguous(shape[::-1], np.dtype(name).itemsize)[::-1] else "C"
+    return zeros_of_numba(array, shape, dtype, order)
+
+
+def zeros_of_numba(array: Array, shape: tuple[int, ...], dtype: str, order: str = "C") -> Array:
+    """Zeros of Numba, where an array lies."""
+    from numba import cuda
+
     with cuda.gpus[device_index(array)]:
         return cuda.to_device(np.zeros(shape, dtype, order=order))  # type: ignore[call-overload]
 

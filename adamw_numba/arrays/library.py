@@ -113,8 +113,9 @@ def dtype_name(array: Array) -> str:
 
 
 def has_dtype(array: Array, name: str) -> bool:
-    """Whether the library of an array has a dtype of that name."""
-    return hasattr(namespace(array), name)
+    """Whether the library of an array has a dtype of that name; on a GPU those of NumPy, but for torch."""
+    is_torch = array_api_compat.is_torch_array(array)
+    return hasattr(np if gpu.is_cuda_array(array) and not is_torch else namespace(array), name)
 
 
 def byte_count(array: Array) -> int:

@@ -5,7 +5,8 @@ and what lies between two numbers of 8 bits apart by a hundredth would never mov
 The noise is a hash of the seed, the number of the step, the name of the variable and the place of an element in the
 whole variable, so that bits depend neither on threads nor on how variables are cut.
 
-`make_rounding` is bound by `numba` (cpu/moments.py) and by whole-array functions (array_api/moments.py).
+`make_rounding` is bound by `numba` (cpu/moments.py), by `numba.cuda` (gpu/moments.py) and by whole-array functions
+(array_api/moments.py).
 
 - **bfloat16** is the upper half of a float32. The second moment is stored itself and not as its root: that has the same
   8 bits of precision, so the root of what is stored is twice as exact, and the range is float32's either way.

@@ -16,7 +16,7 @@ from .layout import Layout, address, extent, is_c_contiguous, layout_of, memory,
 from .library import SLOT, Array, device, dtype_name, family, is_complex, place
 from .moments import NARROWER, kind_of
 from .overlap import Addresses, covered, overlapping, touching
-from .runs import Matrix, Places, runs_by_kind
+from .runs import ARRAY, PLACE_STEP, Matrix, Places, runs_by_kind
 from .torch_storage import Tensors
 from .transfer import cast, zeros_like
 
@@ -158,10 +158,29 @@ class AddressTable:
             self._watch(self._reader)
 
     def runs(self) -> Iterator[tuple[tuple[str, str], Matrix]]:
-        """The elements of all variables as evenly spaced runs, by how a variable and its gradient are stored."""
+        """The elements of all variables as evenly spaced runs, by how a variable and its gradient are stored.
+
+        Raises
+        ------
+        ValueError
+            If elements of a variable whose moments have 8 bits do not follow each other, as those of a block have to.
+        """
         triples = ((p, g, slot) for (p, g), slot in zip(self.arrangement, self._slot_layouts, strict=True))
         places = None if self._whole is None else [self._whole[i] for i in self.own]
-        yield from runs_by_kind(self.own, triples, places).items()
+        in_blocks = [i for i in self.own if self.moments[i] == "8bit"]
+        for kind, runs in runs_by_kind(self.own, triples, places).items():
+            if in_blocks:
+                self._check_blocks(runs[np.isin(runs[:, ARRAY], in_blocks)])
+            yield kind, runs
+
+    def _check_blocks(self, runs: Matrix) -> None:
+        odd = np.flatnonzero((np.diff(runs[:, ARRAY], append=-1) == 0) | (runs[:, PLACE_STEP] != 1))
+        if len(odd):
+            name = brief(self.names[runs[odd[0], ARRAY]])
+            raise ValueError(
+                f"moments='8bit': variable {name} is laid out in another way than when it was built; expected its "
+                "elements in the order of its axes"
+            )
 
     def _of_wide_slots(self, i: int, layout: Layout) -> Layout:
         """How slots of a variable are laid out that are not of fewer bits, if its momentum has that layout."""

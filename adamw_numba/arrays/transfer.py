@@ -68,6 +68,8 @@ def zeros_of(array: Array, shape: tuple[int, ...], dtype: str) -> Array:
     array = seen(array)
     if isinstance(array, np.ndarray):
         return np.zeros(shape, dtype)
+    if family(array) == "cuda" and gpu.is_foreign(array):
+        return gpu.zeros_of_numba(array, shape, dtype)
     xp = namespace(array)
     if array_api_compat.is_jax_array(array):
         return on_all_devices(xp.zeros(shape, dtype=getattr(xp, dtype)), [array], along=True)

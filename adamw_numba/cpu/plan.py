@@ -11,7 +11,6 @@ import numpy as np
 
 from .. import arrays
 from ..arrays import Array
-from ..arrays.brief import brief
 from ..arrays.compiled import cache_folder
 from ..arrays.masters import kept_by
 from ..arrays.moments import BLOCK, MOMENTS, NARROWER, name_word
@@ -308,7 +307,6 @@ class Plan:
             own_kinds, amsgrad = kinds[runs[:, ARRAY]], has_maximum[runs[:, ARRAY]]
             strided = (runs[:, P_STEP:PLACE] != sizes).any(axis=1)
             strided |= (own_kinds != 0) & (runs[:, PLACE_STEP] != 1)  # noise follows from where elements are
-            self._check_blocks(runs[own_kinds == MOMENTS.index("8bit")])
             for is_strided, has_top, kind in itertools.product((False, True), (False, True), range(len(MOMENTS))):
                 own = runs[(strided == is_strided) & (amsgrad == has_top) & (own_kinds == kind)]
                 if len(own):
@@ -317,16 +315,6 @@ class Plan:
         self._is_single = all(group.storage.compute == "float32" for group in self.groups)
         chunks = sum(len(group.work) for group in self.groups)
         self.additions = exact.IN_CHUNK + chunks + len(self.table.names) if self._is_single else None
-
-    def _check_blocks(self, runs: Matrix) -> None:
-        """Refuse variables whose elements do not follow each other any more, as those of a block have to."""
-        odd = np.flatnonzero((np.diff(runs[:, ARRAY], append=-1) == 0) | (runs[:, PLACE_STEP] != 1))
-        if len(odd):
-            name = brief(self.table.names[runs[odd[0], ARRAY]])
-            raise ValueError(
-                f"moments='8bit': variable {name} is laid out in another way than when it was built; expected its "
-                "elements in the order of its axes"
-            )
 
     def _group(self, p_type: str, g_type: str, strided: bool, amsgrad: bool, moments: str, work: Matrix) -> Group:
         ends = np.cumsum(work[:, COUNT])

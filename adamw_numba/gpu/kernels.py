@@ -1,4 +1,4 @@
-"""The update on a GPU: `update` bound by `numba.cuda`, over a table of addresses, in one launch for many arrays.
+"""The update on a GPU: the formula over a table of addresses, in one launch for many arrays.
 
 A kernel takes three integers: the address of a group's descriptor (words.py), flags, and the address of the table of
 addresses, of which a captured graph has one of its own. All else that changes from step to step (coefficients,
@@ -9,34 +9,23 @@ in. So a kernel holds no code for what it does not do, without a single branch o
 have in common are cached, since Numba takes longer to compile them than CUDA does.
 """
 
-import math
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 from numba import cuda
 
-from ..update import (
-    AVERAGE,
-    MASTER,
-    TOP,
-    TOTAL,
-    G,
-    M,
-    P,
-    Storage,
-    V,
-    Variant,
-    accumulate,
-    blend,
-    make_update,
-)
-from . import memory, parts
+from ..arrays.moments import NARROWER
+from ..update import AVERAGE, MASTER, TOP, TOTAL, G, M, P, Storage, V, Variant
+from . import memory, moments, parts
+from .formula import accumulate, blend, update
 from .memory import ACCESS, FLOATS, SIZES, device_function, scalar_function
 from .parts import entry
 from .words import (
+    ACCUMULATE,
     ARRAY,
     ARRAYS,
+    BLEND,
     CHUNK,
     CHUNKS,
     CLIPPED,
@@ -44,6 +33,7 @@ from .words import (
     G_AT,
     G_STEP,
     IS_UPDATE,
+    NOTHING,
     OVERWRITE,
     P_AT,
     P_STEP,
@@ -53,14 +43,9 @@ from .words import (
     SCALES,
     SCALES_DOUBLE,
     THREADS,
+    UPDATE,
     WHICH,
 )
-
-_UPDATE, _ACCUMULATE, _BLEND, _NOTHING = range(4)  # what a step does to an array
-
-_update = scalar_function(make_update(math.sqrt, np.maximum, np.minimum))
-_accumulate = scalar_function(accumulate)
-_blend = scalar_function(blend)
 
 
 class Addresses(NamedTuple):
@@ -82,12 +67,13 @@ class Steps(NamedTuple):
     p: int
     g: int
     slot: int
+    moment: int
 
 
 @cache
 def update_kernel(storage: Storage, variant: Variant):
     """`update_function`, compiled for the current device."""
-    return parts.kernel(update_function(storage, variant))
+    return parts.kernel(update_function(storage, variant), moments.most_registers(storage))
 
 
 def update_function(storage: Storage, variant: Variant):
@@ -103,7 +89,7 @@ def update_function(storage: Storage, variant: Variant):
             while chunk < chunks:
                 run, begin, end = parts.elements_of(group, ends, chunk, size)
                 row = row_at(group, index, entry(run, WHICH))
-                step_chunk(group, table, row, scale_of(group, row, run, flags), run, begin, end)
+                step_chunk(group, table, row, index, scale_of(group, row, run, flags), run, begin, end)
                 chunk += cuda.gridDim.x
         cuda.syncthreads()
         if cuda.threadIdx.x == 0:
@@ -130,52 +116,73 @@ def _scale_of(compute):
 def _step_chunk(storage, variant):
     """What a block does with a chunk: whole accesses where every array is aligned, single elements elsewhere."""
     p_size, g_size, size = SIZES[storage.p], SIZES[storage.g], SIZES[storage.compute]
-    width = ACCESS // min(p_size, g_size)
-    step_many, step_one = _step_lanes(storage, variant, width), _step_lanes(storage, variant, 1)
+    width, narrower = ACCESS // min(p_size, g_size), NARROWER[storage.moments]
     addresses_of, mode_of, head_of = (
         _addresses_of(storage, variant),
         _mode_of(storage.compute, variant.average),
         _head_of(storage, width),
     )
+    walk, noise_of = _walk(storage, variant, width), moments.noise_of(storage)
+    walk = moments.with_scales(walk, storage, variant, width) if storage.moments == "8bit" else walk
     _, coefficients = parts.coefficients_in(storage.compute)
     get = memory.number(storage.compute)[0]
 
     @device_function
-    def step_chunk(group, table, row, scale, run, begin, end):
+    def step_chunk(group, table, row, index, scale, run, begin, end):
         mode = mode_of(group, table, row, run)
-        if mode == _NOTHING:
+        if mode == NOTHING:
             return
         c, overwrite = coefficients(row, scale), get(row + OVERWRITE * size) != 0
         at, count = addresses_of(group, table, run, begin), end - begin
-        steps = Steps(entry(run, P_STEP), entry(run, G_STEP), entry(run, S_STEP))
+        steps = Steps(entry(run, P_STEP), entry(run, G_STEP), entry(run, S_STEP), entry(run, S_STEP) >> narrower)
         head = count
         if steps.p == p_size and steps.g == g_size and steps.slot == size:
             head = head_of(at, mode, count)
+        walk(mode, at, head, count, steps, overwrite, c, noise_of(group, table, run, index, begin))
+
+    return step_chunk
+
+
+def _walk(storage, variant, width):
+    """What a block does with elements: those of a head one by one, then whole accesses, then the rest."""
+    dense, described = _dense(storage), moments.described(storage)
+    step_many, step_one = _step_lanes(storage, variant, width), _step_lanes(storage, variant, 1)
+
+    @device_function
+    def walk(mode, at, head, count, steps, overwrite, c, small):
         body = (count - head) // width * width
         i = cuda.threadIdx.x * width
         while i < body:
-            step_many(mode, _moved(at, head + i, Steps(p_size, g_size, size)), overwrite, c)
+            step_many(mode, _moved(at, head + i, dense()), overwrite, c, described(small, head + i))
             i += THREADS * width
         i = cuda.threadIdx.x
         while i < count - body:
-            step_one(mode, _moved(at, i if i < head else i + body, steps), overwrite, c)
+            k = i if i < head else i + body
+            step_one(mode, _moved(at, k, steps), overwrite, c, described(small, k))
             i += THREADS
 
-    return step_chunk
+    return walk
+
+
+@cache
+def _dense(storage):
+    """The steps where elements follow each other."""
+    p_size, g_size, size, m_size = SIZES[storage.p], SIZES[storage.g], SIZES[storage.compute], moments.size_of(storage)
+    return scalar_function(lambda: Steps(p_size, g_size, size, m_size))
 
 
 @cache
 def _mode_of(compute, has_average):
     """What a step does to an array: without a gradient, an update changes its average alone."""
     get, at = memory.number(compute)[0], IS_UPDATE * SIZES[compute]
-    without_gradient = _BLEND if has_average else _NOTHING
+    without_gradient = BLEND if has_average else NOTHING
 
     @scalar_function
     def mode_of(group, table, row, run):
         is_update = get(row + at) != 0
         if entry(table, entry(group, ARRAYS) * G + entry(run, ARRAY)) == 0:
-            return without_gradient if is_update else _NOTHING
-        return _UPDATE if is_update else _ACCUMULATE
+            return without_gradient if is_update else NOTHING
+        return UPDATE if is_update else ACCUMULATE
 
     return mode_of
 
@@ -185,6 +192,7 @@ def _addresses_of(storage, variant):
     wanted = {TOP: storage.amsgrad, AVERAGE: variant.average, TOTAL: variant.accumulate, MASTER: storage.master}
     # A slot that does not exist is said to lie where the momentum does, so that it says nothing new about alignment.
     top, average, total, master = (row if exists else M for row, exists in wanted.items())
+    narrower = NARROWER[storage.moments]
 
     @scalar_function
     def addresses_of(group, table, run, i):
@@ -193,8 +201,8 @@ def _addresses_of(storage, variant):
         return Addresses(
             entry(column, arrays * P) + entry(run, P_AT) + i * entry(run, P_STEP),
             entry(column, arrays * G) + entry(run, G_AT) + i * entry(run, G_STEP),
-            entry(column, arrays * M) + slot,
-            entry(column, arrays * V) + slot,
+            entry(column, arrays * M) + (slot >> narrower),
+            entry(column, arrays * V) + (slot >> narrower),
             entry(column, arrays * top) + slot,
             entry(column, arrays * average) + slot,
             entry(column, arrays * total) + slot,
@@ -207,12 +215,12 @@ def _addresses_of(storage, variant):
 @scalar_function
 def _moved(at, k, steps):
     """Where the k-th element from there on lies."""
-    p, g, slot = k * steps.p, k * steps.g, k * steps.slot
+    p, g, slot, moment = k * steps.p, k * steps.g, k * steps.slot, k * steps.moment
     return Addresses(
         at.p + p,
         at.g + g,
-        at.m + slot,
-        at.v + slot,
+        at.m + moment,
+        at.v + moment,
         at.top + slot,
         at.average + slot,
         at.total + slot,
@@ -223,14 +231,17 @@ def _moved(at, k, steps):
 @cache
 def _head_of(storage, width):
     """How many elements come before the first that is aligned in every array; all of them, if none is."""
-    p_size, g_size, size = SIZES[storage.p], SIZES[storage.g], SIZES[storage.compute]
+    dense, p_size = _dense(storage), SIZES[storage.p]
+    # An access to moments may be of fewer bytes; and one to those of 8 bits may not lie in two blocks.
+    share = max(ACCESS // (width * moments.size_of(storage)), 1)
+    most = 1 if storage.moments == "8bit" else width
 
     @scalar_function
     def head_of(at, mode, count):
-        head = (-at.p % ACCESS) // p_size % width
-        first = _moved(at, head, Steps(p_size, g_size, size))
-        bits = first.p | first.m | first.v | first.top | first.average | first.total | first.master
-        if mode != _BLEND:
+        head = (-at.p % ACCESS) // p_size % most
+        first = _moved(at, head, dense())
+        bits = first.p | first.m * share | first.v * share | first.top | first.average | first.total | first.master
+        if mode != BLEND:
             bits |= first.g
         return count if bits % ACCESS != 0 or head > count else head
 
@@ -244,10 +255,10 @@ def _step_lanes(storage, variant, width):
     blend_lanes = _blend_lanes(storage, width) if variant.average else _do_nothing
 
     @device_function
-    def step_lanes(mode, at, overwrite, c):
-        if mode == _UPDATE:
-            update_lanes(at, overwrite, c)
-        elif mode == _ACCUMULATE:
+    def step_lanes(mode, at, overwrite, c, small):
+        if mode == UPDATE:
+            update_lanes(at, overwrite, c, small)
+        elif mode == ACCUMULATE:
             accumulate_lanes(at, overwrite, c)
         else:
             blend_lanes(at, overwrite, c)
@@ -265,7 +276,7 @@ def _update_lanes(storage, variant, width):
     dtype = FLOATS[storage.compute]
     read_variable, write_variable = _variable(storage, width)
     load_g, _ = memory.elements(storage.g, width, False)
-    load, store = memory.elements(storage.compute, width, True)
+    load_moments, store_moments = moments.loading_and_storing(storage, width)
     load_top, store_top, top_in, put_top = _slot(storage.compute, width, storage.amsgrad)
     load_average, store_average, average_in, put_average = _slot(storage.compute, width, variant.average)
     load_total, store_total, total_in, put_total = _slot(storage.compute, width, variant.accumulate)
@@ -273,29 +284,27 @@ def _update_lanes(storage, variant, width):
     lead_in = _lead if variant.nesterov else _no_lead
 
     @device_function
-    def update_lanes(at, overwrite, c):
+    def update_lanes(at, overwrite, c, small):
         p, g = cuda.local.array(width, dtype), cuda.local.array(width, dtype)
         m, v = cuda.local.array(width, dtype), cuda.local.array(width, dtype)
         tops, averages = cuda.local.array(width, dtype), cuda.local.array(width, dtype)
         totals = cuda.local.array(width, dtype)
         read_variable(p, at)
         load_g(g, at.g)
-        load(m, at.m)
-        load(v, at.v)
+        load_moments(m, v, at, small)
         load_top(tops, at.top)
         load_average(averages, at.average)
         load_total(totals, at.total)
         for k in range(width):
             top, average, total = top_in(tops, k), average_in(averages, k), total_in(totals, k)
             lead = lead_in(c)
-            p[k], m[k], v[k], top, average = _update(p[k], g[k], m[k], v[k], top, average, total, c.limit, lead, c)
+            p[k], m[k], v[k], top, average = update(p[k], g[k], m[k], v[k], top, average, total, c.limit, lead, c)
             p[k] = result(p[k], average, overwrite)
             put_top(tops, k, top)
             put_average(averages, k, average)
             put_total(totals, k, 0)
         write_variable(p, at)
-        store(m, at.m)
-        store(v, at.v)
+        store_moments(m, v, at, small)
         store_top(tops, at.top)
         store_average(averages, at.average)
         store_total(totals, at.total)
@@ -316,7 +325,7 @@ def _accumulate_lanes(g_type, compute, width):
         load_g(g, at.g)
         load(totals, at.total)
         for k in range(width):
-            totals[k] = _accumulate(totals[k], g[k], c)
+            totals[k] = accumulate(totals[k], g[k], c)
         store(totals, at.total)
 
     return accumulate_lanes
@@ -335,7 +344,7 @@ def _blend_lanes(storage, width):
         read_variable(p, at)
         load(averages, at.average)
         for k in range(width):
-            averages[k] = _blend(averages[k], p[k], c)
+            averages[k] = blend(averages[k], p[k], c)
         store(averages, at.average)
         if overwrite:
             write_variable(averages, at)

@@ -9,7 +9,10 @@ functions that read and write one float. `elements(storage, width, streaming)` m
 ``store(values, address)`` for `width` neighbours, between memory and a local array of the compute type: in accesses of
 128 bits where the neighbours fill them; `streaming` says that nobody reads the same bytes again soon. With `times` and
 `apart`, for as many such groups of neighbours, so many elements from one to the next. `rounded(storage)` is what a
-number becomes when it is stored and loaded again.
+number becomes when it is stored and loaded again. `codes(bits, width, streaming)` makes the same pair as `elements` for
+unsigned integers of 8 or 16 bits and a local array of uint32. `unsigned`, `bits_of` and `number_of` are what
+arrays/moments.py makes its functions of. `most_of_warp` is the largest of what the threads of a warp have: one number
+below 2^31 each. `ask_for` has the bytes at an address brought nearer, and does not wait for them.
 """
 
 import ctypes
@@ -35,10 +38,10 @@ def _simulated():
         size = np.dtype(dtype).itemsize * count
         return np.frombuffer((ctypes.c_char * size).from_address(int(address)), dtype)
 
-    def check(address, width):
+    def check(address, width, least=ACCESS):
         """What a GPU would answer with an error of its own."""
-        if width > 1 and address % ACCESS:
-            raise RuntimeError(f"{width} elements are accessed at address {address}; expected a multiple of {ACCESS}")
+        if width > 1 and address % least:
+            raise RuntimeError(f"{width} elements are accessed at address {address}; expected a multiple of {least}")
 
     def word(address):
         return int(memory(address, np.int64)[0])
@@ -83,14 +86,43 @@ def _simulated():
 
         return round_trip
 
-    return word, put_word, add_word, number, elements, rounded
+    def codes(bits, width, streaming):
+        dtype, size = np.dtype(f"uint{bits}"), bits // 8 * width
+
+        def load(out, address):
+            check(address, width, size)
+            out[:width] = memory(address, dtype, width)
+
+        def store(values, address):
+            check(address, width, size)
+            memory(address, dtype, width)[:] = values[:width]
+
+        return load, store
+
+    def unsigned(x):
+        return int(x) & 0xFFFFFFFF
+
+    def bits_of(x):
+        return int(np.float32(x).view(np.uint32))
+
+    def number_of(bits):
+        return np.uint32(bits).view(np.float32)
+
+    def most_of_warp(x):
+        return x
+
+    def ask_for(address):
+        return
+
+    rounding = unsigned, bits_of, number_of
+    return word, put_word, add_word, number, elements, rounded, codes, *rounding, most_of_warp, ask_for
 
 
 def _compiled():
     from numba.cuda import types
     from numba.cuda.extending import intrinsic
 
-    word_type, byte2, float_type = ir.IntType(64), ir.IntType(16), ir.FloatType()
+    word_type, byte2, float_type, unsigned_type = ir.IntType(64), ir.IntType(16), ir.FloatType(), ir.IntType(32)
     floats = {"float32": (types.float32, float_type), "float64": (types.float64, ir.DoubleType())}
     raw = {"float16": byte2, "bfloat16": byte2, "float32": float_type, "float64": ir.DoubleType()}
 
@@ -98,7 +130,7 @@ def _compiled():
         return builder.inttoptr(address, ir.PointerType(kind, _GLOBAL))
 
     def index(i):
-        return ir.Constant(ir.IntType(32), i)
+        return ir.Constant(unsigned_type, i)
 
     def plain(kind, numba_type):
         """Read and write one value."""
@@ -135,14 +167,14 @@ def _compiled():
 
     def widen(builder, x, storage):
         if storage == "bfloat16":
-            return builder.bitcast(builder.shl(builder.zext(x, ir.IntType(32)), index(16)), float_type)
+            return builder.bitcast(builder.shl(builder.zext(x, unsigned_type), index(16)), float_type)
         if storage == "float16":
             return builder.fpext(builder.bitcast(x, ir.HalfType()), float_type)
         return x
 
     def narrow(builder, x, storage):
         if storage == "bfloat16":  # to nearest, ties to even; GPUs before generation 8.0 have no instruction for it
-            bits = builder.bitcast(x, ir.IntType(32))
+            bits = builder.bitcast(x, unsigned_type)
             upper = builder.lshr(bits, index(16))
             half = builder.add(index(0x7FFF), builder.and_(upper, index(1)))
             rounded = builder.lshr(builder.add(bits, half), index(16))
@@ -157,19 +189,22 @@ def _compiled():
         letter, kind, suffix = {
             "float32": ("f", float_type, "f32"),
             "float64": ("d", ir.DoubleType(), "f64"),
-            "pairs": ("r", ir.IntType(32), "b32"),
+            "pairs": ("r", unsigned_type, "b32"),
+            "pairs once": ("r", unsigned_type, "b32"),
         }[storage]
         hint = "" if storage == "pairs" else ".cs"
         names = ", ".join(f"${i + (values is not None)}" for i in range(count))
+        vector, names = (f".v{count}", f"{{{names}}}") if count > 1 else ("", names)
         if values is None:
             text, constraints = (
-                f"ld.global{hint}.v{count}.{suffix} {{{names}}}, [${count}];",
+                f"ld.global{hint}{vector}.{suffix} {names}, [${count}];",
                 [f"={letter}"] * count + ["l"],
             )
-            function = ir.FunctionType(ir.LiteralStructType([kind] * count), [word_type])
+            result = ir.LiteralStructType([kind] * count) if count > 1 else kind
+            function = ir.FunctionType(result, [word_type])
             value = builder.asm(function, text, ",".join(constraints), [address], side_effect=True)
-            return [builder.extract_value(value, i) for i in range(count)]
-        text, constraints = f"st.global{hint}.v{count}.{suffix} [$0], {{{names}}};", ["l"] + [letter] * count
+            return [builder.extract_value(value, i) for i in range(count)] if count > 1 else [value]
+        text, constraints = f"st.global{hint}{vector}.{suffix} [$0], {names};", ["l"] + [letter] * count
         function = ir.FunctionType(ir.VoidType(), [word_type] + [kind] * count)
         return builder.asm(function, text, ",".join(constraints), [address, *values], side_effect=True)
 
@@ -193,7 +228,7 @@ def _compiled():
         if count == 1:
             builder.store(values[0], pointer(builder, address, kind))
         elif kind is byte2:
-            wide = [builder.zext(value, ir.IntType(32)) for value in values]
+            wide = [builder.zext(value, unsigned_type) for value in values]
             pairs = [builder.or_(wide[i], builder.shl(wide[i + 1], index(16))) for i in range(0, count, 2)]
             together(builder, "pairs", count // 2, address, pairs)
         elif streaming:
@@ -249,11 +284,90 @@ def _compiled():
 
         return round_trip
 
-    return word, put_word, add_word, number, elements, rounded
+    def codes(bits, width, streaming):
+        """Of one access; several elements are the bytes, or pairs, of a few registers."""
+        single, held = ir.IntType(bits), 32 // bits
+        storage = "pairs once" if streaming else "pairs"
+
+        @intrinsic
+        def load(typingctx, out, address):
+            def codegen(context, builder, signature, args):
+                data = context.make_array(signature.args[0])(context, builder, args[0]).data
+                if width == 1:
+                    found = [builder.zext(builder.load(pointer(builder, args[1], single)), unsigned_type)]
+                else:
+                    registers = together(builder, storage, width // held, args[1])
+                    shifted = [builder.lshr(x, index(bits * k)) for x in registers for k in range(held)]
+                    found = [builder.and_(x, index((1 << bits) - 1)) for x in shifted]
+                for i, x in enumerate(found):
+                    builder.store(x, builder.gep(data, [index(i)]))
+                return context.get_dummy_value()
+
+            return types.void(out, types.int64), codegen
+
+        @intrinsic
+        def store(typingctx, values, address):
+            def codegen(context, builder, signature, args):
+                data = context.make_array(signature.args[0])(context, builder, args[0]).data
+                given = [builder.load(builder.gep(data, [index(i)])) for i in range(width)]
+                if width == 1:
+                    builder.store(builder.trunc(given[0], single), pointer(builder, args[1], single))
+                    return context.get_dummy_value()
+                registers = []
+                for i in range(0, width, held):
+                    register = given[i]
+                    for k in range(1, held):
+                        register = builder.or_(register, builder.shl(given[i + k], index(bits * k)))
+                    registers.append(register)
+                together(builder, storage, len(registers), args[1], registers)
+                return context.get_dummy_value()
+
+            return types.void(values, types.int64), codegen
+
+        return load, store
+
+    def bits_as(to, of):
+        """What reinterprets 32 bits."""
+
+        @intrinsic
+        def view(typingctx, x):
+            def codegen(context, builder, signature, args):
+                return builder.bitcast(args[0], context.get_value_type(to))
+
+            return to(of), codegen
+
+        return view
+
+    @device_function
+    def unsigned(x):
+        return np.uint32(x)
+
+    @device_function
+    def most_of_warp(x):
+        x = np.int32(x)  # which the compiler's shuffles take
+        x = max(x, cuda.shfl_xor_sync(0xFFFFFFFF, x, 16))
+        x = max(x, cuda.shfl_xor_sync(0xFFFFFFFF, x, 8))
+        x = max(x, cuda.shfl_xor_sync(0xFFFFFFFF, x, 4))
+        x = max(x, cuda.shfl_xor_sync(0xFFFFFFFF, x, 2))
+        x = max(x, cuda.shfl_xor_sync(0xFFFFFFFF, x, 1))
+        return np.uint32(x)
+
+    @intrinsic
+    def ask_for(typingctx, address):
+        def codegen(context, builder, signature, args):
+            function = ir.FunctionType(ir.VoidType(), [word_type])
+            builder.asm(function, "prefetch.global.L2 [$0];", "l", [args[0]], side_effect=True)
+            return context.get_dummy_value()
+
+        return types.void(types.int64), codegen
+
+    rounding = unsigned, bits_as(types.uint32, types.float32), bits_as(types.float32, types.uint32)
+    return word, put_word, add_word, number, elements, rounded, codes, *rounding, most_of_warp, ask_for
 
 
-word, put_word, add_word, number, elements, rounded = _simulated() if SIMULATED else _compiled()
-number, elements, rounded = cache(number), cache(elements), cache(rounded)
 device_function = cuda.jit(device=True)
 # For functions of numbers and memory, which ask nothing of `cuda`: the simulator would spend most of its time wrapping.
 scalar_function = (lambda function: function) if SIMULATED else device_function
+_made = _simulated() if SIMULATED else _compiled()
+word, put_word, add_word, number, elements, rounded, codes, unsigned, bits_of, number_of, most_of_warp, ask_for = _made
+number, elements, rounded, codes = cache(number), cache(elements), cache(rounded), cache(codes)

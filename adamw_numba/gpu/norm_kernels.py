@@ -16,8 +16,9 @@ from typing import NamedTuple
 import numpy as np
 from numba import cuda, types
 
-from ..update import TOTAL, G, accumulate
+from ..update import TOTAL, G
 from . import memory, parts
+from .formula import accumulate
 from .memory import ACCESS, FLOATS, SIZES, add_word, device_function, scalar_function
 from .parts import entry, put_entry
 from .words import (
@@ -52,7 +53,6 @@ _BIG, _SMALL, _RESCUE = 2.0**480, 2.0**-480, 2.0**-600  # where squares of float
 _LARGEST = 1.7976931348623157e308
 _SUMS = 24  # bytes of three sums
 
-_accumulate = scalar_function(accumulate)
 _get, _put = memory.number("float64")
 _put_single = memory.number("float32")[1]
 _row_at, _ = parts.coefficients_in("float64")  # decisions are made in float64 for all
@@ -226,7 +226,7 @@ def _load(g_type, compute, accumulates, width, several=1):
         load_g(x, g)
         load_total(totals, total)
         for k in range(count):
-            x[k] = _accumulate(totals[k], x[k], c)
+            x[k] = accumulate(totals[k], x[k], c)
 
     return load_sum if accumulates else load
 

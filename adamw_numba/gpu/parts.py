@@ -44,9 +44,13 @@ SIGNATURE = types.void(types.int64, types.int64, types.int64)  # descriptor of a
 OPTIONS = {} if SIMULATED else {"lto": False}
 
 
-def kernel(function):
-    """Compile a function for the current device, without asking for the types of its arguments at each launch."""
-    return cuda.jit(SIGNATURE, **OPTIONS)(function)
+def kernel(function, registers=None):
+    """Compile a function for the current device, without asking for the types of its arguments at each launch.
+
+    Of no more registers than so many for each thread.
+    """
+    most = {} if SIMULATED or registers is None else {"max_registers": registers}
+    return cuda.jit(SIGNATURE, **OPTIONS, **most)(function)
 
 
 @scalar_function

@@ -20,7 +20,7 @@ from ..update import VARYING
 from . import driver
 from .counter import Counter, Report
 from .launcher import Launcher
-from .rows import Rows
+from .rows import Rows, RowsOf
 from .streams import Streams, wait_for_all
 from .tables import Mirror
 from .words import CLIPPED, CONTROL, COUNTERS, EXHAUSTED, GUARDED, SCALE, STILL
@@ -29,7 +29,6 @@ from .workload import Workload
 _NONE, _EACH, _ALL = range(0), range(1), range(2)  # of two clips by norm: of each gradient, and of all together
 
 Call = tuple[Any, ...]
-RowsOf = Callable[[range], Matrix]
 
 
 class Plan:
@@ -50,6 +49,8 @@ class Plan:
         The group of hyperparameters that each variable is in.
     groups : int
         How many there are.
+    places : list, optional
+        Where the elements of each variable are in the whole one: see `AddressTable`.
 
     Attributes
     ----------
@@ -71,6 +72,7 @@ class Plan:
         slots: Sequence[dict[str, Array]],
         which: Sequence[int],
         groups: int,
+        places: Sequence[Any] | None = None,
     ) -> None:
         here = [variable for variable in variables if variable is not None]
         self.streams = Streams(int(place.partition(":")[2]), here)
@@ -81,7 +83,7 @@ class Plan:
         self._arrangement: object = None  # what the workload is made for
         self._described: object = None  # the rows that the descriptors tell of
         with self.current():
-            self.table = AddressTable(place, names, variables, slots)
+            self.table = AddressTable(place, names, variables, slots, places)
             self._sent_table = Mirror(self.table.addresses)
             self.rows = Rows(groups)
             self.streams.board[driver.MIRROR] = self._sent_table.board
@@ -223,7 +225,7 @@ class Plan:
             return []
         if self.has_captures:
             raise RuntimeError("`update_step` would take the rows of a captured graph; expected no capture before it")
-        self.send_rows(0, 1, lambda _: rows_of([recipe], _NONE), None)
+        self.send_rows(recipe.number, 1, lambda _: rows_of([recipe], _NONE), None)
         return self._launches(recipe, STILL, norms=False, counts=False)
 
     def _check_not_captured(self) -> None:
@@ -381,8 +383,8 @@ class Plan:
             self._described = self.rows.mirror
 
 
-def rows_of(recipes: Iterable[Recipe], limits: range = _ALL) -> Matrix:
-    """The numbers of steps in the columns that the kernels read, all groups of a step in one row.
+def rows_of(recipes: Iterable[Recipe], limits: range = _ALL) -> tuple[Matrix, int]:
+    """The numbers of steps in the columns that the kernels read, all groups of a step in one row; and the seed.
 
     `limits` says which clips by norm are left to the GPU. Most steps are of one kind, and differ in few numbers.
     """
@@ -393,7 +395,7 @@ def rows_of(recipes: Iterable[Recipe], limits: range = _ALL) -> Matrix:
         varying.append([each.varying() for each in recipe.groups()])
     rows = np.array([[_row(recipe, each, limits) for each in recipe.groups()] for recipe in kinds], np.float64)[which]
     rows[:, :, :VARYING] = varying
-    return rows.reshape(len(which), -1)
+    return rows.reshape(len(which), -1), next(iter(kinds)).seed
 
 
 def _row(recipe: Recipe, group: Numbers, limits: range) -> list[float]:

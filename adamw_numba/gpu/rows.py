@@ -11,9 +11,11 @@ import numpy as np
 from ..arrays.runs import Matrix
 from ..update import LEAST_EPSILON
 from .tables import Mirror
-from .words import EPSILON, FIRST, HEADER, HEADER_WORDS, ROW_COLUMNS, ROW_COUNT, ROWS, ROWS_DOUBLE
+from .words import EPSILON, FIRST, HEADER, HEADER_WORDS, ROW_COLUMNS, ROW_COUNT, ROWS, ROWS_DOUBLE, SEED
 
 AHEAD = 128  # rows that are sent beyond those that are needed now
+
+RowsOf = Callable[[range], tuple[Matrix, int]]  # the rows of steps, and the seed of the rounding of moments
 
 
 class Rows:
@@ -61,7 +63,7 @@ class Rows:
         """Send them again next time."""
         self._key = None
 
-    def write(self, first: int, count: int, rows_of: Callable[[range], Matrix], key: object) -> None:
+    def write(self, first: int, count: int, rows_of: RowsOf, key: object) -> None:
         """Work out those of `count` steps from `first` on, and of some more; `send` is to follow.
 
         A user's schedule may raise here, so everything is computed before anything is changed.
@@ -69,11 +71,11 @@ class Rows:
         # Where a rate is set again at every step, as torch's schedulers do it, further rows would never be used.
         is_fleeting = key is None or (key != self._key and bool(self._steps) and first <= self._steps.start + 1)
         steps = range(first, first + count + (0 if is_fleeting else AHEAD))
-        rows = rows_of(steps)
+        rows, seed = rows_of(steps)
         if len(steps) > self._capacity:
             self._make(len(steps))
         self._steps = range(0)  # until they have been sent
-        self._fill(first, rows)
+        self._fill(first, rows, seed)
         self._written = steps, key
 
     def send(self, stream: int) -> None:
@@ -81,9 +83,9 @@ class Rows:
         self.mirror.send(stream)
         self._steps, self._key = self._written
 
-    def _fill(self, first: int, rows: Matrix) -> None:
+    def _fill(self, first: int, rows: Matrix, seed: int) -> None:
         words, size = self.mirror.host, rows.size
-        words[FIRST], words[ROW_COUNT] = first, len(rows)
+        words[FIRST], words[ROW_COUNT], words[SEED] = first, len(rows), seed
         words[HEADER_WORDS:][:size].view(np.float64)[:] = rows.reshape(-1)
         with np.errstate(over="ignore", under="ignore"):
             single = rows.astype(np.float32).reshape(-1, ROW_COLUMNS)

@@ -4,6 +4,7 @@ The compiled functions of driver.py call it as they call the driver.
 """
 
 import ctypes
+import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ _UNKNOWN_ERROR = 999
 calls: "deque[tuple[str, tuple[Any, ...]]]" = deque(maxlen=1000)  # the last ones: functions and their arguments
 kernels: list[Any] = [None]  # by their handles
 recorded: list[Callable[[], object]] | None = None  # what goes into the graph that is captured at the moment
+_one_at_a_time = threading.Lock()  # Numba's simulator changes the globals of what it runs
 _contexts = [0]  # the last one is current
 _kept: list[Any] = []  # memory that is never freed
 
@@ -68,7 +70,12 @@ def _launch(kernel: int, grid: int, *rest: Any) -> None:
     stream, parameters = rest[-3:-1]
     where = (ctypes.c_int64 * 3).from_address(parameters)
     words = [ctypes.c_int64.from_address(at).value for at in where]
-    _run(stream, lambda: kernels[kernel][grid, THREADS](*words))
+    _run(stream, lambda: _run_kernel(kernels[kernel], grid, words))
+
+
+def _run_kernel(kernel: Any, grid: int, words: Sequence[int]) -> None:
+    with _one_at_a_time:
+        kernel[grid, THREADS](*words)
 
 
 def _copy(target: int, source: int, count: int, stream: int | None) -> None:

@@ -13,7 +13,8 @@ from numba import cuda
 from .. import arrays
 from ..arrays import gpu as gpu_arrays
 from ..arrays.masters import kept_by
-from ..arrays.runs import ARRAY, COUNT, P_AT, S_STEP, Matrix
+from ..arrays.moments import BLOCK, name_word
+from ..arrays.runs import ARRAY, COUNT, P_AT, PLACE, S_STEP, Matrix
 from ..arrays.table import AddressTable
 from ..update import Storage
 from . import words as w
@@ -23,7 +24,8 @@ from .streams import wait_for_all
 _cuda: Any = cuda  # without stubs
 _SUMS = 24  # bytes of the three sums of a chunk
 
-Kind = tuple[str, str, bool]  # the dtypes of a variable and its gradient, and whether there is velocity_hat
+# The dtypes of a variable and its gradient, whether there is velocity_hat, and what the moments are kept in
+Kind = tuple[str, str, bool, str]
 
 
 class Group(NamedTuple):
@@ -32,7 +34,7 @@ class Group(NamedTuple):
     storage: Storage
     chunks: int
     square_chunks: int
-    lists: tuple[Any, Any, Any]  # on the device: the runs, and the chunks that end with each
+    lists: tuple[Any, ...]  # on the device: the runs, the chunks that end with each, and places
     descriptor: Any  # on the device
     address: int  # of the descriptor
     words: Matrix  # the descriptor, on the host
@@ -60,7 +62,7 @@ class Workload:
 
     def __init__(self, table: AddressTable, which: Sequence[int], sets: int) -> None:
         self.arrays = count = len(table.names)
-        kinds = _runs_by_kind(table, which)
+        kinds, places = _runs_by_kind(table, which)
         square_ends = [_ends(runs, w.SQUARES) for runs in kinds.values()]
         starts = np.cumsum([0, *map(_last, square_ends)])  # of each group's partial sums
         self.norms: Any = cuda.to_device(np.zeros(count))
@@ -70,7 +72,7 @@ class Workload:
         chunk = chunk_of(sum(int(runs[:, w.COUNT].sum()) for runs in kinds.values()), _processors())
         self.groups: list[Group] = []
         for k, (kind, runs) in enumerate(kinds.items()):
-            group = _group(kind, runs, chunk, square_ends[k], _master_of(table, runs))
+            group = _group(kind, runs, places[kind], chunk, square_ends[k], _master_of(table, runs))
             group.words[[w.ARRAYS, w.GROUP, w.GROUPS, w.SETS]] = count, k, len(kinds), sets
             group.words[w.PARTIALS] = gpu_arrays.address(self._partials) + _SUMS * int(starts[k])
             self.groups.append(group)
@@ -84,7 +86,7 @@ class Workload:
             w.NORMS: gpu_arrays.address(self.norms),
         }
         for group in self.groups:
-            lists = zip((w.RUNS, w.ENDS, w.SQUARE_ENDS), map(gpu_arrays.address, group.lists), strict=True)
+            lists = zip((w.RUNS, w.ENDS, w.SQUARE_ENDS, w.PLACES), map(gpu_arrays.address, group.lists), strict=True)
             for entry, address in (addresses | own | dict(lists)).items():
                 group.words[entry] = address
             group.descriptor.copy_to_device(group.words)
@@ -100,25 +102,38 @@ def chunk_of(elements: int, processors: int) -> int:
     return unit * int(np.clip(elements // (8 * processors * unit), 1, 2))
 
 
-def _group(kind: Kind, runs: Matrix, chunk: int, square_ends: Matrix, master: str) -> Group:
-    p_type, g_type, amsgrad = kind
+def _group(kind: Kind, runs: Matrix, places: Matrix, chunk: int, square_ends: Matrix, master: str) -> Group:
+    p_type, g_type, amsgrad, moments = kind
+    if moments == "8bit":  # chunks are cut at blocks; only in the simulator a chunk is smaller than one
+        chunk = -(-chunk // BLOCK) * BLOCK
     ends = _ends(runs, chunk)
     words = np.zeros(w.DESCRIPTOR_WORDS, np.int64)
     words[[w.CHUNK, w.RUN_COUNT, w.CHUNKS, w.SQUARE_CHUNKS]] = chunk, len(runs), _last(ends), _last(square_ends)
-    storage = Storage(p_type, g_type, arrays.COMPUTE[p_type], False, master, amsgrad)
+    storage = Storage(p_type, g_type, arrays.COMPUTE[p_type], False, master, amsgrad, moments)
     descriptor = cuda.to_device(words)
-    lists = _on_device(runs), _on_device(ends), _on_device(square_ends)
+    lists = _on_device(runs), _on_device(ends), _on_device(square_ends), _on_device(places)
     return Group(storage, _last(ends), _last(square_ends), lists, descriptor, gpu_arrays.address(descriptor), words)
 
 
-def _runs_by_kind(table: AddressTable, which: Sequence[int]) -> dict[Kind, Matrix]:
-    """The runs of all variables, by how they and their gradients are stored."""
-    kinds, has_maximum = {}, np.array(["velocity_hat" in own for own in table.slots])
+def _runs_by_kind(table: AddressTable, which: Sequence[int]) -> tuple[dict[Kind, Matrix], dict[Kind, Matrix]]:
+    """The runs of all variables, by how they and their gradients are stored; and their places, for what is rounded."""
+    kinds, places = {}, {}
+    of_each = [("velocity_hat" in own, table.moments.get(i, "float32")) for i, own in enumerate(table.slots)]
+    numbers = {each: k for k, each in enumerate(dict.fromkeys(of_each))}
+    number_of = np.array([numbers[each] for each in of_each], np.int64)
+    words = np.array(list(map(name_word, table.names)), np.int64)
     for (p_type, g_type), runs in table.runs():
-        amsgrad = has_maximum[runs[:, ARRAY]]
-        for kind in dict.fromkeys(amsgrad.tolist()):
-            kinds[p_type, g_type, kind] = _with_sets(runs[amsgrad == kind], which)
-    return kinds or {("float32", "float32", False): np.zeros((0, w.RUN_COLUMNS), np.int64)}
+        found = number_of[runs[:, ARRAY]]
+        for (amsgrad, moments), number in numbers.items():
+            own = runs[found == number]
+            if len(own):
+                kind = p_type, g_type, amsgrad, moments
+                kinds[kind] = _with_sets(own, which)
+                places[kind] = np.column_stack([own[:, PLACE:], words[own[:, ARRAY]]])
+    if not kinds:
+        kind = "float32", "float32", False, "float32"
+        kinds[kind], places[kind] = np.zeros((0, w.RUN_COLUMNS), np.int64), np.zeros((0, w.PLACE_COLUMNS), np.int64)
+    return kinds, places
 
 
 def _with_sets(runs: Matrix, which: Sequence[int]) -> Matrix:

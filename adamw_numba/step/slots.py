@@ -71,8 +71,6 @@ def moments_of(asked: str, name: str | None, variable: Array, piece: Piece | Non
     kept = f"moments={asked!r}: variable {brief(name)}"
     if arrays.SLOT[dtype] not in ("float32", "complex64"):
         raise ValueError(f"{kept} has dtype {dtype}, whose moments have 64 bits; expected a dtype of 16 or 32")
-    if arrays.family(arrays.seen(variable)) == "cuda":
-        raise ValueError(f"{kept} is on {arrays.device(variable)}, where moments are float32; expected it on the host")
     if asked == "bfloat16":
         return asked
     width, piece = 1 + arrays.is_complex(variable), whole(variable.shape) if piece is None else piece

@@ -224,4 +224,4 @@ def _plan(where: str | None, has_kernels: bool, *described: Any) -> Any:
         return Plan(*described)
     from ..gpu.plan import Plan as GpuPlan
 
-    return GpuPlan(where, *described[:-1])  # which has no use for places
+    return GpuPlan(where, *described)

@@ -32,14 +32,21 @@ OPTIONS = [
 ]
 OPTIONS += [(True, Variant(True, True, clip=False, nesterov=True))]
 UPDATES = [("update", storage._replace(amsgrad=own), variant) for storage in STORAGES for own, variant in OPTIONS]
+# Of moments of fewer bits some: how they are loaded and stored does not depend on what else there is.
+SMALL = [
+    ("update", Storage(p, g, "float32", False, p != "float32", own, moments), variant)
+    for p, g in (("float32", "float32"), ("float16", "float32"), ("bfloat16", "bfloat16"))
+    for moments in ("bfloat16", "8bit")
+    for own, variant in (OPTIONS[0], OPTIONS[-1])
+]
 SQUARES = [
     ("square", g, "float64" if g == "float64" else "float32", accumulates)
     for g in ("float16", "bfloat16", "float32", "float64")
     for accumulates in NO_YES
 ]
-KERNELS = [*UPDATES, *SQUARES, ("decision",)]
-IN_FLOAT32 = [kernel for kernel in UPDATES if kernel[1].compute == "float32"]
-QUICK = [UPDATES[0], UPDATES[-1], SQUARES[-1], ("decision",)]
+KERNELS = [*UPDATES, *SMALL, *SQUARES, ("decision",)]
+IN_FLOAT32 = [kernel for kernel in UPDATES + SMALL if kernel[1].compute == "float32"]
+QUICK = [UPDATES[0], UPDATES[-1], SMALL[0], SMALL[2], SQUARES[-1], ("decision",)]
 CAPABILITIES = [(8, 0, ""), (9, 0, "a")]  # as numba-cuda asks for them: with all that a GPU can do, from 9.0 on
 
 
@@ -53,7 +60,8 @@ def name_of(kernel):
         for name, wanted in {"master": storage.master, "amsgrad": storage.amsgrad, **variant._asdict()}.items()
         if wanted
     ]
-    return "-".join(["update", storage.p, storage.g, *options])
+    small = [] if storage.moments == "float32" else [f"moments={storage.moments}"]
+    return "-".join(["update", storage.p, storage.g, *small, *options])
 
 
 def function_of(kernel):
@@ -95,7 +103,7 @@ def ptx_of(kernel):
 
 
 def accesses(ptx, instruction):
-    return Counter(re.findall(rf"\s{instruction}\.global((?:\.cs)?\.v\d\.\w+)", ptx))
+    return Counter(re.findall(rf"\s{instruction}\.global((?:\.cs)?(?:\.v\d\.\w+|\.b32))", ptx))
 
 
 def test_what_is_read_here_is_compiled_like_what_runs(monkeypatch):
@@ -112,8 +120,8 @@ def test_what_is_read_here_is_compiled_like_what_runs(monkeypatch):
 
 
 def test_these_are_all_variants():
-    assert len({name_of(kernel) for kernel in KERNELS}) * len(CAPABILITIES) == 2 * (80 + 10 + 8 + 1)
-    assert len(IN_FLOAT32) == 81
+    assert len({name_of(kernel) for kernel in KERNELS}) * len(CAPABILITIES) == 2 * (80 + 10 + 12 + 8 + 1)
+    assert len(IN_FLOAT32) == 81 + 12
 
 
 @pytest.mark.parametrize(
@@ -128,6 +136,8 @@ def test_machine_code(kernel):
             assert ".f64" not in ptx
         if kernel[0] == "update":
             check_that_main_loops_move_128_bits(ptx, *kernel[1:])
+        if kernel in SMALL:
+            check_that_scales_are_found_first(ptx, *kernel[1:])
         if kernel[0] == "square":
             check_that_several_loads_are_under_way(ptx, *kernel[1:])
         if kernel[0] == "decision":  # a norm is written before its block is counted, and others' are read after that
@@ -141,7 +151,12 @@ def check_that_main_loops_move_128_bits(ptx, storage, variant):
     size = {"float32": 4, "float64": 8}[storage.compute]
     per_slot = width * size // 16
     loads, stores = accesses(ptx, "ld"), accesses(ptx, "st")
-    slots = 2 + sum((storage.amsgrad, variant.average, variant.accumulate, storage.master))
+    slots = sum((storage.amsgrad, variant.average, variant.accumulate, storage.master))
+    others = []
+    if storage.moments == "float32":
+        slots += 2
+    else:
+        others = others_than_of_128_bits(loads, stores, width, storage)
     blends = (1 + storage.master) * per_slot if variant.average else 0
     sums = per_slot if variant.accumulate else 0
     streaming = f".cs.v{16 // size}.f{8 * size}"
@@ -150,7 +165,36 @@ def check_that_main_loops_move_128_bits(ptx, storage, variant):
     narrow = ".v4.b32" if size == 4 and storage.p != "float32" else f".v{16 // size}.f{8 * size}"
     assert loads[narrow] >= 1, loads
     assert stores[narrow] >= 1, stores
-    assert all(kind in (streaming, narrow, ".v4.f32") for kind in loads | stores), (loads, stores)
+    assert all(kind in (streaming, narrow, ".v4.f32", *others) for kind in loads | stores), (loads, stores)
+
+
+def others_than_of_128_bits(loads, stores, width, storage):
+    """As many neighbours of moments as there are of the rest, in one access; once more where they are looked at."""
+    kinds = {4: ".b32", 8: ".v2.b32", 16: ".v4.b32"}
+    kind = kinds[width * {"bfloat16": 2, "8bit": 1}[storage.moments]]
+    assert loads[f".cs{kind}"] == stores[f".cs{kind}"] == 2, (loads, stores)
+    if storage.moments == "bfloat16":
+        return [f".cs{kind}"]
+    assert loads[kind] == 2, loads
+    return [f".cs{kind}", kind, ".v4.u32"]  # the last of what is looked at in float32
+
+
+def check_that_scales_are_found_first(ptx, storage, variant):
+    """In 8 bits: all that is needed is asked for, looked at and compared; then the old scales are read and overwritten."""
+    asked, compared = ptx.count("prefetch.global.L2"), ptx.count("shfl.sync.bfly.b32")
+    if storage.moments == "bfloat16":
+        assert (asked, compared, ptx.count("bar.sync")) == (0, 0, 1)
+        return
+    values = 3 + variant.accumulate
+    arrays = 4 + sum((storage.amsgrad, variant.average, variant.accumulate, storage.master))
+    assert asked > 0 == asked % arrays  # in a loop that the compiler has unrolled
+    assert compared == 2 * 5 * values  # of whole accesses, and of single elements
+    assert ptx.count("atom.shared.max.u32") == 2 * values
+    order = (
+        r"prefetch.*bar\.sync.*ld\.global\.v.*shfl.*atom\.shared.*bar\.sync"
+        r".*ld\.global\.f32.*ld\.global\.f32.*st\.shared.*st\.global.*st\.global.*bar\.sync.*ld\.shared\.f32"
+    )
+    assert re.search(order, ptx, re.S)
 
 
 def check_that_several_loads_are_under_way(ptx, g, compute, accumulates):
@@ -164,7 +208,7 @@ def check_that_several_loads_are_under_way(ptx, g, compute, accumulates):
     assert not re.search(r"\b(?:rem|div|setp\.\S+\.[bsu]\d+)\b.*(?=ld\.global)", loops[0], re.S)
 
 
-def shapes_of_results(ptx):
+def shapes_of_results(ptx, results=r"st\.global(?:\.cs)?(?:\.v4)?\.f32\s+\[[^\]]+\], \{?([^;}]*)\}?;"):
     """For each number that is stored, the tree of floating-point instructions it comes from; leaves are alike."""
     made = {}
     for line in ptx.splitlines():
@@ -179,7 +223,7 @@ def shapes_of_results(ptx):
         name, operands = ways[0]
         return (name, *(shape(operand, depth + 1) for operand in operands))
 
-    stored = re.findall(r"st\.global(?:\.cs)?(?:\.v4)?\.f32\s+\[[^\]]+\], \{?([^;}]*)\}?;", ptx)
+    stored = re.findall(results, ptx)
     return Counter(shape(register.strip()) for group in stored for register in group.split(","))
 
 
@@ -192,3 +236,18 @@ def test_an_element_has_the_same_arithmetic_in_vectors_and_alone():
         assert len(moments) == 2, found  # the first and the second moment, each computed in one way
         assert len({found[s] for s in moments}) == 1
         assert min(found[s] for s in moments) >= 5  # four lanes and the element alone
+
+
+def test_bounds_have_the_arithmetic_of_the_elements():
+    """Of moments of 8 bits: no element may exceed the bound that its block's scale comes from."""
+    for ptx in ptx_of(SMALL[2]).values():
+        found = shapes_of_results(ptx, r"mov\.b32\s+%r\d+, (%f\d+);")  # whatever is taken apart as bits
+        product = ("mul.f32", "x", "x")
+        momentum = ("fma.rn.f32", "x", product, product)
+        old = ("mul.f32", "x", ("add.f32", "x", "x"))
+        velocity = ("fma.rn.f32", "x", old, ("mul.f32", "x", product))
+        assert found[momentum] == 4 + 1 + 1  # four lanes, the element alone, and the bound
+        assert found[velocity] == 1
+        assert found["fma.rn.f32", "x", velocity, "x"] == 4 + 1  # divided by the scale, and moved by the offset
+        assert not [s for s in found if s != "x" and s[0].startswith("fma") and len(str(s)) > len(str(momentum))
+                    and s not in (velocity, ("fma.rn.f32", "x", velocity, "x"))]  # fmt: skip

@@ -1,0 +1,12 @@
+"""The arithmetic of one element, compiled for a GPU."""
+
+import math
+
+import numpy as np
+
+from .. import update as formula
+from .memory import scalar_function
+
+update = scalar_function(formula.make_update(math.sqrt, np.maximum, np.minimum))
+accumulate = scalar_function(formula.accumulate)
+blend = scalar_function(formula.blend)
