@@ -91,7 +91,7 @@ def patterns():
 
 
 def compiled():
-    split, joined = make_splitting(njit, words.word, words.bits_of, words.number_of, words.choose)
+    split, joined, _ = make_splitting(njit, words.word, words.bits_of, words.number_of, words.choose)
 
     @njit
     def both(x):
@@ -108,7 +108,7 @@ def whole(make):
     def both(x):
         array = make(x, "float32")
         xp = namespace(array)
-        split, joined = make_splitting(*bindings(xp))
+        split, joined, _ = make_splitting(*bindings(xp))
         upper, remainder = split(array)
         return as_numpy(upper).astype(np.uint32), as_numpy(joined(upper, remainder)).view(np.uint32)
 
