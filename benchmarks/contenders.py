@@ -14,6 +14,8 @@ from adamw_numba import AdamW
 
 from .workloads import EMA_MOMENTUM, EPSILON, LEARNING_RATE, LOSS_SCALE, WEIGHT_DECAY, Arrays, Contender, Step
 
+Maker = Callable[[Arrays, Step], Contender]
+
 
 class Absent(Exception):  # noqa: N818 - a finding, not a mistake
     """A library is not installed, or does not work here."""
@@ -54,18 +56,31 @@ def _options(step: Step) -> dict[str, Any]:
 def ours(values: Arrays, step: Step, **options: Any) -> Contender:
     """On NumPy arrays, or on torch tensors for 16 bits: NumPy has no bfloat16 of its own."""
     if step.bits == 16:
-        return ours_on_torch(values, step)
+        return ours_on_torch(values, step, **options)
     return _ours([v.copy() for v in values], step, lambda g: list(g), lambda v: v, **options)
 
 
-def ours_on_torch(values: Arrays, step: Step) -> Contender:
+def ours_on_torch(values: Arrays, step: Step, **options: Any) -> Contender:
     """On torch tensors, in bfloat16 for a 16-bit step."""
     torch = _library("torch")
     dtype = torch.bfloat16 if step.bits == 16 else torch.float32
     variables = [torch.nn.Parameter(torch.tensor(v).to(dtype)) for v in values]
     return _ours(
-        variables, step, lambda g: [torch.from_numpy(a).to(dtype) for a in g], lambda v: v.detach().float().numpy()
+        variables,
+        step,
+        lambda g: [torch.from_numpy(a).to(dtype) for a in g],
+        lambda v: v.detach().float().numpy(),
+        **options,
     )
+
+
+def ours_in(moments: str) -> Maker:
+    """With moments of fewer bits and, of 16-bit variables, what rounding leaves over instead of master copies."""
+
+    def make(values: Arrays, step: Step) -> Contender:
+        return ours(values, step, moments=moments, master_weights="remainder")
+
+    return make
 
 
 def _ours(
@@ -361,14 +376,14 @@ def keras_stateless(values: Arrays, step: Step) -> Contender:
                                  [jax.numpy.array(v.value) for v in optimizer.variables], []])  # fmt: skip
 
 
-Maker = Callable[[Arrays, Step], Contender]
-
 # By the process that can hold them: Keras has one backend per process.
 PROCESSES: dict[str, dict[str, Maker]] = {
     "torch": {
         "limit": limit,
         "NumPy": plain_numpy,
         "ours on torch": ours_on_torch,
+        "ours, bfloat16 moments": ours_in("bfloat16"),
+        "ours, 8-bit moments": ours_in("8bit"),
         "ours, torch front": ours_for_torch,
         "ours, Keras front": ours_for_keras,
         "torch fused": _torch("fused"),

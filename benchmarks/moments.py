@@ -1,5 +1,7 @@
 """What moments of 16 and 8 bits make of the time of a step, beside our own float32.
 
+In the rows of 16-bit variables, these have remainders instead of master copies too.
+
     python -m benchmarks.moments [--seconds 20]
 
 The three take turns in one process. It prints medians, and the ratio of float32's median to each; the memory traffic
@@ -35,11 +37,12 @@ def main() -> None:
     seconds = parser.parse_args().seconds
     print(f"{'workload':10s} {'option':7s}" + "".join(f" {moments:>18s}" for moments in MOMENTS))
     for workload in ("one-64M", "gpt2"):
-        for option in ("plain", "full"):
+        for option in ("plain", "full", "16-bit"):
             shapes = WORKLOADS[workload]
             given = gradients(shapes, option)
             step = step_of(option, given)
-            made = {moments: contenders.ours(values(shapes), step, moments=moments) for moments in MOMENTS}
+            makers = {"float32": contenders.ours} | {moments: contenders.ours_in(moments) for moments in MOMENTS[1:]}
+            made = {moments: make(values(shapes), step) for moments, make in makers.items()}
             for each in made.values():
                 each.give(given)
             times = interleaved({name: timed(each.step) for name, each in made.items()}, seconds, least=40)
