@@ -209,11 +209,11 @@ def restored(name: str, param: torch.Tensor, own: Own, slots: Slots, before: Slo
         with _about(f"{what}: {theirs!r}"):
             value = _part(own[theirs], param)
             if isinstance(value, torch.Tensor):
-                arrays.check_tensor(
-                    "it", value, theirs in CODES
-                )  # all of it is in its storage, whatever was done to it
-            if ours == "master" and isinstance(value, torch.Tensor):
-                value = converted(arrays.detached(arrays.seen(param)), value, arrays.dtype_name(slots[ours]))
+                # All of it is in its storage, whatever was done to it.
+                of_integers = theirs in CODES or (ours == "master" and value.dtype == torch.int16)
+                arrays.check_tensor("it", value, of_integers)
+                if ours == "master":
+                    value = converted(arrays.detached(arrays.seen(param)), value, arrays.dtype_name(slots[ours]))
             known = before.get(ours)
             is_known = value is known or (value is not own[theirs] and _lies_at(known, value))
             if is_known and _is_laid_out_like(value, slots[ours]):

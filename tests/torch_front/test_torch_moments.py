@@ -122,6 +122,44 @@ def test_resumed_bit_for_bit(moments, way, dtype):
     assert_same_bits(image(again, other), expected)
 
 
+@pytest.mark.parametrize("way", ["file", "pickle", "copy", "arrays"])
+@pytest.mark.parametrize("moments", ALL)
+def test_remainders_resumed_bit_for_bit(moments, way):
+    params, optimizer = made(moments, torch.bfloat16, master_weights="remainder")
+    train(params, optimizer, 0, 3)
+    kept = {name: param.detach().clone() for name, param in params.items()}
+    if way == "file":
+        saved = through_a_file(optimizer.state_dict())
+        others, other = made(moments, torch.bfloat16, start=kept, master_weights="remainder")
+        other.load_state_dict(saved)
+    elif way == "arrays":
+        others, other = made(moments, torch.bfloat16, start=kept, master_weights="remainder")
+        other.load_state_dict(optimizer.state_dict())
+    else:
+        other = pickle.loads(pickle.dumps(optimizer)) if way == "pickle" else copy.deepcopy(optimizer)
+        others = dict(zip(params, other.param_groups[0]["params"], strict=True))
+    train(params, optimizer, 3, 6)
+    train(others, other, 3, 6)
+    assert_same_bits(image(others, other), image(params, optimizer))
+
+
+@pytest.mark.parametrize("kinds", [(True, "remainder"), ("remainder", True)])
+def test_masters_become_remainders_and_back(kinds):
+    """The numbers stay: of 16 bits and a remainder, those of a float32; of a tie, but for its last bit."""
+    params, optimizer = made("float32", torch.bfloat16, master_weights=kinds[0])
+    train(params, optimizer, 0, 3)
+    kept = {name: param.detach().clone() for name, param in params.items()}
+    others, other = made("float32", torch.bfloat16, start=kept, master_weights=kinds[1])
+    other.load_state_dict(optimizer.state_dict())
+    for name, param in params.items():
+        one, two = optimizer.state[param]["master"], other.state[others[name]]["master"]
+        masters, remainders = (one, two) if kinds[0] is True else (two, one)
+        assert (masters.dtype, remainders.dtype) == (torch.float32, torch.int16)
+        bits = (kept[name].view(torch.int16).to(torch.int64) << 16) + remainders.to(torch.int64)
+        difference = (bits & 0xFFFFFFFF) - (masters.view(torch.int32).to(torch.int64) & 0xFFFFFFFF)
+        assert difference.abs().max() <= 1
+
+
 def numbers(params, optimizer):
     """The moments in float32, by loading them into an optimizer that keeps them so."""
     own, wide = made("float32", start={name: param.detach() for name, param in params.items()})
