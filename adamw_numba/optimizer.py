@@ -69,7 +69,7 @@ class AdamW(Saveable, Conventional):
         The most threads to use; by default as many as Numba does. Results do not depend on it.
     master_weights : bool or "remainder", default True
         Keep a float32 copy of every 16-bit variable, without which small updates are lost; or, of bfloat16 ones, only
-        what rounding leaves over, in 16 bits (docs/numerics.md, "16-bit variables").
+        what rounding leaves over, in 16 bits (docs/small_moments.md).
     decouple_lr : bool, default False
         Let the decay be ``weight_decay`` itself, not multiplied by the learning rate: as in TensorFlow Addons and, with
         a schedule, in Loshchilov & Hutter (2019), algorithm 2. Then 0.004 is a lot.
@@ -81,7 +81,7 @@ class AdamW(Saveable, Conventional):
         Add ``epsilon`` to the square root of the raw second moment, as Keras does, or of the one whose bias is
         corrected, as torch and optax do.
     moments : {"float32", "bfloat16", "8bit"}
-        What momentum and velocity are kept in, of variables of 16 and 32 bits (docs/numerics.md, "Small moments").
+        What momentum and velocity are kept in, of variables of 16 and 32 bits (docs/small_moments.md).
     seed : int, default 0
         Of the stochastic rounding of such moments.
     **kwargs

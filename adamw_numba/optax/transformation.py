@@ -124,8 +124,8 @@ def adamw(
         Of the second moment as it is kept: float32, or with ``mu_dtype=bfloat16`` bfloat16, which is
         ``moments="bfloat16"``. A second moment alone that is rounded to the nearest bfloat16 would hardly ever move.
     moments : {"float32", "bfloat16", "8bit"}
-        What both moments are kept in, of parameters of 16 and 32 bits, rounded stochastically (docs/numerics.md, "Small
-        moments").
+        What both moments are kept in, of parameters of 16 and 32 bits, rounded stochastically
+        (docs/small_moments.md).
     seed : int or scalar array, default 0
         Of that rounding.
 
