@@ -137,11 +137,11 @@ class WithState(keras.optimizers.AdamW):  # type: ignore[misc]  # which has no t
         if self.built and len(weights) != len(self.variables):
             raise ValueError(f"`weights` holds {len(weights)} arrays; expected {len(self.variables)}")
         for variable, weight in zip(self.variables if self.built else (), weights, strict=True):
-            dtypes = {variable.dtype, str(getattr(weight, "dtype", None))}
-            if len(dtypes) > 1 and any(dtype.startswith(("uint", "int16")) for dtype in dtypes):
-                raise ValueError(
-                    f"`weights`: {variable.path} is {brief(weight)}; expected what it holds, in {variable.dtype}"
-                )
+            dtypes = [variable.dtype, str(getattr(weight, "dtype", None))]
+            coded = [dtype.startswith(("uint", "int16")) for dtype in dtypes]
+            if any(coded) and dtypes[0] != dtypes[1]:
+                wanted = f"{'codes' if coded[0] else 'numbers'}, in {variable.dtype}"
+                raise ValueError(f"`weights`: {variable.path} is {brief(weight)}; expected {wanted}")
             if tuple(np.shape(weight)) != tuple(variable.shape):
                 raise ValueError(
                     f"`weights`: {variable.path} has shape {tuple(np.shape(weight))}; expected {tuple(variable.shape)}"

@@ -15,7 +15,11 @@ from adamw_numba.keras import AdamW
 
 MOMENTS = ("bfloat16", "8bit")
 SHAPES = [(12, 64), (5,), (), (1000,)]
-OPTIONS = {"plain": {}, "many": {"amsgrad": True, "use_ema": True, "gradient_accumulation_steps": 2}}
+OPTIONS = {
+    "plain": {},
+    "many": {"amsgrad": True, "use_ema": True, "gradient_accumulation_steps": 2},
+    "remainders": {"master_weights": "remainder"},
+}
 both_moments = pytest.mark.parametrize("moments", MOMENTS)
 
 
@@ -82,12 +86,14 @@ def test_constructor_and_config():
         other.moments = "8bit"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "master_weights"), [("float32", True), ("bfloat16", True), ("bfloat16", "remainder")]
+)
 @pytest.mark.parametrize("way", ["weights", "before build", "after build", "copy", "pickle"])
 @both_moments
-def test_gone_on_with(moments, way, dtype):
-    expected, whole = made(moments, dtype)
-    variables, optimizer = made(moments, dtype, last=2)
+def test_gone_on_with(moments, way, dtype, master_weights):
+    expected, whole = made(moments, dtype, master_weights=master_weights)
+    variables, optimizer = made(moments, dtype, last=2, master_weights=master_weights)
     if way in ("copy", "pickle"):
         if way == "pickle" and not IS_TORCH:
             pytest.skip("variables of JAX are not pickled by Keras")
