@@ -3,7 +3,8 @@
 The upper half of a float32 is a bfloat16. Rounded to it, a number is that plus a remainder of 16 bits with a sign: 2
 bytes instead of the 4 of a whole copy. TransformerEngine's FusedAdam (Nvidia) keeps such remainders.
 
-`make_splitting` is bound by `numba` (cpu/masters.py) and by whole-array functions (array_api/masters.py).
+`make_splitting` is bound by `numba` (cpu/masters.py), by `numba.cuda` (gpu/masters.py), and by whole-array functions
+(array_api/masters.py).
 """
 
 from collections.abc import Callable, Mapping
