@@ -219,7 +219,8 @@ def _addresses_of(storage, variant):
 @scalar_function
 def _moved(at, k, steps):
     """Where the k-th element from there on lies."""
-    p, g, slot, moment = k * steps.p, k * steps.g, k * steps.slot, k * steps.moment
+    p, g, slot = k * steps.p, k * steps.g, k * steps.slot
+    master, moment = k * steps.master, k * steps.moment
     return Addresses(
         at.p + p,
         at.g + g,
@@ -228,7 +229,7 @@ def _moved(at, k, steps):
         at.top + slot,
         at.average + slot,
         at.total + slot,
-        at.master + k * steps.master,
+        at.master + master,
     )
 
 
