@@ -3,7 +3,8 @@
 The upper half of a float32 is a bfloat16. Rounded to it, a number is that plus a remainder of 16 bits with a sign: 2
 bytes instead of the 4 of a whole copy. TransformerEngine's FusedAdam (Nvidia) keeps such remainders.
 
-`make_splitting` is bound by `numba` (cpu/masters.py) and by whole-array functions (array_api/masters.py).
+`make_splitting` is bound by `numba` (cpu/masters.py), by `numba.cuda` (gpu/masters.py), and by whole-array functions
+(array_api/masters.py).
 """
 
 from collections.abc import Callable, Mapping
@@ -55,12 +56,15 @@ def make_splitting(compiled: Callable[..., Any], word: Any, bits_of: Any, number
 
     @compiled
     def joined(upper, remainder):  # type: ignore[no-untyped-def]
-        """The float32 of 16 bits and a remainder, which is ignored where the owner has written a 0 beside it."""
-        bits = word(word(upper << word(16)) | remainder)
+        """The float32 of 16 bits and a remainder.
+
+        A negative one is ignored beside a 0, which nothing is rounded to with one: the owner has written the 0.
+        """
+        upper_bits = word(upper << word(16))
         below = word(word(remainder >> word(15)) << word(16))
-        is_zero = word(upper & word(_HALF - 1)) == word(0)
-        below = choose(is_zero, word(below & word(0)), below)
-        return number_of(word(bits - below))
+        bits = word(word(upper_bits | remainder) - below)
+        is_written = word(below | word(word(upper & word(_HALF - 1)) << word(17))) == word(1 << 16)
+        return number_of(choose(is_written, upper_bits, bits))
 
     @compiled
     def remainder_of(x):  # type: ignore[no-untyped-def]

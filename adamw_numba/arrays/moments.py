@@ -23,6 +23,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 from zlib import crc32
 
+import numpy as np
+
 MOMENTS = ("float32", "bfloat16", "8bit")
 BLOCK = 256  # elements that have one scale
 SCALES = ("momentum_scale", "velocity_scale")
@@ -32,7 +34,9 @@ _MAGNITUDE, _NAN = 0x7FFFFFFF, 0x7FC00000
 _LARGEST_BFLOAT = 0x7F7F0000
 _MOMENTUM_OFFSET, _VELOCITY_OFFSET = (127 - 15) << 23, (127 - 31) << 23  # 2^-15 and 2^-31, as bits
 _DROPPED = 20  # bits of a float32's mantissa that 8 bits do not have
-_CARRY = 1 << _DROPPED  # so that an element of 1.875 times a power of two or more has the next one for its scale
+# So that an element of 1.875 times a power of two or more, and of less by the momentum's offset, has the next one for
+# its scale: rounding could make 2 of it, which has no code.
+_CARRY = (1 << _DROPPED) + (1 << 8)
 # Exponents of powers of two, of which neither the inverse is subnormal nor the product with a beta.
 _LEAST_SCALE, _MOST_SCALE = 27, 253
 
@@ -45,6 +49,9 @@ _WORDS = {
     ("8bit", True): "uint16",
 }
 _KINDS = {(word, is_complex): kind for (kind, is_complex), word in _WORDS.items()} | {("bfloat16", False): "bfloat16"}
+
+
+CODES = ("uint8", "uint16", "uint32", "int16")  # the dtypes of what are no numbers; the last is that of remainders
 
 
 def stored_as(moments: str, is_complex: bool, has_bfloat: bool) -> str:
@@ -60,6 +67,13 @@ def kind_of(dtype: str, is_complex: bool) -> str:
 def blocks_of(shape: Sequence[int], is_complex: bool) -> int:
     """How many scales a variable has in 8 bits."""
     return -(-math.prod(shape) * (1 + is_complex) // BLOCK)
+
+
+def are_scales(values: np.ndarray[Any, Any]) -> bool:
+    """Whether numbers can be scales of blocks: powers of two, 0 where nothing was stored yet, or NaN."""
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32)
+    return bool(np.all((np.frexp(values)[0] == 0.5) | (values == 0) | np.isnan(values)))
 
 
 class Rounding(NamedTuple):
@@ -179,7 +193,7 @@ def make_rounding(compiled: Callable[..., Any], word: Any, bits_of: Any, number_
     def to_momentum(x, inverse, noise):  # type: ignore[no-untyped-def]
         """8 bits, rounded by the last 20 bits of noise: the sign and 7 bits of magnitude."""
         x = bits_of(x)
-        dither = word(noise & word(_CARRY - 1))
+        dither = word(noise & word((1 << _DROPPED) - 1))
         code = coded(number_of(word(x & word(_MAGNITUDE))), inverse, word(_MOMENTUM_OFFSET), dither)
         code = word(word(code & word(0xFFFFFF7F)) | word(word(x >> word(24)) & word(128)))  # one choice by bits
         return word(code & word(255))

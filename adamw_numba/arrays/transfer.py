@@ -219,7 +219,7 @@ def bits(array: Array) -> Array:
         return array
     if array_api_compat.is_torch_array(array):
         return array.detach().view(sys.modules["torch"].uint16)
-    return (array if isinstance(array, np.ndarray) else to_numpy(array)).view(np.uint16)
+    return (array if isinstance(array, np.ndarray) or gpu.is_numba(array) else to_numpy(array)).view(np.uint16)
 
 
 def as_numpy(array: Array) -> np.ndarray[Any, Any]:

@@ -17,7 +17,7 @@ from numba import cuda
 
 from ..arrays.moments import NARROWER
 from ..update import AVERAGE, MASTER, TOP, TOTAL, G, M, P, Storage, V, Variant
-from . import memory, moments, parts
+from . import masters, memory, moments, parts
 from .formula import accumulate, blend, update
 from .memory import ACCESS, FLOATS, SIZES, device_function, scalar_function
 from .parts import entry
@@ -68,6 +68,7 @@ class Steps(NamedTuple):
     g: int
     slot: int
     moment: int
+    master: int
 
 
 @cache
@@ -117,6 +118,7 @@ def _step_chunk(storage, variant):
     """What a block does with a chunk: whole accesses where every array is aligned, single elements elsewhere."""
     p_size, g_size, size = SIZES[storage.p], SIZES[storage.g], SIZES[storage.compute]
     width, narrower = ACCESS // min(p_size, g_size), NARROWER[storage.moments]
+    halved = masters.is_halved(storage)
     addresses_of, mode_of, head_of = (
         _addresses_of(storage, variant),
         _mode_of(storage.compute, variant.average),
@@ -134,7 +136,8 @@ def _step_chunk(storage, variant):
             return
         c, overwrite = coefficients(row, scale), get(row + OVERWRITE * size) != 0
         at, count = addresses_of(group, table, run, begin), end - begin
-        steps = Steps(entry(run, P_STEP), entry(run, G_STEP), entry(run, S_STEP), entry(run, S_STEP) >> narrower)
+        p_step, g_step, slot = entry(run, P_STEP), entry(run, G_STEP), entry(run, S_STEP)
+        steps = Steps(p_step, g_step, slot, slot >> narrower, slot >> halved)
         head = count
         if steps.p == p_size and steps.g == g_size and steps.slot == size:
             head = head_of(at, mode, count)
@@ -168,7 +171,8 @@ def _walk(storage, variant, width):
 def _dense(storage):
     """The steps where elements follow each other."""
     p_size, g_size, size, m_size = SIZES[storage.p], SIZES[storage.g], SIZES[storage.compute], moments.size_of(storage)
-    return scalar_function(lambda: Steps(p_size, g_size, size, m_size))
+    master_size = masters.size_of(storage)
+    return scalar_function(lambda: Steps(p_size, g_size, size, m_size, master_size))
 
 
 @cache
@@ -192,7 +196,7 @@ def _addresses_of(storage, variant):
     wanted = {TOP: storage.amsgrad, AVERAGE: variant.average, TOTAL: variant.accumulate, MASTER: storage.master}
     # A slot that does not exist is said to lie where the momentum does, so that it says nothing new about alignment.
     top, average, total, master = (row if exists else M for row, exists in wanted.items())
-    narrower = NARROWER[storage.moments]
+    narrower, halved = NARROWER[storage.moments], masters.is_halved(storage)
 
     @scalar_function
     def addresses_of(group, table, run, i):
@@ -206,7 +210,7 @@ def _addresses_of(storage, variant):
             entry(column, arrays * top) + slot,
             entry(column, arrays * average) + slot,
             entry(column, arrays * total) + slot,
-            entry(column, arrays * master) + slot,
+            entry(column, arrays * master) + (slot >> halved),
         )
 
     return addresses_of
@@ -215,7 +219,8 @@ def _addresses_of(storage, variant):
 @scalar_function
 def _moved(at, k, steps):
     """Where the k-th element from there on lies."""
-    p, g, slot, moment = k * steps.p, k * steps.g, k * steps.slot, k * steps.moment
+    p, g, slot = k * steps.p, k * steps.g, k * steps.slot
+    master, moment = k * steps.master, k * steps.moment
     return Addresses(
         at.p + p,
         at.g + g,
@@ -224,7 +229,7 @@ def _moved(at, k, steps):
         at.top + slot,
         at.average + slot,
         at.total + slot,
-        at.master + slot,
+        at.master + master,
     )
 
 
@@ -274,7 +279,7 @@ def _do_nothing(at, overwrite, c):
 def _update_lanes(storage, variant, width):
     """Update neighbours: every array is read once and written once, and in between they are in registers."""
     dtype = FLOATS[storage.compute]
-    read_variable, write_variable = _variable(storage, width)
+    read_variable, write_variable = masters.reading_and_writing(storage, width)
     load_g, _ = memory.elements(storage.g, width, False)
     load_moments, store_moments = moments.loading_and_storing(storage, width)
     load_top, store_top, top_in, put_top = _slot(storage.compute, width, storage.amsgrad)
@@ -335,7 +340,7 @@ def _accumulate_lanes(g_type, compute, width):
 def _blend_lanes(storage, width):
     """Take neighbours of a variable that has no gradient into its average."""
     dtype = FLOATS[storage.compute]
-    read_variable, write_variable = _variable(storage, width)
+    read_variable, write_variable = masters.reading_and_writing(storage, width)
     load, store = memory.elements(storage.compute, width, True)
 
     @device_function
@@ -350,38 +355,6 @@ def _blend_lanes(storage, width):
             write_variable(averages, at)
 
     return blend_lanes
-
-
-@cache
-def _variable(storage, width):
-    """Functions that read and write neighbours of a variable; through its master copy, where it has one."""
-    load, store = memory.elements(storage.p, width, False)
-    load_master, store_master = memory.elements(storage.compute, width, True)
-    dtype, rounded = FLOATS[storage.compute], memory.rounded(storage.p)
-
-    @scalar_function
-    def read(p, at):
-        load(p, at.p)
-
-    @scalar_function
-    def write(p, at):
-        store(p, at.p)
-
-    @device_function
-    def read_master(p, at):
-        master = cuda.local.array(width, dtype)
-        load(p, at.p)
-        load_master(master, at.master)
-        for k in range(width):
-            if rounded(master[k]) == p[k]:  # otherwise the owner has written the variable since
-                p[k] = master[k]
-
-    @scalar_function
-    def write_master(p, at):
-        store(p, at.p)
-        store_master(p, at.master)
-
-    return (read_master, write_master) if storage.master else (read, write)
 
 
 def _slot(compute, width, exists):

@@ -10,9 +10,9 @@ functions that read and write one float. `elements(storage, width, streaming)` m
 128 bits where the neighbours fill them; `streaming` says that nobody reads the same bytes again soon. With `times` and
 `apart`, for as many such groups of neighbours, so many elements from one to the next. `rounded(storage)` is what a
 number becomes when it is stored and loaded again. `codes(bits, width, streaming)` makes the same pair as `elements` for
-unsigned integers of 8 or 16 bits and a local array of uint32. `unsigned`, `bits_of` and `number_of` are what
-arrays/moments.py makes its functions of. `most_of_warp` is the largest of what the threads of a warp have: one number
-below 2^31 each. `ask_for` has the bytes at an address brought nearer, and does not wait for them.
+unsigned integers of 8 or 16 bits and a local array of uint32. `unsigned`, `bits_of`, `number_of` and `choose` are what
+arrays/moments.py and arrays/masters.py make their functions of. `most_of_warp` is the largest of what the threads of a
+warp have: one number below 2^31 each. `ask_for` has the bytes at an address brought nearer, and does not wait for them.
 """
 
 import ctypes
@@ -371,3 +371,8 @@ scalar_function = (lambda function: function) if SIMULATED else device_function
 _made = _simulated() if SIMULATED else _compiled()
 word, put_word, add_word, number, elements, rounded, codes, unsigned, bits_of, number_of, most_of_warp, ask_for = _made
 number, elements, rounded, codes = cache(number), cache(elements), cache(rounded), cache(codes)
+
+
+@scalar_function
+def choose(condition, yes, no):
+    return yes if condition else no

@@ -13,13 +13,14 @@ from numba import cuda, types
 
 from ..arrays.moments import BLOCK, NARROWER, make_rounding
 from ..update import M_SCALE, V_SCALE, Storage, Variant
-from . import memory
+from . import masters, memory
 from .formula import update
 from .memory import (
     FLOATS,
     SIZES,
     ask_for,
     bits_of,
+    choose,
     device_function,
     most_of_warp,
     number_of,
@@ -94,12 +95,7 @@ def most_registers(storage: Storage) -> int | None:
     return 80 if storage.p == storage.g == "float32" else 128
 
 
-@scalar_function
-def _choose(condition, yes, no):
-    return yes if condition else no
-
-
-_R = make_rounding(scalar_function, unsigned, bits_of, number_of, _choose)
+_R = make_rounding(scalar_function, unsigned, bits_of, number_of, choose)
 _key, _noise, _to_bfloat, _from_bfloat, _scale_of, _inverse_of = _R[:6]
 _to_momentum, _from_momentum, _to_velocity, _from_velocity = _R[6:]
 
@@ -293,6 +289,7 @@ def _ask_for_all(storage, variant, width):
     p_size, g_size, size = SIZES[storage.p], SIZES[storage.g], SIZES[storage.compute]
     exists = storage.amsgrad, variant.average, variant.accumulate, storage.master
     top, average, total, master = (ask_for if wanted else _do_not_ask for wanted in exists)
+    master_size = masters.size_of(storage)
 
     @device_function
     def ask_for_all(at, count):
@@ -305,7 +302,7 @@ def _ask_for_all(storage, variant, width):
             top(at.top + i * size)
             average(at.average + i * size)
             total(at.total + i * size)
-            master(at.master + i * size)
+            master(at.master + i * master_size)
             i += THREADS * width
 
     return ask_for_all

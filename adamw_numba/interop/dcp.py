@@ -65,7 +65,8 @@ class Stateful:
         models = {key: given for key, given, _ in _slots(workspace)}
         for key, value in state_dict.items():
             if key != _REST:
-                scalars[key] = _values(key, value, models.get(key))
+                slot, _, name = key.partition("/")
+                scalars[f"{slot.partition(':')[0]}/{name}"] = _values(key, value, models.get(key))
         return Saved(document, scalars, where)
 
 
@@ -118,7 +119,13 @@ def dcp_state(optimizer: Any) -> Stateful:
 def _slots(workspace: Any) -> list[tuple[str, Any, Array]]:
     """The key, the variable that was given, and the array, of all that is kept of variables."""
     named = zip(workspace.names, workspace.given, workspace.slots, strict=True)
-    return [(snapshot.key_of(slot, name), given, array) for name, given, own in named for slot, array in own.items()]
+    return [(_key_of(slot, name, array), given, array) for name, given, own in named for slot, array in own.items()]
+
+
+def _key_of(slot: str, name: str, array: Array) -> str:
+    """The key of an array; of codes another one than of numbers, since DCP would cast one to the other."""
+    dtype = arrays.dtype_name(array)
+    return snapshot.key_of(slot if dtype in arrays.COMPUTE else f"{slot}:{dtype}", name)
 
 
 def _tensor(slot: Array, given: Any) -> Any:

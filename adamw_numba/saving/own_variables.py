@@ -8,6 +8,7 @@ import numpy as np
 from .. import arrays
 from ..arrays import Array
 from ..arrays.brief import brief, brief_names
+from ..arrays.moments import CODES, SCALES, are_scales
 from ..state import Place, check_scalar
 from .stores.targets import adapted
 
@@ -27,10 +28,13 @@ def replace(places: Sequence[Place], values: Sequence[Any], what: str) -> None:
         value = value if arrays.is_array(value) else np.asarray(value)
         if tuple(value.shape) != tuple(own[key].shape):
             raise ValueError(f"{what}: {brief(name)} has shape {tuple(value.shape)}; expected {tuple(own[key].shape)}")
-        if _kind(value) != _kind(own[key]):
+        is_code = arrays.dtype_name(own[key]) in CODES
+        if _kind(value) != _kind(own[key]) or (is_code and arrays.dtype_name(value) != arrays.dtype_name(own[key])):
             raise ValueError(
                 f"{what}: {brief(name)} has dtype {arrays.dtype_name(value)}; expected {arrays.dtype_name(own[key])}"
             )
+        if key in SCALES and not are_scales(arrays.to_numpy(value)):
+            raise ValueError(f"{what}: {brief(name)} is {brief(value)}; expected powers of two")
         if "iteration" in own:
             check_scalar(key, value, what)
         ready.append((own, key, arrays.like(own[key], value)))

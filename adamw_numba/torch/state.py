@@ -208,6 +208,10 @@ def restored(name: str, param: torch.Tensor, own: Own, slots: Slots, before: Slo
             continue
         with _about(f"{what}: {theirs!r}"):
             value = _part(own[theirs], param)
+            if not arrays.is_array(value):
+                raise TypeError(f"it is {brief(value)}; expected a tensor")
+            if theirs in CODES and arrays.dtype_name(value) != arrays.dtype_name(slots[ours]):
+                raise TypeError(f"it has dtype {arrays.dtype_name(value)}; expected {arrays.dtype_name(slots[ours])}")
             if isinstance(value, torch.Tensor):
                 # All of it is in its storage, whatever was done to it.
                 of_integers = theirs in CODES or (ours == "master" and value.dtype == torch.int16)

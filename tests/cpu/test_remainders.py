@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 from helpers import libraries
+from helpers.remainders import OPTIONS, bits_of, joined, patterns
 from helpers.states import STORES
 from numba import njit
 
@@ -15,29 +16,6 @@ from adamw_numba.arrays.masters import make_splitting
 from adamw_numba.cpu import words
 
 MAKES = {"NumPy": libraries.numpy, "strided": libraries.strided, "torch": libraries.to_torch}
-OPTIONS = {
-    "plain": {},
-    "all options": {
-        "amsgrad": True,
-        "use_ema": True,
-        "ema_overwrite_frequency": 3,
-        "gradient_accumulation_steps": 2,
-        "clipnorm": 0.5,
-        "nesterov": True,
-    },
-    "overwritten each time": {"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 1},
-    "bfloat16": {"moments": "bfloat16", "seed": 3},
-    "8 bits": {"moments": "8bit", "clipvalue": 0.1},
-}
-
-
-def bits_of(array):
-    return np.ascontiguousarray(as_numpy(array)).view(np.int16).astype(np.int64)
-
-
-def joined(variable, remainder):
-    """The definition: the variable is the upper half, and the remainder is added to the lower one."""
-    return (((bits_of(variable) << 16) + bits_of(remainder)) & 0xFFFFFFFF).astype(np.uint32)
 
 
 def trained(make, steps=7, shape=(9, 70), **options):
@@ -84,12 +62,6 @@ def test_whole_arrays_give_the_same():
     assert np.abs(found["kernel"] - np.linspace(-3, 3, 300)).max() > 0.004
 
 
-def patterns():
-    """All upper halves, with lower halves that are exact, nearly ties, ties, and anything."""
-    lower = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0x1234, 0xABCD], np.uint32)
-    return ((np.arange(2**16, dtype=np.uint32) << 16)[:, None] | lower).ravel()
-
-
 def compiled():
     split, joined, _ = make_splitting(njit, words.word, words.bits_of, words.number_of, words.choose)
 
@@ -129,6 +101,13 @@ def test_every_number_comes_back(both):
     is_tie = (x.view(np.uint32) & 0xFFFF) == 0x8000
     np.testing.assert_array_equal(upper[~is_tie & ~is_nan], nearest[~is_tie & ~is_nan])
     np.testing.assert_array_equal(upper[is_tie & ~is_nan], ((x.view(np.uint32) >> 16) + 1)[is_tie & ~is_nan])
+
+
+def test_a_negative_remainder_beside_a_0_is_ignored():
+    _, joined, _ = make_splitting(*bindings(np))
+    zeros, remainders = np.array([0, 0, 0, 0x8000, 0x8000], np.uint32), np.array([0, 5, 0xFFFF, 0x8000, 3], np.uint32)
+    found = joined(zeros, remainders).view(np.uint32)
+    np.testing.assert_array_equal(found, [0, 5, 0, 0x80000000, 0x80000003])
 
 
 @pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)

@@ -93,6 +93,20 @@ def test_moments_of_gradients_that_have_stopped_go_to_0(moments):
     assert not any(np.any(moment) for moment in numbers(optimizer, "w"))
 
 
+@pytest.mark.parametrize("below", [0, 2.0**-20, 2.0**-16, 2.0**-15, 2.0**-14])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_of_a_block_has_a_code(sign, below):
+    """Also where rounding up makes the next power of two of it."""
+    largest = sign * np.float32(1.875 - below)
+    optimizer = AdamW(0.01, beta_1=0.0, weight_decay=0.0, moments="8bit")
+    optimizer.build({"w": np.ones(2**20, np.float32)})
+    optimizer.apply({"w": np.full(2**20, largest)})
+    momentum, velocity = numbers(optimizer, "w")
+    np.testing.assert_allclose(momentum, largest, rtol=0.07)
+    assert abs(momentum.mean() / largest - 1) < 1e-3
+    assert velocity.min() > 0
+
+
 @pytest.mark.parametrize("moments", ["bfloat16", "8bit"])
 def test_noise_is_not_correlated(moments):
     """Of what is lost by rounding: between neighbours, both moments, and steps."""

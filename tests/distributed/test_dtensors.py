@@ -523,6 +523,40 @@ def test_dcp_state_of_plain_variables(tmp_path):
         np.testing.assert_array_equal(other.state[name], array, err_msg=name)
 
 
+KINDS = {
+    "float32": {},
+    "bfloat16": {"moments": "bfloat16"},
+    "8 bits": {"moments": "8bit"},
+    "masters": {"dtype": torch.bfloat16},
+    "remainders": {"dtype": torch.bfloat16, "master_weights": "remainder"},
+}
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [("8 bits", "float32"), ("bfloat16", "float32"), ("float32", "8 bits"), ("masters", "remainders")],
+)
+@pytest.mark.parametrize("is_numpy", [True, False])
+def test_dcp_takes_no_codes_for_numbers(first, then, is_numpy, tmp_path):
+    """It would cast them to the dtype that it is to load into."""
+    from torch.distributed import checkpoint
+
+    def make(dtype=torch.float32, **options):
+        values = torch.ones(512, dtype=dtype)
+        optimizer = adamw_numba.AdamW(0.1, **options)
+        optimizer.build({"w": values.numpy() if is_numpy and dtype == torch.float32 else values})
+        return optimizer
+
+    if first == "bfloat16" and not is_numpy:
+        pytest.skip("torch's bfloat16 are numbers, which may be cast")
+    one, other = make(**KINDS[first]), make(**KINDS[then])
+    checkpoint.save({"o": interop.dcp_state(one)}, checkpoint_id=tmp_path / "c", no_dist=True)
+    with pytest.raises(
+        checkpoint.api.CheckpointException, match=r"Missing key in checkpoint state_dict: o\.(momentum|velocity|master)"
+    ):
+        checkpoint.load({"o": interop.dcp_state(other)}, checkpoint_id=tmp_path / "c", no_dist=True)
+
+
 def test_a_dcp_state_that_does_not_fit(mesh):
     def made_of(**options):
         optimizer = adamw_numba.AdamW(**options)

@@ -35,7 +35,7 @@ def test_few_packages_are_needed(absent):
     ran = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-2000:]
     found = set(re.findall(r"tests/gpu/(\w+)\.py::", ran.stdout))
-    names = ("arrays", "calls", "counting", "graphs", "groups", "numbers", "small_moments")
+    names = ("arrays", "calls", "counting", "graphs", "groups", "numbers", "remainders", "small_moments")
     assert found == {f"test_gpu_{name}" for name in names}
     assert "SKIPPED" not in ran.stdout
 

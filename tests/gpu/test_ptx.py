@@ -17,13 +17,13 @@ pytest.importorskip("numba_cuda")
 
 NO_YES = (False, True)
 STORAGES = [
-    Storage("float32", "float32", "float32", strided=False, master=False),
-    Storage("float64", "float64", "float64", strided=False, master=False),
+    Storage("float32", "float32", "float32", strided=False, master=""),
+    Storage("float64", "float64", "float64", strided=False, master=""),
     *(
         Storage(p, g, "float32", strided=False, master=master)
         for p in ("float16", "bfloat16")
         for g in (p, "float32")
-        for master in NO_YES
+        for master in ("", "float32")
     ),
 ]
 OPTIONS = [
@@ -34,9 +34,20 @@ OPTIONS += [(True, Variant(True, True, clip=False, nesterov=True))]
 UPDATES = [("update", storage._replace(amsgrad=own), variant) for storage in STORAGES for own, variant in OPTIONS]
 # Of moments of fewer bits some: how they are loaded and stored does not depend on what else there is.
 SMALL = [
-    ("update", Storage(p, g, "float32", False, p != "float32", own, moments), variant)
+    ("update", Storage(p, g, "float32", False, "float32" if p != "float32" else "", own, moments), variant)
     for p, g in (("float32", "float32"), ("float16", "float32"), ("bfloat16", "bfloat16"))
     for moments in ("bfloat16", "8bit")
+    for own, variant in (OPTIONS[0], OPTIONS[-1])
+]
+REMAINDERS = [
+    ("update", Storage("bfloat16", g, "float32", False, "remainder", own, moments), variant)
+    for g, moments in (
+        ("bfloat16", "float32"),
+        ("float32", "float32"),
+        ("bfloat16", "bfloat16"),
+        ("bfloat16", "8bit"),
+        ("float32", "8bit"),
+    )
     for own, variant in (OPTIONS[0], OPTIONS[-1])
 ]
 SQUARES = [
@@ -44,9 +55,9 @@ SQUARES = [
     for g in ("float16", "bfloat16", "float32", "float64")
     for accumulates in NO_YES
 ]
-KERNELS = [*UPDATES, *SMALL, *SQUARES, ("decision",)]
-IN_FLOAT32 = [kernel for kernel in UPDATES + SMALL if kernel[1].compute == "float32"]
-QUICK = [UPDATES[0], UPDATES[-1], SMALL[0], SMALL[2], SQUARES[-1], ("decision",)]
+KERNELS = [*UPDATES, *SMALL, *REMAINDERS, *SQUARES, ("decision",)]
+IN_FLOAT32 = [kernel for kernel in UPDATES + SMALL + REMAINDERS if kernel[1].compute == "float32"]
+QUICK = [UPDATES[0], UPDATES[-1], SMALL[0], SMALL[2], REMAINDERS[0], SQUARES[-1], ("decision",)]
 CAPABILITIES = [(8, 0, ""), (9, 0, "a")]  # as numba-cuda asks for them: with all that a GPU can do, from 9.0 on
 
 
@@ -55,11 +66,9 @@ def name_of(kernel):
     if kernel[0] != "update":
         return "-".join(map(str, kernel))
     _, storage, variant = kernel
-    options = [
-        name
-        for name, wanted in {"master": storage.master, "amsgrad": storage.amsgrad, **variant._asdict()}.items()
-        if wanted
-    ]
+    wanted = {"amsgrad": storage.amsgrad, **variant._asdict()}
+    options = {"": [], "float32": ["master"], "remainder": ["remainder"]}[storage.master]
+    options = [*options, *(name for name in wanted if wanted[name])]
     small = [] if storage.moments == "float32" else [f"moments={storage.moments}"]
     return "-".join(["update", storage.p, storage.g, *small, *options])
 
@@ -120,8 +129,8 @@ def test_what_is_read_here_is_compiled_like_what_runs(monkeypatch):
 
 
 def test_these_are_all_variants():
-    assert len({name_of(kernel) for kernel in KERNELS}) * len(CAPABILITIES) == 2 * (80 + 10 + 12 + 8 + 1)
-    assert len(IN_FLOAT32) == 81 + 12
+    assert len({name_of(kernel) for kernel in KERNELS}) * len(CAPABILITIES) == 2 * (80 + 10 + 12 + 10 + 8 + 1)
+    assert len(IN_FLOAT32) == 81 + 12 + 10
 
 
 @pytest.mark.parametrize(
@@ -136,7 +145,7 @@ def test_machine_code(kernel):
             assert ".f64" not in ptx
         if kernel[0] == "update":
             check_that_main_loops_move_128_bits(ptx, *kernel[1:])
-        if kernel in SMALL:
+        if kernel[0] == "update" and kernel[1].moments != "float32":
             check_that_scales_are_found_first(ptx, *kernel[1:])
         if kernel[0] == "square":
             check_that_several_loads_are_under_way(ptx, *kernel[1:])
@@ -151,13 +160,11 @@ def check_that_main_loops_move_128_bits(ptx, storage, variant):
     size = {"float32": 4, "float64": 8}[storage.compute]
     per_slot = width * size // 16
     loads, stores = accesses(ptx, "ld"), accesses(ptx, "st")
-    slots = sum((storage.amsgrad, variant.average, variant.accumulate, storage.master))
-    others = []
-    if storage.moments == "float32":
-        slots += 2
-    else:
-        others = others_than_of_128_bits(loads, stores, width, storage)
-    blends = (1 + storage.master) * per_slot if variant.average else 0
+    has_copy = storage.master == "float32"
+    slots = sum((storage.amsgrad, variant.average, variant.accumulate, has_copy))
+    slots += 2 if storage.moments == "float32" else 0
+    others = others_than_floats(loads, stores, width, storage, variant)
+    blends = (1 + has_copy) * per_slot if variant.average else 0
     sums = per_slot if variant.accumulate else 0
     streaming = f".cs.v{16 // size}.f{8 * size}"
     assert loads[streaming] >= slots * per_slot + blends + sums, loads
@@ -168,15 +175,21 @@ def check_that_main_loops_move_128_bits(ptx, storage, variant):
     assert all(kind in (streaming, narrow, ".v4.f32", *others) for kind in loads | stores), (loads, stores)
 
 
-def others_than_of_128_bits(loads, stores, width, storage):
-    """As many neighbours of moments as there are of the rest, in one access; once more where they are looked at."""
+def others_than_floats(loads, stores, width, storage, variant):
+    """As many neighbours of remainders and small moments as of the rest, in one access; once more where looked at."""
     kinds = {4: ".b32", 8: ".v2.b32", 16: ".v4.b32"}
-    kind = kinds[width * {"bfloat16": 2, "8bit": 1}[storage.moments]]
-    assert loads[f".cs{kind}"] == stores[f".cs{kind}"] == 2, (loads, stores)
-    if storage.moments == "bfloat16":
-        return [f".cs{kind}"]
+    expected = Counter()
+    if storage.master == "remainder":
+        expected[f".cs{kinds[2 * width]}"] += 1 + variant.average
+    if storage.moments != "float32":
+        kind = kinds[width * {"bfloat16": 2, "8bit": 1}[storage.moments]]
+        expected[f".cs{kind}"] += 2
+    for each, count in expected.items():
+        assert loads[each] == stores[each] == count, (loads, stores)
+    if storage.moments != "8bit":
+        return [*expected]
     assert loads[kind] == 2, loads
-    return [f".cs{kind}", kind, ".v4.u32"]  # the last of what is looked at in float32
+    return [*expected, kind, ".v4.u32"]  # the last of what is looked at in float32
 
 
 def check_that_scales_are_found_first(ptx, storage, variant):
@@ -186,7 +199,7 @@ def check_that_scales_are_found_first(ptx, storage, variant):
         assert (asked, compared, ptx.count("bar.sync")) == (0, 0, 1)
         return
     values = 3 + variant.accumulate
-    arrays = 4 + sum((storage.amsgrad, variant.average, variant.accumulate, storage.master))
+    arrays = 4 + sum((storage.amsgrad, variant.average, variant.accumulate, storage.master != ""))
     assert asked > 0 == asked % arrays  # in a loop that the compiler has unrolled
     assert compared == 2 * 5 * values  # of whole accesses, and of single elements
     assert ptx.count("atom.shared.max.u32") == 2 * values
@@ -236,6 +249,17 @@ def test_an_element_has_the_same_arithmetic_in_vectors_and_alone():
         assert len(moments) == 2, found  # the first and the second moment, each computed in one way
         assert len({found[s] for s in moments}) == 1
         assert min(found[s] for s in moments) >= 5  # four lanes and the element alone
+
+
+def test_remainders_have_the_arithmetic_of_master_copies():
+    """So they have the same bits."""
+    kernel = REMAINDERS[0]
+    kernels = kernel, (*kernel[:1], kernel[1]._replace(master="float32"), *kernel[2:])
+    for ptx, other in zip(*(ptx_of(each).values() for each in kernels), strict=True):
+        found, expected = (
+            Counter(re.findall(r"\s(?:fma|mul|add|sub|div|sqrt|neg)\S*\.f32", each)) for each in (ptx, other)
+        )
+        assert found == expected != Counter()
 
 
 def test_bounds_have_the_arithmetic_of_the_elements():

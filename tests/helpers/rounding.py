@@ -40,8 +40,8 @@ def as_bfloat(values, noise):
 
 def as_bytes(values, largest, noise, offset):
     """Floats with 3 bits of mantissa, of the magnitude and an offset in units of a power of two."""
-    scale = 2.0 ** np.floor(np.log2(np.maximum(np.float64(largest) / 0.9375, 2.0**-100)))
-    scale = np.where(np.float64(largest) / scale >= 1.875, 2 * scale, scale)
+    scale = 2.0 ** np.floor(np.log2(np.maximum(np.float64(largest), 2.0**-100)))
+    scale = np.where(np.float64(largest) / scale >= 1.875 - 2.0**-15, 2 * scale, scale)
     moved = (np.abs(values) / np.float32(scale) + np.float32(offset)).astype(np.float32)
     spacing = 2.0 ** (np.floor(np.log2(moved.astype(np.float64))) - 3)
     found = rounded(moved, spacing, noise, 20) - offset

@@ -159,3 +159,32 @@ def test_the_bytes_of_the_state_are_told(moments, size):
     optimizer.build({"w": np.zeros(2**16, np.float32)})
     told = int(re.search(r"state_bytes=(\d+)", repr(optimizer))[1])
     assert told == 16 + size * 2**16 + (8 * 2**16 // 256 if moments == "8bit" else 0)
+
+
+def optimizer_of(kind):
+    optimizer = AdamW(moments="8bit", master_weights="remainder")
+    optimizer.build([libraries.numpy(np.ones(512), kind)])
+    optimizer.apply([np.ones(512, np.float32)])
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "expected"),
+    [
+        ("momentum/0", lambda x: x.astype(np.int64) + 300, "has dtype int64; expected uint8"),
+        ("velocity/0", lambda x: x.astype(np.uint16), "has dtype uint16; expected uint8"),
+        ("master/0", lambda x: x.astype(np.int32) + 70_000, "has dtype int32; expected int16"),
+        ("momentum_scale/0", lambda x: x * 3, "expected powers of two"),
+        ("velocity_scale/0", lambda x: -x, "expected powers of two"),
+        ("velocity_scale/0", lambda x: x.astype(np.float64) + 1e300, "expected powers of two"),
+    ],
+)
+def test_weights_that_are_no_codes(name, change, expected):
+    optimizer = optimizer_of("bfloat16")
+    before = [as_numpy(array).tobytes() for array in optimizer.variables]
+    weights = [change(x) if key == name else x for key, x in optimizer.state.items()]
+    names = list(optimizer.state)
+    assert name in names
+    with pytest.raises(ValueError, match=expected):
+        optimizer.set_weights(weights)
+    assert [as_numpy(array).tobytes() for array in optimizer.variables] == before
