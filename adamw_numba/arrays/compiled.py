@@ -1,7 +1,9 @@
 """How this package compiles with Numba: one set of options, a cache on disk, and memory reached by its address."""
 
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from zlib import crc32
 
 from llvmlite import ir
 from numba import config, types
@@ -31,14 +33,21 @@ class _File(IndexDataCacheFile):
         return found[2] if found is not None and found[:2] == (key, self._source_stamp) else None
 
 
+@cache
+def _stamp():
+    """Of all sources that are compiled together: constants of one file are in the machine code of others."""
+    package = Path(__file__).parents[1]
+    folders = package, *(package / room for room in ("arrays", "cpu", "minimizer", "njit"))
+    files = sorted(file for folder in folders for file in folder.glob("*.py"))
+    return crc32(repr([(file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files]).encode())
+
+
 class _Cache(FunctionCache):
-    """Numba's cache on disk, of files that say what they are for."""
+    """Numba's cache on disk, of files that say what they are for, and are for these sources."""
 
     def __init__(self, function):
         super().__init__(function)
-        self._cache_file = _File(
-            self.cache_path, filename_base=self._impl.filename_base, source_stamp=self._impl.locator.get_source_stamp()
-        )
+        self._cache_file = _File(self.cache_path, filename_base=self._impl.filename_base, source_stamp=_stamp())
 
 
 class _Compiled(CPUDispatcher):

@@ -1,10 +1,14 @@
 """The cache of compiled kernels on disk, which many processes fill at once."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
+
+import adamw_numba
 
 STEPS = """
 import sys
@@ -21,10 +25,10 @@ for dtype in sys.argv[1:]:
 """
 
 
-def steps(cache, *dtypes):
+def steps(cache, *dtypes, **environment):
     done = subprocess.run(
         [sys.executable, "-c", STEPS, *dtypes],
-        env=os.environ | {"NUMBA_CACHE_DIR": str(cache)},
+        env=os.environ | {"NUMBA_CACHE_DIR": str(cache)} | environment,
         capture_output=True,
         text=True,
         timeout=500,
@@ -47,3 +51,17 @@ def test_a_file_that_holds_another_kernel(tmp_path):
     assert exchanged >= 4
     assert steps(tmp_path, *dtypes) == expected
     assert steps(tmp_path, *reversed(dtypes)) == expected[::-1]
+
+
+def test_a_constant_of_another_file(tmp_path):
+    """It is in the machine code of files that have not changed: all are compiled anew, as after `git pull`."""
+    sources = tmp_path / "sources"
+    shutil.copytree(Path(adamw_numba.__file__).parent, sources / "adamw_numba", ignore=shutil.ignore_patterns("*.nb?"))
+    expected = steps(tmp_path / "cache", "float32", PYTHONPATH=str(sources))
+    blocks = sources / "adamw_numba" / "cpu" / "blocks.py"
+    text = blocks.read_text()
+    assert text.count("\nKNOWN = SEEDS + 3\n") == 1
+    blocks.write_text(text.replace("\nKNOWN = SEEDS + 3\n", "\nKNOWN = SEEDS + 7\n"))
+    with (blocks.parent / "walk.py").open("a") as walk:  # which tells the loops, which stay, where things are
+        walk.write("# changed\n")
+    assert steps(tmp_path / "cache", "float32", PYTHONPATH=str(sources)) == expected
