@@ -25,10 +25,11 @@ for dtype in sys.argv[1:]:
 """
 
 
-def steps(cache, *dtypes, **environment):
+def steps(cache, *dtypes, sources=None):
     done = subprocess.run(
         [sys.executable, "-c", STEPS, *dtypes],
-        env=os.environ | {"NUMBA_CACHE_DIR": str(cache)} | environment,
+        env=os.environ | {"NUMBA_CACHE_DIR": str(cache)},
+        cwd=sources,
         capture_output=True,
         text=True,
         timeout=500,
@@ -57,11 +58,11 @@ def test_a_constant_of_another_file(tmp_path):
     """It is in the machine code of files that have not changed: all are compiled anew, as after `git pull`."""
     sources = tmp_path / "sources"
     shutil.copytree(Path(adamw_numba.__file__).parent, sources / "adamw_numba", ignore=shutil.ignore_patterns("*.nb?"))
-    expected = steps(tmp_path / "cache", "float32", PYTHONPATH=str(sources))
+    expected = steps(tmp_path / "cache", "float32", sources=sources)
     blocks = sources / "adamw_numba" / "cpu" / "blocks.py"
     text = blocks.read_text()
     assert text.count("\nKNOWN = SEEDS + 3\n") == 1
     blocks.write_text(text.replace("\nKNOWN = SEEDS + 3\n", "\nKNOWN = SEEDS + 7\n"))
     with (blocks.parent / "walk.py").open("a") as walk:  # which tells the loops, which stay, where things are
         walk.write("# changed\n")
-    assert steps(tmp_path / "cache", "float32", PYTHONPATH=str(sources)) == expected
+    assert steps(tmp_path / "cache", "float32", sources=sources) == expected
