@@ -141,12 +141,12 @@ def test_variables_of_16_bits_are_close_to_the_cpu(moments, dtype, options):
     close(found, expected)
 
 
-@pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["accumulation"]], ids=["plain", "accumulation"])
 @pytest.mark.parametrize("dtype", ["float32", "complex64"])
 @on_both
 @on_every_library
-def test_libraries(make, moments, dtype, options):
+def test_libraries(make, moments, dtype):
     """In 16 bits every layout has the same bits; in 8 bits those that are not in the order of the axes keep float32."""
+    options = OPTIONS["accumulation"]
     found, optimizer = trained(make, dtype, moments=moments, **options)
     expected, _ = trained(libraries.on_gpu, dtype, moments=moments, **options)
     if moments == "bfloat16":
