@@ -134,10 +134,12 @@ def test_these_are_all_variants():
 
 
 def marks_of(kernel):
-    """Gradients of another dtype than their variable are loaded alike in all variants: two of them are enough."""
-    is_mixed = kernel[0] == "update" and kernel[1].p != kernel[1].g
-    is_extreme = kernel[0] == "update" and sum((kernel[1].amsgrad, *kernel[2])) in (0, 4)
-    return [pytest.mark.slow] + [pytest.mark.thorough] * (is_mixed and not is_extreme)
+    """No options, each one alone, and all: that is enough, and where a gradient has another dtype, the first and the last."""
+    marks = [pytest.mark.slow]
+    if kernel[0] == "update":
+        count = sum((kernel[1].amsgrad, *kernel[2]))
+        marks += [pytest.mark.thorough] * (count == 2 or (kernel[1].p != kernel[1].g and count in (1, 3)))
+    return marks
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ PASS = {  # at least
     "test_gpu_groups": 14,
     "test_gpu_numbers": 75,
     "test_gpu_remainders": 30,
-    "test_gpu_small_moments": 110,
+    "test_gpu_small_moments": 95,
 }
 
 
