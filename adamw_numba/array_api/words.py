@@ -44,12 +44,14 @@ def word_of(xp: Any, x: Any) -> Any:
 
 
 def bits_of(xp: Any, x: Any) -> Any:
+    """The bits of float32 numbers, as words."""
     if _has_words(xp):
         return _viewed(xp, xp.astype(x, xp.float32), xp.uint32)
     return words(xp, x.to(xp.float32).contiguous().view(xp.int32))
 
 
 def number_of(xp: Any, bits: Any) -> Any:
+    """The float32 numbers of words."""
     if isinstance(bits, int):
         return xp.asarray(struct.unpack("f", struct.pack("I", bits))[0], dtype=xp.float32)
     if _has_words(xp):

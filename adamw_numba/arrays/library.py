@@ -113,7 +113,7 @@ def dtype_name(array: Array) -> str:
 
 
 def has_dtype(array: Array, name: str) -> bool:
-    """Whether the library of an array has a dtype of that name; on a GPU those of NumPy, but for torch."""
+    """Whether the library of an array has a dtype of that name; on a GPU, unless it is torch, those of NumPy."""
     is_torch = array_api_compat.is_torch_array(array)
     return hasattr(np if gpu.is_cuda_array(array) and not is_torch else namespace(array), name)
 

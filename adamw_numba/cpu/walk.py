@@ -21,9 +21,9 @@ from .intrinsics import ask_for, call_loop, exchange_mode, room
 @jit
 def _describe(at, task, block, work):
     """What holds for a whole chunk: where its operands are, the coefficients, and what noise follows from."""
-    record, small = words_at(at), block[b.HALVED + M]
+    record = words_at(at)
     record[b.STEP + P], record[b.STEP + G], record[b.WIDTH] = work[P_STEP], work[G_STEP], work[S_STEP]
-    record[b.STEP + M] = record[b.STEP + V] = work[S_STEP] >> small
+    record[b.STEP + M] = record[b.STEP + V] = work[S_STEP] >> block[b.HALVED + M]
     for k in range(task[b.FURTHER]):
         row = task[b.FURTHER + 1 + k]
         record[b.STEP + row] = work[S_STEP] >> block[b.HALVED + row]
@@ -58,11 +58,11 @@ def _point(record, task, block, work, start):
 @jit
 def _ask(record, task, block, sooner):
     """Ask for the elements that the next pieces need, and `sooner` elements before for what scales follow from."""
-    n, ahead, level, small = record[b.LENGTH], block[b.AHEAD], block[b.LEVEL], block[b.HALVED + M]
+    n, ahead, level, halved = record[b.LENGTH], block[b.AHEAD], block[b.LEVEL], block[b.HALVED + M]
     ask_for(record[P] + ahead, n * record[b.STEP + P], level)
     ask_for(record[G] + ahead + sooner * record[b.STEP + G], n * record[b.STEP + G], level)
     for row in (M, V):
-        ask_for(record[row] + ((ahead + sooner * record[b.WIDTH]) >> small), n * record[b.STEP + M], level)
+        ask_for(record[row] + ((ahead + sooner * record[b.WIDTH]) >> halved), n * record[b.STEP + M], level)
     for k in range(task[b.FURTHER]):
         row = task[b.FURTHER + 1 + k]
         if row < M_SCALE:

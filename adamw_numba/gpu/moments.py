@@ -87,7 +87,7 @@ def most_registers(storage: Storage) -> int | None:
     """How many registers a thread may have, if not as many as the compiler likes.
 
     So that a processor has room for three blocks of threads, or for two where an access is of eight elements: some
-    kernels would take a few more. CUDA's assembler finds that many to be enough: it keeps nothing elsewhere, but for
+    kernels would take a few more. CUDA's assembler finds that many to be enough: it keeps nothing elsewhere, except
     4 to 16 bytes of a thread in some kernels that accumulate.
     """
     if storage.moments == "float32":
