@@ -76,7 +76,8 @@ def rounded(
     if moments == "float32":
         return after
     xp = namespace(p)
-    bits = _rounding_of(xp).noise(_places(xp, p, noise.places), words(xp, noise.key))
+    rounding = _rounding_of(xp)
+    bits = rounding.noise(rounding.term(_places(xp, p, noise.places), words(xp, noise.key)))
     if moments == "bfloat16":
         return after | _in_16_bits(p, after, before, word_of(xp, bits & words(xp, 0xFFFF)), bits >> words(xp, 16))
     bits = _blocks(xp, bits)

@@ -106,6 +106,7 @@ def entry_point(function):
 
 
 jit = cached(no_cpython_wrapper=True, no_cfunc_wrapper=True)  # for compiled code only
+inlined = cached(no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True)  # whatever its size
 jit_for_python = cached()
 
 

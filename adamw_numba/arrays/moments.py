@@ -30,7 +30,8 @@ BLOCK = 256  # elements that have one scale
 SCALES = ("momentum_scale", "velocity_scale")
 NARROWER = {"float32": 0, "bfloat16": 1, "8bit": 2}  # how many times the itemsize is halved
 _GOLDEN = 0x9E3779B1
-_MAGNITUDE, _NAN = 0x7FFFFFFF, 0x7FC00000
+WEYL = 0x7FEB352D  # the step of a Weyl sequence
+_SIGN, _MAGNITUDE, _NAN = 1 << 31, 0x7FFFFFFF, 0x7FC00000
 _LARGEST_BFLOAT = 0x7F7F0000
 _MOMENTUM_OFFSET, _VELOCITY_OFFSET = (127 - 15) << 23, (127 - 31) << 23  # 2^-15 and 2^-31, as bits
 _DROPPED = 20  # bits of a float32's mantissa that 8 bits do not have
@@ -80,6 +81,7 @@ class Rounding(NamedTuple):
     """Functions of one target; words are unsigned integers of 32 bits."""
 
     key: Callable[..., Any]
+    term: Callable[..., Any]
     noise: Callable[..., Any]
     to_bfloat: Callable[..., Any]
     from_bfloat: Callable[..., Any]
@@ -144,12 +146,16 @@ def make_rounding(compiled: Callable[..., Any], word: Any, bits_of: Any, number_
         return mixed(word(mixed(word(name ^ mixed(word(seed + word(_GOLDEN))))) + word(step * word(_GOLDEN))))
 
     @compiled
-    def noise(place, key):  # type: ignore[no-untyped-def]
-        """32 bits for an element: half of what `mixed` does, after a sequence of Weyl that begins at the key.
+    def term(place, key):  # type: ignore[no-untyped-def]
+        """What the noise of an element is made of: a term of a Weyl sequence that begins at the key."""
+        return word(word(place * word(WEYL)) + key)
 
-        Of dithers nobody asks what is asked of random numbers, and these are a third of all that is computed in 8 bits.
+    @compiled
+    def noise(x):  # type: ignore[no-untyped-def]
+        """32 bits for an element, from its term: half of what `mixed` does.
+
+        Of dithers nobody asks what is asked of random numbers, and these are a tenth of all that is computed in 8 bits.
         """
-        x = word(word(place * word(0x7FEB352D)) + key)
         return word(word(x ^ (x >> word(15))) * word(0x846CA68B))
 
     @compiled
@@ -182,42 +188,43 @@ def make_rounding(compiled: Callable[..., Any], word: Any, bits_of: Any, number_
     # The offsets are multiples of what is dropped, so the codes are the last bits of what is left.
 
     @compiled
-    def coded(magnitude, inverse, offset, dither):  # type: ignore[no-untyped-def]
-        return word(word(bits_of(magnitude * inverse + number_of(offset)) + dither) >> word(_DROPPED))
-
-    @compiled
-    def decoded(code, offset):  # type: ignore[no-untyped-def]
-        return number_of(word(word(code << word(_DROPPED)) + offset)) - number_of(offset)
+    def dithered(magnitude, inverse, offset, dither):  # type: ignore[no-untyped-def]
+        return word(bits_of(magnitude * inverse + number_of(offset)) + dither)
 
     @compiled
     def to_momentum(x, inverse, noise):  # type: ignore[no-untyped-def]
         """8 bits, rounded by the last 20 bits of noise: the sign and 7 bits of magnitude."""
         x = bits_of(x)
         dither = word(noise & word((1 << _DROPPED) - 1))
-        code = coded(number_of(word(x & word(_MAGNITUDE))), inverse, word(_MOMENTUM_OFFSET), dither)
-        code = word(word(code & word(0xFFFFFF7F)) | word(word(x >> word(24)) & word(128)))  # one choice by bits
-        return word(code & word(255))
+        code = dithered(number_of(word(x & word(_MAGNITUDE))), inverse, word(_MOMENTUM_OFFSET), dither)
+        code = word(code << word(24 - _DROPPED))  # all but its 7 bits, and the place of the sign, will be dropped
+        return word(word(word(code & word(_MAGNITUDE)) | word(x & word(_SIGN))) >> word(24))
 
     @compiled
     def from_momentum(code):  # type: ignore[no-untyped-def]
         """What is to be multiplied with a block's scale."""
-        magnitude = bits_of(decoded(word(code & word(127)), word(_MOMENTUM_OFFSET)))
-        return number_of(word(magnitude | word(word(code << word(24)) & word(0x80000000))))
+        spread = word(word(code ^ word(128)) - word(128))  # the sign is in all bits before the others
+        spread = word(spread << word(_DROPPED))
+        offset = word(word(spread & word(_SIGN)) | word(_MOMENTUM_OFFSET))
+        return number_of(word(word(spread & word(127 << _DROPPED)) | offset)) - number_of(offset)
 
     @compiled
     def to_velocity(x, inverse, noise):  # type: ignore[no-untyped-def]
         """8 bits of magnitude, rounded by the first 20 bits of noise; at least 1 of what is not 0."""
-        code = coded(x, inverse, word(_VELOCITY_OFFSET), word(noise >> word(32 - _DROPPED)))
+        code = dithered(x, inverse, word(_VELOCITY_OFFSET), word(noise >> word(32 - _DROPPED)))
+        code = word(code >> word(_DROPPED))
         least, bits = word((_VELOCITY_OFFSET >> _DROPPED) + 1), bits_of(x)
         least = choose(bits < least, bits, word(word(bits & word(0)) | least))  # 0, or less than the bits of any number
         return word(choose(code < least, least, code) & word(255))
 
     @compiled
     def from_velocity(code):  # type: ignore[no-untyped-def]
-        return decoded(code, word(_VELOCITY_OFFSET))
+        offset = word(_VELOCITY_OFFSET)
+        return number_of(word(word(code << word(_DROPPED)) + offset)) - number_of(offset)
 
     return Rounding(
         key,
+        term,
         noise,
         to_bfloat,
         from_bfloat,

@@ -17,7 +17,7 @@ WHOLE = 2**30  # elements: longer than any chunk
 SPAN = 8 * MOMENTS_BLOCK  # elements whose scales are found together
 # What a kernel is called with is the address of a task: that of a block and, for an update, the loops that the walk is
 # to call (0 where there is none; see walk.py), how many operands there are besides the first four, and which.
-BLOCK, UPDATE, BEFORE, AVERAGES, FURTHER = range(5)
+BLOCK, UPDATE, ASK, AVERAGES, FURTHER = range(5)
 # Entries of a block: addresses, then sizes. The next three say how elements are asked for (see prefetch.py): how many
 # at a time, how many bytes ahead (0 where none are), and for the cache of which level. The last are, of each operand,
 # how often the distance between elements is half of that in slots of full width.
@@ -34,18 +34,21 @@ WHICH, CLIP, NAME, FACTOR_ROWS = range(4)
 # A record describes a piece of a chunk to a loop. Of each operand, in the order of the rows of a table: its address (0
 # for a gradient that there is not) and the bytes from one element to the next; then those of slots of full width. The
 # coefficients in float64 and in float32, and the group and clip that they are of. For small moments (see moments.py)
-# a key and the scales of a span's blocks, what the key follows from, and which scales are the piece's. How many
-# elements it has, where the first is in the whole variable and how far apart they are there, and whether the variables
-# become their averages.
+# a key and the scales of a span's blocks, and what the key follows from. How many elements the piece has, where the
+# first is in the whole variable and how far apart they are there, and whether the variables become their averages. The
+# task; and for a loop that cuts the piece itself, how many elements to take at a time, what to call (or 0) each time
+# before to ask for others, and which element is next.
 STEP, WIDTH, DOUBLES = ROWS, 2 * ROWS, 2 * ROWS + 1
 FLOATS = DOUBLES + len(Coefficients._fields)
 KEY = FLOATS + len(Coefficients._fields) // 2
 SCALES = KEY + 1
 SEEDS = SCALES + 2 * SPAN // MOMENTS_BLOCK
 KNOWN = SEEDS + 3
-LENGTH, FIRST, APART, OLD_SCALES, OVERWRITES, RECORD_WORDS = range(KNOWN + 2, KNOWN + 8)
+LENGTH, FIRST, APART, OVERWRITES = range(KNOWN + 2, KNOWN + 6)
+TASK, CUT, ASKS, NEXT, RECORD_WORDS = range(OVERWRITES + 1, OVERWRITES + 6)
 
 c_kernel = c_function(types.void(types.intp, types.intp, types.intp))  # of a task, which part, of how many
+c_loop = c_function(types.void(types.intp))  # of a record
 
 
 @jit

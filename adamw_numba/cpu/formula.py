@@ -34,17 +34,19 @@ def _overload_slot_of(exists, address, count, step, like, strided):
     return lambda exists, address, count, step, like, strided: row_of(address, count, step, like, strided)
 
 
-def operand(exists, record, row, like, strided):
-    """One operand of a piece, by its record (see blocks.py): a pointer, or an array where elements lie apart."""
+def operand(exists, record, row, like, strided, first=0):
+    """One operand from an element on, by a record (see blocks.py): a pointer, or an array where elements lie apart."""
     raise NotImplementedError
 
 
 @overload(operand)
-def _overload_operand(exists, record, row, like, strided):
+def _overload_operand(exists, record, row, like, strided, first=0):
     if isinstance(exists, (types.NoneType, types.Omitted)):
-        return lambda exists, record, row, like, strided: None
+        return lambda exists, record, row, like, strided, first=0: None
     if isinstance(strided, (types.NoneType, types.Omitted)):
-        return lambda exists, record, row, like, strided: pointer(record[row], like)
-    return lambda exists, record, row, like, strided: row_of(
-        record[row], record[LENGTH], record[STEP + row], like, strided
+        return lambda exists, record, row, like, strided, first=0: pointer(
+            record[row] + first * record[STEP + row], like
+        )
+    return lambda exists, record, row, like, strided, first=0: row_of(
+        record[row] + first * record[STEP + row], record[LENGTH] - first, record[STEP + row], like, strided
     )

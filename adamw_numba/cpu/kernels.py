@@ -14,9 +14,9 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import carray, types
+from numba import carray
 
-from ..arrays.compiled import c_function, jit, jit_for_python, numbers_at, pointer, words_at
+from ..arrays.compiled import inlined, jit, jit_for_python, numbers_at, pointer, words_at
 from ..arrays.runs import ARRAY, COUNT, G_AT, G_STEP, S_AT, S_STEP
 from ..update import (
     AVERAGE,
@@ -39,9 +39,9 @@ from . import blocks as b
 from . import masters
 from . import moments as small
 from .formula import operand, row_of, slot_of, update
-from .intrinsics import FLUSHING, ask_for, exchange_mode, widen
+from .intrinsics import FLUSHING, ask_for, call_loop, exchange_mode, widen
 from .masters import put_value, value_of
-from .walk import walk_kernel
+from .walk import ask_loop, walk_kernel
 
 FURTHER_AHEAD = 4096  # bytes: a loop that only reads gets through them faster
 LANES = 64  # independent sums of squares in a chunk: the same on every machine, whatever its vectors, for the same bits
@@ -57,7 +57,6 @@ def on(flag):
     return True if flag else None
 
 
-c_loop = c_function(types.void(types.intp))  # of a record
 _accumulate = jit(accumulate)
 _blend = jit(blend)
 
@@ -73,15 +72,15 @@ def _put(x, i, value):
         x[i] = value
 
 
-@jit
+@inlined
 def update_chunk(count, p, g, m, v, top, average, total, master, limit, lead, c, small_ones=None):
     """Update the elements of one dense or strided run: arrays, or pointers."""
     for i in range(count):
         value, mi, vi, highest, mean = update(
             value_of(p, master, i),
             widen(g[i]),
-            small.momentum(m, i, small_ones),
-            small.velocity(v, i, small_ones),
+            small.momentum(m, i),
+            small.velocity(v, i),
             _at(top, i),
             _at(average, i),
             _at(total, i),
@@ -121,8 +120,7 @@ def _coefficients_in(at, like):
 
 @jit
 def _update_piece(at, p_like, g_like, like, m_like, strided, master, amsgrad, average, accumulate, clip, nesterov):
-    record = words_at(at)
-    c = small.betas_scaled(record, m_like, _coefficients_in(at, like))
+    record, c = words_at(at), _coefficients_in(at, like)
     update_chunk(
         record[b.LENGTH],
         operand(True, record, P, p_like, strided),
@@ -136,8 +134,37 @@ def _update_piece(at, p_like, g_like, like, m_like, strided, master, amsgrad, av
         None if clip is None else c.limit,
         None if nesterov is None else c.lead,
         c,
-        small.described(record, m_like, strided),
     )
+
+
+@jit
+def _update_blocks(at, p_like, g_like, like, m_like, strided, master, amsgrad, average, accumulate, clip, nesterov):
+    """The same with moments of fewer bits: block by block."""
+    record, c = words_at(at), _coefficients_in(at, like)
+    limit, lead = None if clip is None else c.limit, None if nesterov is None else c.lead
+    small.find_key(record)
+    for start in range(0, record[b.LENGTH], b.SPAN):
+        end = min(start + b.SPAN, record[b.LENGTH])
+        small.find_scales(at, start, end - start, m_like, g_like, like, strided, accumulate, limit, c)
+        for first in range(start, end, record[b.CUT]):
+            if record[b.ASKS] != 0:
+                record[b.NEXT] = first
+                call_loop(record[b.ASKS], at)
+            update_chunk(
+                min(record[b.CUT], end - first),
+                operand(True, record, P, p_like, strided, first),
+                operand(True, record, G, g_like, strided, first),
+                operand(True, record, M, m_like, strided, first),
+                operand(True, record, V, m_like, strided, first),
+                operand(amsgrad, record, TOP, like, strided, first),
+                operand(average, record, AVERAGE, like, strided, first),
+                operand(accumulate, record, TOTAL, like, strided, first),
+                operand(master, record, MASTER, master, strided, first),
+                limit,
+                lead,
+                small.betas_scaled(at, first, m_like, c),
+                (*small.noise_from(record, first, strided), *small.new_scales(at, first, m_like)),
+            )
 
 
 @jit
@@ -237,9 +264,9 @@ def update_kernel(storage: Storage, variant: Variant) -> Kernel:
     slots = {TOP: storage.amsgrad, AVERAGE: variant.average, TOTAL: variant.accumulate, MASTER: storage.master}
     further = [row for row, exists in slots.items() if exists]
     further += [M_SCALE, V_SCALE] if storage.moments == "8bit" else []
-    before = before_loop(storage, variant).address if storage.moments in small.LIKE else 0
     averages = average_loop(_of_averages(storage)).address if variant.average else 0
-    loops = update_loop(storage, variant).address, before, averages
+    asks = ask_loop().address if storage.moments in small.LIKE else 0
+    loops = update_loop(storage, variant).address, asks, averages
     return Kernel(walk_kernel().address, (*loops, len(further), *further))
 
 
@@ -250,27 +277,13 @@ def update_loop(storage: Storage, variant: Variant) -> Any:
     strided, master, amsgrad = on(storage.strided), masters.LIKE[storage.master], on(storage.amsgrad)
     average, accumulate, clip, nesterov = map(on, variant)
     m_like = small.LIKE.get(storage.moments, like)
+    update_all = _update_blocks if storage.moments in small.LIKE else _update_piece
 
-    @c_loop
+    @b.c_loop
     def update_loop(at):
-        _update_piece(at, p_like, g_like, like, m_like, strided, master, amsgrad, average, accumulate, clip, nesterov)
+        update_all(at, p_like, g_like, like, m_like, strided, master, amsgrad, average, accumulate, clip, nesterov)
 
     return update_loop
-
-
-@cache
-def before_loop(storage: Storage, variant: Variant) -> Any:
-    """What has to be known before moments of fewer bits are rounded."""
-    g_like, like, m_like = LIKE[storage.g], LIKE[storage.compute], small.LIKE[storage.moments]
-    strided, accumulate, clip = on(storage.strided), on(variant.accumulate), on(variant.clip)
-
-    @c_loop
-    def before_loop(at):
-        c = _coefficients_in(at, like)
-        limit = None if clip is None else c.limit
-        small.prepare(words_at(at), m_like, g_like, like, strided, accumulate, limit, c)
-
-    return before_loop
 
 
 @cache
@@ -279,7 +292,7 @@ def average_loop(storage: Storage) -> Any:
     p_like, like = LIKE[storage.p], LIKE[storage.compute]
     strided, master = on(storage.strided), masters.LIKE[storage.master]
 
-    @c_loop
+    @b.c_loop
     def average_loop(at):
         _average_piece(at, p_like, like, strided, master)
 

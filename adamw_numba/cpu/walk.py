@@ -2,7 +2,7 @@
 
 It goes through a part's chunks, describes a piece of one in a record, and calls a loop with that by its address: the
 update, which is compiled for the types and options at hand and knows nothing of work lists, groups and prefetching. So
-there is little to compile for a further variant.
+there is little to compile for a further variant. Loops for small moments take chunks whole, and cut them themselves.
 """
 
 from functools import cache
@@ -34,7 +34,8 @@ def _describe(at, task, block, work):
         doubles, floats = numbers_at(at + 8 * b.DOUBLES), pointer(at + 8 * b.FLOATS, np.float32(0))
         for k, value in enumerate(b.coefficients_of(block, work[ARRAY], np.float64(0))):
             doubles[k], floats[k] = value, value
-    if task[b.BEFORE] != 0:
+    record[b.ASKS] = 0
+    if task[b.ASK] != 0:
         numbers = numbers_at(block[b.NUMBERS])
         record[b.SEEDS], record[b.SEEDS + 1] = np.int64(numbers[b.SEED]), np.int64(numbers[b.NUMBER])
         record[b.SEEDS + 2] = np.int64(b.factor_in(block, b.NAME, work[ARRAY]))
@@ -56,17 +57,19 @@ def _point(record, task, block, work, start):
 
 
 @jit
-def _ask(record, task, block, sooner):
-    """Ask for the elements that the next pieces need, and `sooner` elements before for what scales follow from."""
-    n, ahead, level, halved = record[b.LENGTH], block[b.AHEAD], block[b.LEVEL], block[b.HALVED + M]
-    ask_for(record[P] + ahead, n * record[b.STEP + P], level)
+def _ask(record, task, block, first, n):
+    """Ask for what is needed soon after n elements of a piece; for what scales in 8 bits follow from, a span sooner."""
+    ahead, level, halved = block[b.AHEAD], block[b.LEVEL], block[b.HALVED + M]
+    sooner = first + b.SPAN if halved == 2 else first
+    ask_for(record[P] + ahead + first * record[b.STEP + P], n * record[b.STEP + P], level)
     ask_for(record[G] + ahead + sooner * record[b.STEP + G], n * record[b.STEP + G], level)
     for row in (M, V):
         ask_for(record[row] + ((ahead + sooner * record[b.WIDTH]) >> halved), n * record[b.STEP + M], level)
     for k in range(task[b.FURTHER]):
         row = task[b.FURTHER + 1 + k]
         if row < M_SCALE:
-            ask_for(record[row] + (ahead >> block[b.HALVED + row]), n * record[b.STEP + row], level)
+            at = record[row] + ((ahead + first * record[b.WIDTH]) >> block[b.HALVED + row])
+            ask_for(at, n * record[b.STEP + row], level)
 
 
 @jit
@@ -75,22 +78,17 @@ def _walk_chunk(at, task, block, work):
     if not exists and task[b.AVERAGES] == 0:
         return
     _describe(at, task, block, work)
-    piece, span, sooner = block[b.PIECE], b.WHOLE, 0
-    if block[b.HALVED + M] == 2:  # in 8 bits, whose scales are found before anything else is done
-        piece, span, sooner = min(piece, MOMENTS_BLOCK), b.SPAN, b.SPAN
-    asks = block[b.AHEAD] != 0 and block[b.STRIDED] == 0
+    piece, asks = block[b.PIECE], block[b.AHEAD] != 0 and block[b.STRIDED] == 0
+    if task[b.ASK] != 0:
+        record[b.CUT], record[b.ASKS] = min(piece, MOMENTS_BLOCK), task[b.ASK] if asks else 0
+        piece, asks = b.WHOLE, False
     for start in range(0, work[COUNT], piece):
         left = work[COUNT] - start
         _point(record, task, block, work, start)
         record[b.LENGTH], record[b.FIRST] = min(piece, left), work[PLACE] + start * record[b.APART]
-        record[b.OLD_SCALES] = at + 8 * b.SCALES + 16 * ((start & (span - 1)) // MOMENTS_BLOCK)
         if exists:
             if asks:
-                _ask(record, task, block, sooner)
-            if task[b.BEFORE] != 0 and start & (span - 1) == 0:
-                record[b.LENGTH] = min(span, left)
-                call_loop(task[b.BEFORE], at)
-                record[b.LENGTH] = min(piece, left)
+                _ask(record, task, block, 0, record[b.LENGTH])
             call_loop(task[b.UPDATE], at)
         else:
             record[G] = 0
@@ -99,15 +97,29 @@ def _walk_chunk(at, task, block, work):
 
 
 @cache
+def ask_loop() -> Any:
+    """What loops call that cut their pieces themselves, before they take some elements."""
+
+    @b.c_loop
+    def ask_loop(at):
+        record = words_at(at)
+        task = words_at(record[b.TASK])
+        _ask(record, task, words_at(task[b.BLOCK]), record[b.NEXT], record[b.CUT])
+
+    return ask_loop
+
+
+@cache
 def walk_kernel() -> Any:
     """The kernel that all updates go through."""
 
     @b.c_kernel
-    def walk(task, part, parts):
-        task, at = words_at(task), room()
+    def walk(task_at, part, parts):
+        task, at = words_at(task_at), room()
         block = words_at(task[b.BLOCK])
         first, last = b.share(block, part, parts)
         mode = exchange_mode(b.mode_of(block))
+        words_at(at)[b.TASK] = task_at
         words_at(at)[b.OVERWRITES] = np.int64(numbers_at(block[b.NUMBERS])[b.OVERWRITE])
         numbers_at(at + 8 * b.KNOWN)[0] = -1.0  # no group
         for w in range(first, last):

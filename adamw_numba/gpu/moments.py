@@ -96,8 +96,8 @@ def most_registers(storage: Storage) -> int | None:
 
 
 _R = make_rounding(scalar_function, unsigned, bits_of, number_of, choose)
-_key, _noise, _to_bfloat, _from_bfloat, _scale_of, _inverse_of = _R[:6]
-_to_momentum, _from_momentum, _to_velocity, _from_velocity = _R[6:]
+_key, _term, _noise, _to_bfloat, _from_bfloat, _scale_of, _inverse_of = _R[:7]
+_to_momentum, _from_momentum, _to_velocity, _from_velocity = _R[7:]
 
 
 def size_of(storage: Storage) -> int:
@@ -202,7 +202,7 @@ def _wide(compute, width):
 
 @scalar_function
 def _bits_for(noise, k):
-    return _noise(unsigned(noise.place + k * noise.step), noise.key)
+    return _noise(_term(unsigned(noise.place + k * noise.step), noise.key))
 
 
 @scalar_function

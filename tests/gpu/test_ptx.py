@@ -276,9 +276,10 @@ def test_bounds_have_the_arithmetic_of_the_elements():
     for ptx in ptx_of(SMALL[2]).values():
         found = shapes_of_results(ptx, r"mov\.b32\s+%r\d+, (%f\d+);")  # whatever is taken apart as bits
         product = ("mul.f32", "x", "x")
-        momentum = ("fma.rn.f32", "x", product, product)
-        old = ("mul.f32", "x", ("add.f32", "x", "x"))
-        velocity = ("fma.rn.f32", "x", old, ("mul.f32", "x", product))
+        # What old moments are moved by is taken from them.
+        old_m, old_v = (("mul.f32", "x", (minus, "x", "x")) for minus in ("sub.f32", "add.f32"))
+        momentum = ("fma.rn.f32", "x", old_m, product)
+        velocity = ("fma.rn.f32", "x", old_v, ("mul.f32", "x", product))
         assert found[momentum] == found[velocity] == 4 + 1 + 1  # four lanes, the element alone, and the bound
         assert found["fma.rn.f32", "x", velocity, "x"] == 4 + 1  # divided by the scale, and moved by the offset
         assert not [s for s in found if s != "x" and s[0].startswith("fma") and len(str(s)) > len(str(momentum))
