@@ -14,12 +14,16 @@ from .blocks import LENGTH, STEP
 update = jit(make_update(math.sqrt, np.maximum, np.minimum))
 
 
-@jit
 def row_of(address, count, step, like, strided):
-    """The elements at an address as an array: dense, or with a step in bytes between them."""
-    if strided is None:
-        return carray(pointer(address, like), count)
-    return as_strided(carray(pointer(address, like), 1), (count,), (step,))
+    """The elements at an address: a pointer, or an array where there are some bytes between them."""
+    raise NotImplementedError
+
+
+@overload(row_of)
+def _overload_row_of(address, count, step, like, strided):
+    if isinstance(strided, (types.NoneType, types.Omitted)):
+        return lambda address, count, step, like, strided: pointer(address, like)
+    return lambda address, count, step, like, strided: as_strided(carray(pointer(address, like), 1), (count,), (step,))
 
 
 def slot_of(exists, address, count, step, like, strided):
@@ -35,7 +39,7 @@ def _overload_slot_of(exists, address, count, step, like, strided):
 
 
 def operand(exists, record, row, like, strided, first=0):
-    """One operand from an element on, by a record (see blocks.py): a pointer, or an array where elements lie apart."""
+    """One operand from an element on, by a record (see blocks.py)."""
     raise NotImplementedError
 
 
@@ -43,10 +47,6 @@ def operand(exists, record, row, like, strided, first=0):
 def _overload_operand(exists, record, row, like, strided, first=0):
     if isinstance(exists, (types.NoneType, types.Omitted)):
         return lambda exists, record, row, like, strided, first=0: None
-    if isinstance(strided, (types.NoneType, types.Omitted)):
-        return lambda exists, record, row, like, strided, first=0: pointer(
-            record[row] + first * record[STEP + row], like
-        )
     return lambda exists, record, row, like, strided, first=0: row_of(
         record[row] + first * record[STEP + row], record[LENGTH] - first, record[STEP + row], like, strided
     )

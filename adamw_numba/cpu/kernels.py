@@ -14,7 +14,6 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import carray
 
 from ..arrays.compiled import inlined, jit, jit_for_python, numbers_at, pointer, words_at
 from ..arrays.runs import ARRAY, COUNT, G_AT, G_STEP, S_AT, S_STEP
@@ -206,25 +205,33 @@ def _square(g, total, i, c, scale):
 
 
 @jit
-def sum_squares(g, total, c, scale, sums, far):
-    """The sum of squares of a chunk: element i goes to lane i mod LANES, then the lanes are added in a fixed tree."""
-    sums[:] = 0
+def sum_squares(count, g, total, c, scale, sums, asked=0, step=0):
+    """The sum of squares of a chunk: element i goes to lane i mod LANES, then the lanes are added in a fixed tree.
+
+    Parameters
+    ----------
+    g, total : array or pointer
+        The second may be None.
+    sums : pointer or array
+        Room for `LANES` numbers.
+    asked, step : int
+        Where elements of the gradient are to be asked for, unless 0, and the bytes from one to the next.
+    """
+    for lane in range(LANES):
+        sums[lane] = 0
     rows = 4 * LANES
-    fours = g.size - g.size % rows
+    fours = count - count % rows
     for start in range(0, fours, rows):
-        if far:
-            ask_for(g.ctypes.data + start * g.itemsize + FURTHER_AHEAD, rows * g.itemsize, 1)
-            if total is not None:
-                at = total.ctypes.data + start * total.itemsize
-                ask_for(at + FURTHER_AHEAD, rows * total.itemsize, 1)
+        if asked != 0:
+            ask_for(asked + start * step, rows * step, 1)
         for lane in range(LANES):  # four rows at once, so that each sum is loaded and stored once for all of them
             i = start + lane
             value = sums[lane] + _square(g, total, i, c, scale)
             value += _square(g, total, i + LANES, c, scale)
             value += _square(g, total, i + 2 * LANES, c, scale)
             sums[lane] = value + _square(g, total, i + 3 * LANES, c, scale)
-    for start in range(fours, g.size, LANES):
-        for lane in range(min(LANES, g.size - start)):
+    for start in range(fours, count, LANES):
+        for lane in range(min(LANES, count - start)):
             sums[lane] += _square(g, total, start + lane, c, scale)
     width = LANES
     while width > 1:
@@ -239,17 +246,18 @@ def _square_share(task, part, parts, g_like, like, strided, accumulate, scaled):
     block = b.block_of(task)
     first, last = b.share(block, part, parts)
     partials, far = numbers_at(block[b.PARTIALS]), block[b.IS_FAR] != 0
-    sums = carray(numbers_at(block[b.SUMS] + part * 8 * LANES), LANES)
+    sums = numbers_at(block[b.SUMS] + part * 8 * LANES)
     scale = None if scaled is None else numbers_at(block[b.NUMBERS])[b.SQUARE_SCALE]
     for w in range(first, last):
         work = b.row_of_work(block, w)
         a, n = work[ARRAY], work[COUNT]
         partials[w] = 0
         if b.address_in(block, G, a) != 0:
-            c = b.coefficients_of(block, a, like)
+            c = None if accumulate is None else b.coefficients_of(block, a, like)
             g = row_of(b.address_in(block, G, a) + work[G_AT], n, work[G_STEP], g_like, strided)
             total = slot_of(accumulate, b.address_in(block, TOTAL, a) + work[S_AT], n, work[S_STEP], like, strided)
-            partials[w] = sum_squares(g, total, c, scale, sums, far)
+            asked = b.address_in(block, G, a) + work[G_AT] + FURTHER_AHEAD if far else 0
+            partials[w] = sum_squares(n, g, total, c, scale, sums, asked, work[G_STEP])
 
 
 class Kernel(NamedTuple):

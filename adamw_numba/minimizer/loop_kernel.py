@@ -90,10 +90,10 @@ def _copy(count, to, x):
 @jit
 def _clip(run, clips, size, chunk, like):
     """What the gradient is multiplied with; -1 where its norm has to be taken with more care."""
-    g, sums = carray(pointer(run[GRADIENT], like), size), carray(pointer(run[SUMS], 0.0), cpu.LANES)
+    g, sums = carray(pointer(run[GRADIENT], like), size), pointer(run[SUMS], 0.0)
     total = 0.0
     for start in range(0, size, chunk):
-        total += sum_squares(g[start : start + chunk], None, None, None, sums, False)
+        total += sum_squares(min(chunk, size - start), g[start:], None, None, None, sums)
     if not 1e-280 < total < np.inf:
         return -1.0
     norm = np.sqrt(total)
