@@ -22,8 +22,7 @@ def check_exact(value: Matrix, dtype: str, what: str) -> None:
     """Refuse numbers that would be rounded to a dtype."""
     if value.dtype.name != dtype and not _holds(value, dtype):
         raise ValueError(
-            f"{what} is {value.dtype} here, and would be rounded to {dtype}; expected numbers that {dtype} holds: "
-            "there is no exact conversion"
+            f"{what} would be rounded to {dtype}; expected numbers that {dtype} holds: there is no exact conversion"
         )
 
 

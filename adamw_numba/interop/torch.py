@@ -133,6 +133,11 @@ def _check_states(states: Mapping[Any, Any], numbers: Sequence[Any], keys: Seque
     for number in numbers:
         own = states.get(number)
         lacking = [key for key in keys if key not in own] if own is not None else []
+        if lacking and any(key.endswith("_code") for key in own):
+            raise ValueError(
+                f"`state_dict`: the moments of parameter {number} are codes of 8 bits; expected numbers, as "
+                '`adamw_numba.torch.AdamW(..., moments="float32")` has them once it has loaded this'
+            )
         if lacking:
             raise ValueError(f"`state_dict`: the state of parameter {number} lacks {lacking}; expected AdamW's")
     squares = [key for key in keys if key.endswith("sq")]

@@ -383,6 +383,7 @@ NO_CONVERSION = {
             ("no groups", of_groups(), ["param_groups"]),
             ("SGD", of_groups({"params": [0], "lr": 0.1}), ["betas", "torch.optim.AdamW"]),
             ("no squares", of_groups(group(), state={0: {"step": 1.0, "exp_avg": W}}.items()), ["lacks", "exp_avg_sq"]),
+            ("codes", of_groups(group(), state={0: {"step": 1.0, "exp_avg_code": W}}.items()), ["8 bits", "float32"]),
             ("nothing", {}, ["state_dict", "param_groups"]),
         ]
     },
