@@ -65,24 +65,34 @@ class Storage(NamedTuple):
     moments: str = "float32"  # or "bfloat16" or "8bit": what momentum and velocity are kept in (see arrays/moments.py)
 
 
-def make_update(sqrt: Callable[..., Any], maximum: Callable[..., Any], minimum: Callable[..., Any]) -> Any:
+def plain_muladd(a: Any, b: Any, c: Any) -> Any:
+    """a * b + c, for targets that have nothing else for it."""
+    return a * b + c
+
+
+def make_update(
+    sqrt: Callable[..., Any], maximum: Callable[..., Any], minimum: Callable[..., Any], muladd: Callable[..., Any]
+) -> Any:
     """AdamW with the "epsilon hat" of Adam (Kingma & Ba 2015, end of section 2), as in Keras.
 
     AMSGrad (Reddi et al. 2018) keeps the maximum of the raw second moment; the decay is decoupled (Loshchilov & Hutter
     2019, algorithm 2). With `lead`, the gradient is weighted in beside the momentum (Dozat 2016, without his schedule),
     as in optax.
+
+    `muladd` is for sums of two products: a compiler is free to round either of them only once, together with the sum,
+    and would choose one in this loop and the other in that one.
     """
 
     def update(p, g, m, v, top, average, total, limit, lead, c):  # type: ignore[no-untyped-def]
         x = g * c.scale if total is None else (g * c.unscale + total) * c.scale
         x = x if limit is None else minimum(maximum(x, -limit), limit)
         # Not `m + (x - m) * ...`: beside a large m or v, that loses a small x where beta is small.
-        m = m * c.beta_1 + x * c.beta_1c
-        v = v * c.beta_2 + x * x * c.beta_2c
+        m = muladd(x, c.beta_1c, m * c.beta_1)
+        v = muladd(x * x, c.beta_2c, v * c.beta_2)
         highest = None if top is None else maximum(top, v)
         second = v if top is None else highest
         p = p - p * c.decay
-        p = p - (m * c.alpha if lead is None else m * c.alpha + x * lead) / (sqrt(second) + c.epsilon)
+        p = p - (m * c.alpha if lead is None else muladd(x, lead, m * c.alpha)) / (sqrt(second) + c.epsilon)
         return p, m, v, highest, (None if average is None else average + (p - average) * c.average_c)
 
     return update

@@ -9,7 +9,7 @@ import array_api_compat
 import numpy as np
 
 from ..arrays import COMPUTE, SLOT, Array, dtype_name, is_complex, namespace
-from ..update import Coefficients, accumulate, blend, make_update
+from ..update import Coefficients, accumulate, blend, make_update, plain_muladd
 from . import moments
 from .masters import put_value, value_of
 
@@ -31,7 +31,7 @@ class Corrected(NamedTuple):
 
 @cache
 def _update_of(xp: Any) -> Any:
-    return make_update(xp.sqrt, xp.maximum, xp.minimum)
+    return make_update(xp.sqrt, xp.maximum, xp.minimum, plain_muladd)
 
 
 @_quiet
@@ -145,7 +145,7 @@ def _corrected_update(xp: Any, top: Array | None, g: Array, corrected: Corrected
             return xp.sqrt((second if is_zero else second + eps_root) * correction)
         return xp.sqrt(second + eps_root * correction)
 
-    return make_update(sqrt, maximum, xp.minimum)
+    return make_update(sqrt, maximum, xp.minimum, plain_muladd)
 
 
 def no_change(p: Array) -> Array:

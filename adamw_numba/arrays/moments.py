@@ -70,11 +70,13 @@ def blocks_of(shape: Sequence[int], is_complex: bool) -> int:
     return -(-math.prod(shape) * (1 + is_complex) // BLOCK)
 
 
-def are_scales(values: np.ndarray[Any, Any]) -> bool:
-    """Whether numbers can be scales of blocks: powers of two, 0 where nothing was stored yet, or NaN."""
+def check_scales(what: str, values: np.ndarray[Any, Any]) -> None:
+    """Refuse what cannot be scales of blocks: powers of two, 0 where nothing was stored yet, or NaN."""
     with np.errstate(over="ignore"):
-        values = values.astype(np.float32)
-    return bool(np.all((np.frexp(values)[0] == 0.5) | (values == 0) | np.isnan(values)))
+        values = values.astype(np.float32).reshape(-1)
+    odd = np.flatnonzero((np.frexp(values)[0] != 0.5) & (values != 0) & ~np.isnan(values))
+    if odd.size:
+        raise ValueError(f"{what} holds {values[odd[0]]} at {odd[0]}; expected powers of two")
 
 
 class Rounding(NamedTuple):

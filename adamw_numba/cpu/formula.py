@@ -10,8 +10,9 @@ from numpy.lib.stride_tricks import as_strided
 from ..arrays.compiled import jit, pointer
 from ..update import make_update
 from .blocks import LENGTH, STEP
+from .intrinsics import muladd
 
-update = jit(make_update(math.sqrt, np.maximum, np.minimum))
+update = jit(make_update(math.sqrt, np.maximum, np.minimum, muladd))
 
 
 def row_of(address, count, step, like, strided):

@@ -136,6 +136,19 @@ def _overload_narrow(x, like):
 
 
 @intrinsic
+def muladd(typingctx, a, b, c):
+    """a * b + c, rounded once on a processor that can do so, and in two steps on others."""
+    kind = typingctx.unify_types(a, b, c)
+
+    def codegen(context, builder, signature, args):
+        number = context.get_value_type(kind)
+        function = builder.module.declare_intrinsic("llvm.fmuladd", [number], ir.FunctionType(number, [number] * 3))
+        return builder.call(function, args)
+
+    return kind(kind, kind, kind), codegen
+
+
+@intrinsic
 def exchange_mode(typingctx, mode):
     """Set the processor's floating-point mode; return what it was, to be put back: the thread is the user's."""
 

@@ -131,9 +131,9 @@ def _check_states(states: Mapping[Any, Any], numbers: Sequence[Any], keys: Seque
     if len(set(numbers)) < len(numbers):
         raise ValueError(f"`state_dict` has the parameters {brief_names(numbers)}; expected each of them once")
     for number in numbers:
-        own = states.get(number)
-        lacking = [key for key in keys if key not in own] if own is not None else []
-        if lacking and any(key.endswith("_code") for key in own):
+        own = states.get(number, dict.fromkeys(keys))
+        lacking = [key for key in keys if key not in own]
+        if lacking and "exp_avg_code" in own:
             raise ValueError(
                 f"`state_dict`: the moments of parameter {number} are codes of 8 bits; expected numbers, as "
                 '`adamw_numba.torch.AdamW(..., moments="float32")` has them once it has loaded this'

@@ -8,7 +8,7 @@ import numpy as np
 from .. import arrays
 from ..arrays import Array
 from ..arrays.brief import brief, brief_names
-from ..arrays.moments import CODES, SCALES, are_scales
+from ..arrays.moments import CODES, SCALES, check_scales
 from ..state import Place, check_scalar
 from .stores.targets import adapted
 
@@ -33,8 +33,8 @@ def replace(places: Sequence[Place], values: Sequence[Any], what: str) -> None:
             raise ValueError(
                 f"{what}: {brief(name)} has dtype {arrays.dtype_name(value)}; expected {arrays.dtype_name(own[key])}"
             )
-        if key in SCALES and not are_scales(arrays.to_numpy(value)):
-            raise ValueError(f"{what}: {brief(name)} is {brief(value)}; expected powers of two")
+        if key in SCALES:
+            check_scales(f"{what}: {brief(name)}", arrays.to_numpy(value))
         if "iteration" in own:
             check_scalar(key, value, what)
         ready.append((own, key, arrays.like(own[key], value)))

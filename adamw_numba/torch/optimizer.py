@@ -323,16 +323,17 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
 
     def _install(self) -> None:
         """Go on with what the state says, which somebody has loaded or changed."""
-        before, started, micro_steps, calls = started_of(self._engine), {}, 0, 0
+        before, started = started_of(self._engine), {}
         for name, param, k in listed(self.param_groups):
             own = self._shown.contents.get(param)
             if own:
                 slots = new_slots(self._engine, name, param, self._own[k]["amsgrad"])
                 started[param] = restored(name, param, own, slots, before[param].slots if param in before else {})
-                micro_steps, calls = int(own.get("micro_steps", 0)), max(calls, int(own.get("iteration", 0)))
         count = max((each.steps for each in started.values()), default=0)
+        calls = max((each.calls for each in started.values()), default=0)
         count = max(count, calls // self._shown.window)  # which no parameter has to have reached by itself
-        self._arrange(started, count * self._shown.window + micro_steps)
+        micro_steps = [each.micro_steps for each in started.values()][-1:]  # the same of all
+        self._arrange(started, count * self._shown.window + sum(micro_steps))
 
     def _arrange(self, started: Mapping[torch.Tensor, Started], iteration: int) -> None:
         """Lay out the engine's work and the state for the parameters that have one."""

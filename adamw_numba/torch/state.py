@@ -20,7 +20,7 @@ from ..array_api import moments
 from ..array_api.masters import converted
 from ..arrays.brief import brief
 from ..arrays.dtensors import check_alike, is_dtensor, like
-from ..arrays.moments import kind_of
+from ..arrays.moments import SCALES, check_scales, kind_of
 from ..state import Slots
 from ..step.commit import exhaust
 
@@ -47,6 +47,8 @@ class Started(NamedTuple):
 
     slots: Slots
     steps: int
+    micro_steps: int = 0  # since the last update
+    calls: int = 0  # of all parameters, whether this one took part or not
 
 
 class Shown:
@@ -216,6 +218,8 @@ def restored(name: str, param: torch.Tensor, own: Own, slots: Slots, before: Slo
                 # All of it is in its storage, whatever was done to it.
                 of_integers = theirs in CODES or (ours == "master" and value.dtype == torch.int16)
                 arrays.check_tensor("it", value, of_integers)
+                if ours in SCALES:
+                    check_scales("it", arrays.to_numpy(value))
                 if ours == "master":
                     value = converted(arrays.detached(arrays.seen(param)), value, arrays.dtype_name(slots[ours]))
             known = before.get(ours)
@@ -224,10 +228,19 @@ def restored(name: str, param: torch.Tensor, own: Own, slots: Slots, before: Slo
                 slots[ours] = before[ours]
             else:
                 arrays.write(slots[ours], value)
-    count = float(own["step"])
+    with _about(what):
+        return Started(slots, *(_count(own, key) for key in ("step", "micro_steps", "iteration")))
+
+
+def _count(own: Own, key: str) -> int:
+    """A number of steps that somebody has given; 0 where it is missing."""
+    try:
+        count = float(own.get(key, 0))
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # of torch, and of Python
+        raise TypeError(f"{key!r} is {brief(own[key])}; expected an integer >= 0") from None
     if not 0 <= count < 2**62 or count != int(count):
-        raise ValueError(f"{what}: 'step' is {count}; expected an integer >= 0")
-    return Started(slots, int(count))
+        raise ValueError(f"{key!r} is {count}; expected an integer >= 0")
+    return int(count)
 
 
 @contextmanager

@@ -198,15 +198,20 @@ def test_close_to_float32(moments, dtype, options):
     assert f"state_bytes={sum(a.nbytes for a in optimizer.variables)}" in repr(optimizer)
 
 
-@pytest.mark.parametrize("gradient", [libraries.strided, libraries.fortran])
-def test_gradients_of_other_layouts_in_8_bits(gradient):
-    variables = [{"w": np.ones((300, 70), np.float32)} for _ in range(2)]
-    for own, make in zip(variables, (libraries.numpy, gradient), strict=True):
-        optimizer = AdamW(0.1, moments="8bit")
-        optimizer.build(own)
-        for step in range(3):
-            optimizer.apply({"w": make(values(step)["a"], "float32")})
-    same(*variables)
+@pytest.mark.parametrize("options", ["plain", "values", "accumulation"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("moments", ["float32", "bfloat16", "8bit"])
+def test_gradients_of_other_layouts(moments, dtype, options):
+    """Each layout has its own loop, in all of which the same sums are rounded in the same way."""
+    found = []
+    for make in (libraries.numpy, libraries.strided, libraries.fortran):
+        optimizer = AdamW(0.1, moments=moments, **OPTIONS[options])
+        optimizer.build({"w": libraries.numpy(values(9)["a"], dtype)})
+        for step in range(8):
+            optimizer.apply({"w": make(values(step)["a"], dtype)})
+        found.append({name: as_numpy(array) for name, array in optimizer.state.items()})
+    same(found[1], found[0])
+    same(found[2], found[0])
 
 
 @pytest.mark.parametrize(("make", "odd"), [(libraries.strided, "aef"), (libraries.fortran, "af")])

@@ -175,7 +175,7 @@ def optimizer_of(kind):
         ("velocity/0", lambda x: x.astype(np.uint16), "has dtype uint16; expected uint8"),
         ("master/0", lambda x: x.astype(np.int32) + 70_000, "has dtype int32; expected int16"),
         ("momentum_scale/0", lambda x: x * 3, "expected powers of two"),
-        ("velocity_scale/0", lambda x: -x, "expected powers of two"),
+        ("velocity_scale/0", lambda x: -x, "'velocity_scale/0' holds -.* at 0; expected powers of two"),
         ("velocity_scale/0", lambda x: x.astype(np.float64) + 1e300, "expected powers of two"),
     ],
 )

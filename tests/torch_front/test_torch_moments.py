@@ -302,6 +302,22 @@ MISTAKES = {
     "no scale": (loaded(lambda own: own.pop("exp_avg_scale")), ValueError, ["parameter 'a' lacks ['exp_avg_scale']"]),
     "no code of the second": (loaded(lambda own: own.pop("exp_avg_sq_code")), ValueError, ["lacks ['exp_avg_sq_code']"]),
     "scale of another shape": (loaded(lambda own: own.update(exp_avg_scale=torch.ones(4))), ValueError, ["'a': 'exp_avg_scale'", "(4,)", "(3,)"]),
+    "negative scales": (loaded(lambda own: own["exp_avg_sq_scale"].mul_(-1)), ValueError, ["'a': 'exp_avg_sq_scale'", "holds -", "powers of two"]),
+    "other scales": (loaded(lambda own: own["exp_avg_scale"].mul_(3)), ValueError, ["'a': 'exp_avg_scale'", "powers of two"]),
+    **{
+        f"{key} {value!r}": (loaded(lambda own, key=key, value=value: own.update({key: value})), kind, [f"'a': {key!r} is", text])
+        for key in ("iteration", "step", "micro_steps")
+        for value, kind, text in [
+            (-1, ValueError, "-1"),
+            (2.5, ValueError, "2.5"),
+            (float("nan"), ValueError, "nan"),
+            (2**70, ValueError, "e+21"),
+            (10**400, TypeError, "1000"),
+            ("q", TypeError, "'q'"),
+            (None, TypeError, "None"),
+            (torch.tensor([1, 2]), TypeError, "Tensor of shape"),
+        ]
+    },
     "codes that are numbers": (loaded(lambda own: own.update(exp_avg_code=torch.ones(12, 64))), TypeError, ["'exp_avg_code'", "unsigned integers"]),
     "code that is none": (loaded(lambda own: own.update(exp_avg_code=[1])), TypeError, ["'exp_avg_code' is [1]"]),
     "codes of another shape": (loaded(lambda own: own.update(exp_avg_code=torch.ones(5, dtype=torch.uint16))), ValueError, ["'exp_avg_code'"]),
