@@ -138,7 +138,7 @@ def _overload_narrow(x, like):
 @intrinsic
 def muladd(typingctx, a, b, c):
     """a * b + c, rounded once on a processor that can do so, and in two steps on others."""
-    kind = typingctx.unify_types(a, b, c)
+    kind = typingctx.unify_types(*(x.type if isinstance(x, types.Optional) else x for x in (a, b, c)))
 
     def codegen(context, builder, signature, args):
         number = context.get_value_type(kind)
