@@ -87,12 +87,12 @@ def make_update(
         x = g * c.scale if total is None else (g * c.unscale + total) * c.scale
         x = x if limit is None else minimum(maximum(x, -limit), limit)
         # Not `m + (x - m) * ...`: beside a large m or v, that loses a small x where beta is small.
-        m = muladd(x, c.beta_1c, m * c.beta_1)
-        v = muladd(x * x, c.beta_2c, v * c.beta_2)
+        m = muladd(m, c.beta_1, x * c.beta_1c)
+        v = muladd(v, c.beta_2, x * x * c.beta_2c)
         highest = None if top is None else maximum(top, v)
         second = v if top is None else highest
         p = p - p * c.decay
-        p = p - (m * c.alpha if lead is None else muladd(x, lead, m * c.alpha)) / (sqrt(second) + c.epsilon)
+        p = p - (m * c.alpha if lead is None else muladd(m, c.alpha, x * lead)) / (sqrt(second) + c.epsilon)
         return p, m, v, highest, (None if average is None else average + (p - average) * c.average_c)
 
     return update

@@ -9,6 +9,7 @@ faster. The rows called "limit" show the time of the bare memory traffic, divide
 """
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -100,6 +101,7 @@ def pair(
     name: str, make: contenders.Maker, shapes: Shapes, option: str, kinds: list[str], seconds: float
 ) -> Iterator[Row]:
     """One contender beside ours: check that they agree, then yield rows of times."""
+    gc.collect()  # optimizers hold themselves, and gigabytes of arrays, until then
     given, start = gradients(shapes, option), values(shapes)
     step = step_of(option, given)
     other, our = make(start, step), contenders.ours(start, step)
@@ -169,7 +171,7 @@ def sweep(quick: bool, seconds: float) -> Iterator[Row]:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run all processes, one after another; returns their findings, by kind."""
-    found: dict[str, Any] = {"rows": [], "sweep": [], "absent": {}, "unable": []}
+    found: dict[str, Any] = {"rows": [], "sweep": [], "absent": {}, "unable": [], "ended": []}
     common = ["--seconds", str(arguments.seconds), *["--quick"] * arguments.quick]
     for key in ("option", "contender"):
         common += [text for value in getattr(arguments, key) for text in (f"--{key}", value)]
@@ -195,7 +197,8 @@ def _run_worker(found: dict[str, Any], process: str, options: list[str]) -> None
         for line in child.stdout or ():
             _take(found, line)
     if child.returncode:
-        raise SystemExit(f"the process of {process} ended with status {child.returncode}")
+        found["ended"].append(f"the process of {process} ended with status {child.returncode}: {' '.join(options)}")
+        print(found["ended"][-1], file=sys.stderr)  # what the others measure, and what it has measured, counts
 
 
 def _take(found: dict[str, Any], line: str) -> None:
@@ -313,9 +316,11 @@ def main(arguments: list[str] | None = None) -> int:
     print(report.HEADING, flush=True)
     found = {"machine": machine, "load": load, "command": " ".join(["python -m benchmarks.compare", *sys.argv[1:]])}
     found |= run(options)
-    unable = found.pop("unable")
+    unable, ended = found.pop("unable"), found.pop("ended")
     if not found["rows"] and not found["sweep"]:
-        raise SystemExit("; ".join(dict.fromkeys(unable)) or (left_out() if options.quick else "nothing to measure"))
+        raise SystemExit(
+            "; ".join(dict.fromkeys(ended + unable)) or (left_out() if options.quick else "nothing to measure")
+        )
     if options.quick:
         print(left_out())
     if not (options.workload or options.option or options.contender):
@@ -336,7 +341,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"wrote {file}")
     if load > BUSY:
         print(busy, file=sys.stderr)
-    return 0
+    return 1 if ended else 0
 
 
 if __name__ == "__main__":

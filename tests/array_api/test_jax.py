@@ -396,3 +396,21 @@ def test_the_order_of_another_librarys_state_is_the_users():
     optimizer = from_torch(theirs.state_dict(), {"w": jnp.ones(2), "b": jnp.zeros(2)})
     np.testing.assert_allclose(optimizer.state["momentum/w"], 0.1, rtol=1e-6)
     np.testing.assert_allclose(optimizer.state["momentum/b"], 0.2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"global_clipnorm": 1.0}, {"nonfinite": "skip"}, {"global_clipnorm": 1.0, "nonfinite": "skip"}, {"clipnorm": 1.0}],
+    ids=str,
+)
+def test_compiled_code_grows_with_the_number_of_variables(options):
+    """XLA repeats a chain of scalars wherever it is used: what all norms lead to must not be repeated for each variable."""
+
+    def size(count):
+        params = {f"w{i}": jnp.ones(3) for i in range(count)}
+        optimizer = AdamW(0.1, **options)
+        optimizer.build(params)
+        step = jax.jit(optimizer.stateless_apply)
+        return len(step.lower(optimizer.variables, params, params).compile().as_text())
+
+    assert size(80) < 5 * size(20)

@@ -77,7 +77,15 @@ def test_bits_of_the_optimizer_of_arrays(moments, options, dtype):
     assert {name: np.asarray(named[name]).tobytes() for name in found} == found
     assert named["momentum/a"].dtype.itemsize < (8 if dtype == "complex64" else 4)
     if dtype == "float32" and "global_clipnorm" not in options:
-        assert {name: compiled.state[name].tobytes() for name in found} == found
+        for name, bits in found.items():
+            word = {1: np.uint8, 2: np.uint16, 4: np.uint32}[compiled.state[name].itemsize]
+            apart = np.abs(
+                compiled.state[name].reshape(-1).view(word).astype(int) - np.frombuffer(bits, word).astype(int)
+            )
+            # Of the sum of two products XLA rounds one or the other together with the sum, in one loop like this and
+            # in the next like that.
+            assert apart.max() <= (4 if word is np.uint32 else 1), name
+            assert np.count_nonzero(apart) <= (apart.size if word is np.uint32 else 0.01 * apart.size), name
 
 
 @both_moments
