@@ -286,3 +286,11 @@ def test_the_gpu_benchmark_says_what_it_expects(line, expected, monkeypatch, cap
         gpu.main(line.split())
     shown = capsys.readouterr()
     assert expected in f"{refusal.value}{shown.out}{shown.err}"
+
+
+def test_a_process_that_ends_leaves_what_others_have_measured(capfd):
+    found = {"rows": [{"kept": True}], "ended": []}
+    compare._run_worker(found, "torch", ["--seconds", "none"])
+    assert found["rows"] == [{"kept": True}]
+    assert found["ended"] == ["the process of torch ended with status 2: --seconds none"]
+    assert found["ended"][0] in capfd.readouterr().err
