@@ -198,7 +198,7 @@ def test_close_to_float32(moments, dtype, options):
     assert f"state_bytes={sum(a.nbytes for a in optimizer.variables)}" in repr(optimizer)
 
 
-@pytest.mark.parametrize("options", ["plain", "values", "accumulation"])
+@pytest.mark.parametrize("options", ["values", "accumulation"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("moments", ["float32", "bfloat16", "8bit"])
 def test_gradients_of_other_layouts(moments, dtype, options):
