@@ -31,10 +31,10 @@ class Way(NamedTuple):
     level: int
 
 
-USUAL, NONE = Way(128, 1024, 1), Way(2**30, 0, 1)
+USUAL, NONE = Way(128, 4096, 2), Way(2**30, 0, 1)
 WAYS = (
-    *(USUAL, NONE, Way(256, 1024, 1), Way(128, 2048, 1), Way(64, 4096, 1), Way(32, 4096, 1)),
-    *(Way(128, 4096, 2), Way(256, 4096, 2)),
+    *(USUAL, NONE, Way(128, 1024, 1), Way(256, 1024, 1), Way(128, 2048, 1), Way(64, 4096, 1)),
+    *(Way(32, 4096, 1), Way(256, 4096, 2)),
 )
 ROUNDS = 4
 SLOW = 1.25  # times the fastest of the first round, from which on a way is not tried again
