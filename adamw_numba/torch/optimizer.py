@@ -332,8 +332,8 @@ class AdamW(torch.optim.Optimizer):  # type: ignore[misc]  # which has no types 
         count = max((each.steps for each in started.values()), default=0)
         calls = max((each.calls for each in started.values()), default=0)
         count = max(count, calls // self._shown.window)  # which no parameter has to have reached by itself
-        micro_steps = [each.micro_steps for each in started.values()][-1:]  # the same of all
-        self._arrange(started, count * self._shown.window + sum(micro_steps))
+        micro_steps = max((each.micro_steps for each in started.values()), default=0)  # the same of all
+        self._arrange(started, count * self._shown.window + micro_steps)
 
     def _arrange(self, started: Mapping[torch.Tensor, Started], iteration: int) -> None:
         """Lay out the engine's work and the state for the parameters that have one."""
